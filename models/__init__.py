@@ -1,0 +1,1 @@
+"""Example networks for train.py, each short enough to read in one sitting."""

@@ -1,0 +1,86 @@
+"""Step bit depths and exponents from their own gradients, outside of the user's optimiser.
+
+γ must mean the same in everybody's training loop, so the gradients of the formats are taken away
+as soon as autograd has accumulated them: clipping, weight decay, schedules and optimisers of the
+weights never see them. They are stepped by Adam (the paper's choice) in units in which γ bites
+alike in any network: the gradient of a bit depth is multiplied by N / (I·H·W), which turns the
+penalty's part of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as for a
+last one of 4,608. The optimum stays where it was.
+
+Adam's ε is well above the gradients that small γ's give, so that the speed at which an unneeded
+channel loses its bits grows with γ instead of switching from none to full (METHOD: the paper's
+ε of 1e-3 at a learning rate of 0.5 does the same); the learning rate bounds every step.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from selfcompress.layers import QuantizedLayer
+from selfcompress.quantizer import MAX_BITS, fit_exponent, integer_depth
+
+
+class FormatStepper:
+    """Collects the gradients of every layer's bit depths and exponents, and steps them.
+
+    Args:
+        layers: the quantised layers by name.
+        starting_weights: N of eq. (3).
+        bit_step: the largest step of a bit depth, in bits.
+        exponent_step: the largest step of an exponent.
+        epsilon: the size of a (scaled) bit-depth gradient that moves it by half of `bit_step`.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, QuantizedLayer],
+        starting_weights: int,
+        bit_step: float,
+        exponent_step: float,
+        epsilon: float,
+    ) -> None:
+        self.layers = layers
+        self.starting_weights = starting_weights
+        self.adam = torch.optim.Adam(
+            [
+                {"params": [m.bit_depth for m in layers.values()], "lr": bit_step, "eps": epsilon},
+                {"params": [m.exponent for m in layers.values()], "lr": exponent_step},
+            ],
+            betas=(0.9, 0.99),
+        )
+        self._collected: dict[nn.Parameter, Tensor] = {}
+        self.watch()
+
+    def watch(self) -> None:
+        """Collect from the parameters that the layers have now; call again after a cut."""
+        self._collected.clear()
+        for layer in self.layers.values():
+            for parameter in (layer.bit_depth, layer.exponent):
+                if not getattr(parameter, "_selfcompress_watched", False):
+                    parameter.register_post_accumulate_grad_hook(self._collect)
+                    parameter._selfcompress_watched = True  # type: ignore[attr-defined]
+
+    def _collect(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        gradient = parameter.grad
+        parameter.grad = None
+        if parameter in self._collected:
+            gradient = gradient + self._collected[parameter]
+        self._collected[parameter] = gradient
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step all formats from what was collected since the last step."""
+        depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
+        for layer in self.layers.values():
+            for parameter in (layer.bit_depth, layer.exponent):
+                parameter.grad = self._collected.pop(parameter, None)
+            if layer.bit_depth.grad is not None:
+                layer.bit_depth.grad *= self.starting_weights / layer.fan_in
+        self.adam.step()
+        self.adam.zero_grad()
+        for layer, depth in zip(self.layers.values(), depths, strict=True):
+            # Zero bits is the floor: a negative bit depth would take time to come back from.
+            layer.bit_depth.clamp_(0, MAX_BITS)
+            fewer = (integer_depth(layer.bit_depth) < depth) & (layer.bit_depth > 0)
+            if layer.integer_bits and fewer.any():
+                layer.exponent[fewer] = fit_exponent(layer.weight[fewer], layer.bit_depth[fewer])

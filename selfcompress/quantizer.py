@@ -1,0 +1,121 @@
+"""Fake-quantise a weight with one learnable bit depth and exponent per output channel (eq. 1).
+
+q(x, b, e) = 2^e · round(clamp(2^-e · x, -2^(b-1), 2^(b-1) - 1)), rounding to nearest, ties to even.
+
+Every equation number in this package refers to Cséfalvay & Imber, "Self-Compressing Neural
+Networks", arXiv 2301.13142. Two consequences of eq. (1) worth keeping in mind: a channel of zero
+bits quantises to exactly 0 (both clamps meet at -1/2, and -1/2 rounds to 0), and one bit stores
+the two levels {-1, 0} · 2^e.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 16
+"""No channel grows beyond this bit depth; its integers still fit an int16."""
+
+EXPONENT_FLOOR = -24.0
+"""The exponent of a channel whose weights are all zero, where log2 would be minus infinity."""
+
+
+def integer_depth(bit_depth: Tensor) -> Tensor:
+    """The whole number of bits that stores a channel: `bit_depth` (any shape) rounded up."""
+    return bit_depth.detach().ceil()
+
+
+def fake_quantize(
+    weight: Tensor, bit_depth: Tensor, exponent: Tensor, *, integer_bits: bool = True
+) -> Tensor:
+    """Quantise `weight` (rows first) by eq. (1); the gradients pass the rounding straight through.
+
+    Args:
+        weight: (rows, ...) float tensor; a row is one output channel.
+        bit_depth: (rows,) bits per weight, ≥ 0.
+        exponent: (rows,) real exponents; the step between levels is 2^exponent.
+        integer_bits: round the bit depth up in the forward pass, so that the levels used are the
+            levels that can be stored. False is the paper's fractional bit depth.
+
+    Returns:
+        A tensor of `weight`'s shape and dtype. The arithmetic inside is at least float32, whatever
+        autocast says.
+    """
+    quantized: Tensor = _FakeQuantize.apply(weight, bit_depth, exponent, integer_bits)
+    return quantized
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Eq. (1) and its straight-through gradients in closed form.
+
+    With s = 2^-e·x, and "saturated" for s strictly outside the clamp:
+
+                 inside            saturated
+        ∂q/∂x    1                 0
+        ∂q/∂b    0                 ±ln2 · 2^(e+b-1)   (the sign of the side it left on)
+        ∂q/∂e    ln2 · (q - x)     ln2 · q
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bit_depth: Tensor, exponent: Tensor, integer_bits: bool
+    ) -> Tensor:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        column = (-1,) + (1,) * (weight.dim() - 1)
+        bits = (bit_depth.ceil() if integer_bits else bit_depth).to(dtype).view(column)
+        half_range = torch.exp2(bits - 1)
+        step = torch.exp2(exponent.to(dtype).view(column))
+        scaled = weight.to(dtype) / step
+        quantized = scaled.clamp(-half_range, half_range - 1).round_().mul_(step)
+        ctx.save_for_backward(weight, step, half_range, quantized)
+        return quantized.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step, half_range, quantized = ctx.saved_tensors
+        grad = grads[0].to(step.dtype)
+        scaled = weight.to(step.dtype) / step
+        # -1 below the range, 0 inside, +1 above.
+        side = (scaled > half_range - 1).to(step.dtype) - (scaled < -half_range).to(step.dtype)
+        grad_inside = grad * (side == 0)
+
+        over_row = list(range(1, weight.dim()))
+        grad_bits = grad_exponent = None
+        if ctx.needs_input_grad[1]:
+            per_level = (grad * side).sum(over_row) if over_row else grad * side
+            grad_bits = math.log(2) * per_level * (half_range * step).flatten()
+        if ctx.needs_input_grad[2]:
+            per_step = grad * quantized - grad_inside * weight
+            grad_exponent = math.log(2) * (per_step.sum(over_row) if over_row else per_step)
+        return grad_inside.to(weight.dtype), grad_bits, grad_exponent, None
+
+
+@torch.no_grad()
+def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
+    """The exponent, per row, at which eq. (1) loses least of `weight` in the squared sense.
+
+    Tries a grid of quarter powers of two below the exponent that just avoids saturation, which
+    covers both "clip nothing" and "clip the tails to resolve the bulk".
+
+    Args:
+        weight: (rows, ...).
+        bit_depth: (rows,); rows of fewer than one bit are fitted as if they had one.
+
+    Returns:
+        (rows,) float32 exponents; `EXPONENT_FLOOR` where a row is all zero.
+    """
+    rows = weight.detach().float().flatten(1)
+    if rows.numel() == 0:
+        return rows.new_full((rows.shape[0],), EXPONENT_FLOOR)
+    bits = integer_depth(bit_depth).clamp(min=1)
+    largest = rows.abs().amax(1)
+    widest = torch.log2(largest.clamp(min=2.0**EXPONENT_FLOOR)) - (bits - 1)
+    best, best_error = widest.clone(), torch.full_like(widest, math.inf)
+    for quarter in range(13):
+        exponent = widest + 1 - quarter / 4
+        error = (fake_quantize(rows, bits, exponent) - rows).square().sum(1)
+        better = error < best_error
+        best = torch.where(better, exponent, best)
+        best_error = torch.where(better, error, best_error)
+    return torch.where(largest > 0, best, torch.full_like(best, EXPONENT_FLOOR))

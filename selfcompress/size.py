@@ -1,0 +1,230 @@
+"""How big a network is: Q bits, stored bits, parameters and multiply-accumulates, by layer.
+
+Three sizes are kept apart and named apart:
+
+*Q bits* is what training penalises, eq. (3) + (4): Σ_l I·H·W·Σ_i b_i over the quantised layers,
+with I the input channels the layer has now and b_i its integer bit depths (fractional ones where
+`integer_bits=False`), plus 32 bits for every weight of a convolution or linear layer that was
+left in float. N, the number it is divided by to give Q, counts the weights of all convolutions
+and linear layers of the *starting* network, quantised or not; `float_bits` is 32·N.
+
+*Stored bits* is all that running the network needs, at the width it is stored in:
+
+    weights         the integer bit depth of its row, for every weight of a row that has bits
+    formats         8 bits for the bit depth and 32 for the exponent of each such row
+    placement       1 bit per output channel, where a layer or norm does not compute them all;
+                    1 bit per input channel, where a norm does not read them all
+    everything else (biases, batch-norm weights and statistics, layers left in float, any other
+                    parameter or buffer) as it is held: 32 bits for a float32; counters of seen
+                    batches are not needed and not counted
+
+It is computed from the network alone, without packing anything. Percentages of either are of
+`float_bits`.
+
+*File bytes* is what a file of the network takes on disk; it is not computed here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from selfcompress.channels import ChannelGraph, Kind
+from selfcompress.layers import PlacedBatchNorm2d, QuantizedLayer
+from selfcompress.quantizer import integer_depth
+
+_DEPTH_BITS = 8
+_EXPONENT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One convolution, linear layer, or module with other parameters or buffers.
+
+    Attributes:
+        channels: live rows of a quantised layer; all output channels of a float one; 0 for other
+            modules.
+        out_width: channels of its output tensor, live or not; 0 for other modules.
+        mean_bits: mean integer bit depth of the live rows; 0 without any, 32 for a float layer.
+        weights: weights of live rows (of all rows of a float layer).
+        q_bits, stored_bits: see the module's docstring.
+        macs: multiply-accumulates per sample of the live rows.
+    """
+
+    name: str
+    channels: int
+    out_width: int
+    mean_bits: float
+    weights: int
+    q_bits: float
+    stored_bits: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a network at one moment; `str()` is a table by layer.
+
+    Attributes:
+        layers: every module that adds to the size, in the model's order.
+        float_bits: 32 bits for every weight of the starting network.
+        parameters: elements of all parameters the network has now, formats not included.
+    """
+
+    layers: tuple[LayerSize, ...]
+    float_bits: int
+    parameters: int
+
+    @property
+    def q_bits(self) -> float:
+        """Eq. (4) summed over layers, in bits."""
+        return sum(layer.q_bits for layer in self.layers)
+
+    @property
+    def stored_bits(self) -> int:
+        """All that running the network needs, in bits."""
+        return sum(layer.stored_bits for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Weights that still have bits."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def q_percent(self) -> float:
+        """Q bits in percent of the starting network's 32-bit weights."""
+        return 100 * self.q_bits / self.float_bits
+
+    @property
+    def stored_percent(self) -> float:
+        """Stored bits in percent of the starting network's 32-bit weights."""
+        return 100 * self.stored_bits / self.float_bits
+
+    @property
+    def weights_percent(self) -> float:
+        """Live weights in percent of the starting network's."""
+        return 100 * 32 * self.weights / self.float_bits
+
+    def __str__(self) -> str:
+        head = ("layer", "channels", "of", "mean bits", "weights", "Q bits", "stored bits", "MACs")
+        lines = [
+            (l.name, l.channels, l.out_width, f"{l.mean_bits:.2f}", l.weights, f"{l.q_bits:.0f}",
+             l.stored_bits, l.macs)
+            for l in self.layers
+        ]  # fmt: skip
+        lines.append(("in all", "", "", "", self.weights, f"{self.q_bits:.0f}",
+                      self.stored_bits, self.macs))  # fmt: skip
+        rows = [tuple(f"{c:,}" if isinstance(c, int) else str(c) for c in line) for line in lines]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        text = "\n".join(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in [head, *rows]
+        )
+        return (
+            f"{text}\nQ {self.q_percent:.2f} % and stored {self.stored_percent:.2f} % of "
+            f"{self.float_bits:,} bits (32 per starting weight)"
+        )
+
+
+def starting_weights(model: nn.Module) -> int:
+    """N: the weights of all convolutions and linear layers of `model`, quantised or not."""
+    return sum(module.weight.numel() for module in model.modules() if _is_layer(module))
+
+
+def q_bits(model: nn.Module) -> Tensor:
+    """Eq. (4) over the quantised layers, in bits: a scalar with gradients to the bit depths.
+
+    Bit depths count as the forward pass rounds them, with the gradient straight through.
+    """
+    total = torch.zeros(())
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            bits = module.bit_depth
+            if module.integer_bits:
+                bits = bits + (bits.ceil() - bits).detach()
+            total = total.to(bits.device) + module.fan_in * bits.sum()
+    return total
+
+
+@torch.no_grad()
+def measure(model: nn.Module, graph: ChannelGraph, weights_at_start: int) -> Size:
+    """The size of `model` now.
+
+    Args:
+        graph: its channel graph, for the pixels each layer computes; an untraced model has no
+            MACs to report (0).
+        weights_at_start: `starting_weights` of the network before anything was cut.
+    """
+    pixels: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.module:
+            pixels[node.module] = pixels.get(node.module, 0) + node.pixels
+    layers = []
+    for name, module in model.named_modules():
+        layer = _measure_module(name, module, pixels.get(name, 0))
+        if layer.stored_bits or layer.out_width:
+            layers.append(layer)
+    parameters = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if n.rpartition(".")[2] not in ("bit_depth", "exponent")
+    )
+    return Size(tuple(layers), 32 * weights_at_start, parameters)
+
+
+def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
+    if isinstance(module, QuantizedLayer):
+        depth = integer_depth(module.bit_depth)
+        live = int((depth > 0).sum())
+        weights = live * module.fan_in
+        counted = depth if module.integer_bits else module.bit_depth
+        stored = int(depth.sum()) * module.fan_in + live * (_DEPTH_BITS + _EXPONENT_BITS)
+        stored += _as_held(module.bias)
+        if live < module.out_width:
+            stored += module.out_width
+        return LayerSize(
+            name=name,
+            channels=live,
+            out_width=module.out_width,
+            mean_bits=float(depth.sum()) / max(live, 1),
+            weights=weights,
+            q_bits=float(counted.sum()) * module.fan_in,
+            stored_bits=stored,
+            macs=weights * pixels,
+        )
+    stored = sum(_as_held(p) for p in module.parameters(recurse=False))
+    stored += sum(
+        _as_held(buffer)
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in ("rows", "columns", "num_batches_tracked")
+    )
+    if isinstance(module, PlacedBatchNorm2d):
+        stored += module.out_width if module.num_features < module.out_width else 0
+        stored += module.in_width if module.num_features < module.in_width else 0
+    if not _is_layer(module):
+        return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return LayerSize(
+        name=name,
+        channels=weight.shape[0],
+        out_width=weight.shape[0],
+        mean_bits=32.0,
+        weights=weight.numel(),
+        q_bits=32.0 * weight.numel(),
+        stored_bits=stored,
+        macs=weight.numel() * pixels,
+    )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def _as_held(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size() * 8

@@ -1,0 +1,105 @@
+"""Compare what a network computes before and after a cut, and name the layer where it differs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.surgery import Plan
+
+
+class CutError(RuntimeError):
+    """A cut changed what the network computes by more than rounding."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The outputs of a network on one batch, and what the rows of each quantised layer computed."""
+
+    outputs: list[Tensor]
+    rows: dict[str, Tensor]
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module, batch: Tensor) -> Snapshot:
+    """Run `model` on `batch` in eval mode and full precision; modes, buffers and RNG stay."""
+    rows: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+            assert isinstance(layer, QuantizedLayer)
+            rows[name] = output.index_select(layer.channel_dim, layer.rows)
+
+        return hook
+
+    hooks = [m.register_forward_hook(record(n)) for n, m in quantized_layers(model).items()]
+    try:
+        with evaluating(model), _full_precision(batch):
+            outputs = [o for o in pytree.tree_leaves(model(batch)) if isinstance(o, Tensor)]
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return Snapshot(outputs, rows)
+
+
+def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
+    """Raise CutError if any output differs by more than `tolerance` of its largest element."""
+    pairs = zip(before.outputs, after.outputs, strict=True)
+    worst = max((_difference(a, b) for a, b in pairs), default=0.0)
+    if worst <= tolerance:
+        return
+    guilty = "no single layer"
+    for name, was in before.rows.items():  # in the order they ran
+        kept = torch.tensor(plan.rows[name], dtype=torch.int64) if name in plan.rows else None
+        is_now = after.rows[name]
+        dim = -1 if was.dim() == 2 else 1
+        if kept is not None:
+            was = was.index_select(dim, kept.to(was.device))
+        if was.shape != is_now.shape or _difference(was, is_now) > tolerance:
+            guilty = f"layer {name}"
+            break
+    raise CutError(
+        f"a cut changed the network's output by {worst:.1e} of its scale, first seen in {guilty}; "
+        "please report this"
+    )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| in units of max |a|; infinite where one of them is not finite."""
+    if a.numel() == 0:
+        return 0.0
+    scale = a.abs().amax().clamp(min=1e-30)
+    return float(((a - b).abs().amax() / scale).nan_to_num(nan=float("inf")))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module gets its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _full_precision(batch: Tensor) -> Iterator[None]:
+    devices = [batch.device] if batch.is_cuda else []
+    without_tf32 = (
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        if batch.is_cuda
+        else nullcontext()
+    )
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(batch.device.type, enabled=False),
+        without_tf32,
+    ):
+        yield
