@@ -1,0 +1,100 @@
+"""What one sees of a run: TensorBoard, the figure of layer widths, and a line per epoch."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from selfcompress.layers import quantized_layers
+from selfcompress.size import LayerSize
+
+matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
+
+
+class Board:
+    """A run's TensorBoard files; after a resume, steps from `first_epoch` on are written anew."""
+
+    def __init__(self, folder: Path, first_epoch: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
+        if first_epoch == 0:
+            self.writer.add_custom_scalars(
+                {
+                    "selfcompress": {
+                        "accuracy": ["Multiline", ["val/accuracy"]],
+                        "size (percent of 32-bit)": ["Multiline", ["size/stored_percent"]],
+                        "weights left (percent)": ["Multiline", ["size/weights_percent"]],
+                        "seconds per epoch": ["Multiline", ["time/epoch_seconds"]],
+                    }
+                }
+            )
+
+    def write(self, epoch: int, metrics: dict[str, Any], model: nn.Module) -> None:
+        """One epoch: every scalar of `metrics`, and a histogram of each layer's bit depths."""
+        for group in ("train", "val", "size", "bits", "channels", "time"):
+            for name, value in metrics.get(group, {}).items():
+                self.writer.add_scalar(f"{group}/{name}", value, epoch)
+        for name, layer in quantized_layers(model).items():
+            depth = layer.bit_depth.detach()
+            if depth.numel():
+                self.writer.add_histogram(f"bit_depth/{name}", depth, epoch)
+        self.writer.flush()
+
+    def write_widths(self, image: bytes, epoch: int) -> None:
+        """The figure of layer widths, as PNG bytes."""
+        pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
+        self.writer.add_image("widths", torch.from_numpy(pixels), epoch, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) -> bytes:
+    """Live channels of each layer at the start and now, with mean bits (the paper's Fig. 4): PNG."""
+    now = {layer.name: layer for layer in after}
+    names = list(before)
+    figure = Figure(figsize=(8, 0.45 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(names))
+    left = [now[name].channels for name in names]
+    axes.barh(place, list(before.values()), color="#d9d9d9", label="at the start")
+    axes.barh(place, left, color="#2b6cb0", label="left")
+    room = max(before.values())
+    for at, name in zip(place, names, strict=True):
+        layer = now[name]
+        text = f"{layer.channels} of {before[name]}"
+        if layer.channels:
+            text += f", {layer.mean_bits:.1f} bits"
+        axes.text(before[name] + 0.01 * room, at, text, va="center", fontsize=9)
+    axes.set_yticks(place, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.28 * room)
+    axes.set_xlabel("output channels")
+    axes.set_title(title, fontsize=10)
+    axes.legend(loc="lower right", fontsize=9, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+    """One epoch in one line; live channels in the layers' order."""
+    size, epoch = metrics["size"], metrics["epoch"]
+    channels = " ".join(str(count) for count in metrics["channels"].values())
+    return (
+        f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
+        f"  loss {metrics['train']['loss']:.3f}"
+        f"  accuracy {100 * metrics['val']['accuracy']:.2f} %"
+        f"  Q {size['q_percent']:.2f} %"
+        f"  stored {size['stored_kb']:,.1f} KB"
+        f"  weights {size['weights_percent']:.1f} %"
+        f"  channels {channels}"
+        f"  {metrics['time']['epoch_seconds']:.1f} s"
+    )

@@ -1,0 +1,122 @@
+"""What a run is: every option of train.py, its defaults, and which of them are nonsense."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from selfcompress.quantizer import MAX_BITS
+from selfcompress.training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a ResNet-9 that compresses itself while it trains.
+
+    Options left at None take the default of their dataset, which is printed when the run starts.
+    """
+
+    gamma: float = 0.01
+    """The price of size: larger is smaller and less accurate. 0 quantises without any penalty."""
+    float_baseline: Annotated[bool, tyro.conf.arg(name="float")] = False
+    """Train the uncompressed float network instead, by the same schedule."""
+    dataset: Literal["cifar10", "digits", "folder"] | None = None
+    """Images to train on. None is cifar10, or digits where that cannot be had."""
+    data_dir: Path = Path("data")
+    """Where cifar10 is or is downloaded to; for folder, the folder with train/ and test/."""
+    image_size: int | None = None
+    """Resize images to this many pixels square (digits: 16; others: as they are)."""
+    width: int = 64
+    """Channels of the first layer; the others have 2, 4 and 8 times as many."""
+    epochs: int | None = None
+    """Passes over the training images (digits: 40; others: 24)."""
+    batch_size: int | None = None
+    """Images per step (digits: 64; others: 512)."""
+    lr: float = 0.2
+    """Peak learning rate of the weights (Nesterov SGD, one cycle)."""
+    weight_decay: float = 5e-4
+    """L2 on the weights; bit depths and exponents are not decayed."""
+    flip: bool | None = None
+    """Mirror half of the training images (digits: no; others: yes)."""
+    augment: Literal["standard", "autoaugment"] = "standard"
+    """standard: random crop, flip and cutout. autoaugment: the paper's, slower."""
+    bits: float = 3.0
+    """Bit depth that every channel starts at."""
+    fractional_bits: bool = False
+    """The paper's fractional bit depths. Sizes are then smaller than what can be stored."""
+    exclude: tuple[str, ...] = ()
+    """Names of layers to leave in float, such as prep.conv; they count at 32 bits a weight."""
+    penalty_from: float = 0.15
+    """Where in the run the penalty sets in, as a fraction of all steps."""
+    penalty_until: float = 0.6
+    """Where bit depths and exponents freeze; the rest of the run trains what is left."""
+    seed: int = 0
+    """Seeds initial weights, the order of images, and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of training; auto is bf16 where the device gains. Evaluation is in fp32."""
+    run_dir: Path | None = None
+    """Folder of this run. None makes a name from the options, in runs/."""
+    overwrite: bool = False
+    """Start over even if the run folder holds a run already."""
+
+    def validate(self) -> None:
+        """Raise UserError, in one line, for what cannot be run."""
+        checks: list[tuple[bool, str]] = [
+            (math.isfinite(self.gamma) and self.gamma >= 0, "--gamma must be a number ≥ 0"),
+            (self.width >= 1, "--width must be at least 1"),
+            (self.image_size is None or self.image_size >= 8, "--image-size must be at least 8"),
+            (self.epochs is None or self.epochs >= 1, "--epochs must be at least 1"),
+            (self.batch_size is None or self.batch_size >= 2, "--batch-size must be at least 2"),
+            (math.isfinite(self.lr) and self.lr > 0, "--lr must be above 0"),
+            (self.weight_decay >= 0, "--weight-decay must be a number ≥ 0"),
+            (0 < self.bits <= MAX_BITS, f"--bits must be above 0 and at most {MAX_BITS}"),
+            (
+                0 <= self.penalty_from <= self.penalty_until <= 1,
+                "0 ≤ --penalty-from ≤ --penalty-until ≤ 1 does not hold",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    def without_effect(self) -> list[str]:
+        """Warnings for options that were changed but do nothing in this combination."""
+        warnings = []
+        compression = ("gamma", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until")
+        if self.float_baseline:
+            warnings += [(name, "with --float") for name in compression if self._changed(name)]
+        elif self.gamma == 0 and self._changed("penalty_from"):
+            warnings.append(("penalty_from", "with --gamma 0"))
+        if self.dataset == "digits" and self._changed("data_dir"):
+            warnings.append(("data_dir", "with --dataset digits"))
+        return [f"--{name.replace('_', '-')} has no effect {why}" for name, why in warnings]
+
+    def _changed(self, name: str) -> bool:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return bool(getattr(self, name) != defaults[name])
+
+    def resolved(self, dataset: str, image_size: int) -> "Config":
+        """This configuration with the defaults of its dataset filled in."""
+        digits = dataset == "digits"
+        return dataclasses.replace(
+            self,
+            dataset=dataset,
+            image_size=image_size,
+            epochs=self.epochs or (40 if digits else 24),
+            batch_size=self.batch_size or (64 if digits else 512),
+            flip=(not digits) if self.flip is None else self.flip,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What makes runs comparable, as plain values: all but where the run is kept."""
+        values = dataclasses.asdict(self)
+        del values["run_dir"], values["overwrite"]
+        values["float"] = values.pop("float_baseline")
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain

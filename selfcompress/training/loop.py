@@ -1,0 +1,403 @@
+"""The training loop of a run, from its configuration to its summary."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+from selfcompress.channels import ChannelGraph
+from selfcompress.compressor import Compressor
+from selfcompress.size import Size, measure, starting_weights
+from selfcompress.training import runs
+from selfcompress.training.augment import Augment, normalise
+from selfcompress.training.board import Board, epoch_line, widths_figure
+from selfcompress.training.config import Config
+from selfcompress.training.data import Dataset, DatasetUnavailable, Split, load
+from selfcompress.training.errors import UserError
+
+BuildModel = Callable[[int], nn.Module]
+"""Number of classes → the network to train, float and at its full width."""
+
+WARM_UP = 0.2  # fraction of the run in which the learning rate rises
+BIT_TRAVEL = 12.0  # bits that a channel could lose between --penalty-from and --penalty-until
+LABEL_SMOOTHING = 0.1
+EXAMPLES = 8  # images that cuts are checked with
+STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
+
+
+def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, Any]:
+    """Train, or go on training, or find that it is done: the run's summary.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    config.validate()
+    for warning in config.without_effect():
+        print(f"warning: {warning}", file=sys.stderr)
+    device = _device(config)
+    config, dataset = _load(config, device)
+    folder = runs.RunFolder(_run_dir(config, dataset, model_name), config.as_json(), config.overwrite)
+    summary = folder.summary()
+    if summary is not None:
+        print(f"{folder.path} is finished; --overwrite starts it over")
+        return summary
+    return Run(config, dataset, device, folder, model_name, build_model).train()
+
+
+class Run:
+    """One network being trained: everything that a checkpoint has to bring back."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        device: torch.device,
+        folder: runs.RunFolder,
+        model_name: str,
+        build_model: BuildModel,
+    ) -> None:
+        assert config.epochs and config.batch_size and config.flip is not None
+        self.config, self.dataset, self.device = config, dataset, device
+        self.folder, self.model_name = folder, model_name
+        self.epochs, self.batch_size = config.epochs, config.batch_size
+        self.augment = Augment.for_size(
+            dataset.image_size, dataset.mean, dataset.std, config.flip, config.augment
+        )
+        self.steps_per_epoch = len(dataset.train) // self.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{len(dataset.train)} training images do not fill a batch of {self.batch_size}; "
+                "choose a smaller --batch-size"
+            )
+        self.autocast = _autocast(config, device)
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(len(dataset.classes)).to(device, memory_format=torch.channels_last)
+        examples = next(dataset.train.batches(EXAMPLES))[0]
+        self.examples = normalise(examples, dataset.mean, dataset.std)
+        self.starting_weights = starting_weights(self.model)
+        self.compressor = None if config.float_baseline else self._compressor()
+        self.graph = (
+            self.compressor.graph
+            if self.compressor
+            else ChannelGraph.trace(self.model, self.examples)
+        )
+        self.start = self.size()
+        weights = self.compressor.weights() if self.compressor else self.model.parameters()
+        self.optimizer = torch.optim.SGD(
+            weights, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+        )
+        self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
+
+    def _compressor(self) -> Compressor:
+        config = self.config
+        steps = self.epochs * self.steps_per_epoch
+        window = max(1.0, steps * (config.penalty_until - config.penalty_from))
+        # A run of any length gives its channels the same way to go.
+        bit_step = min(0.1, BIT_TRAVEL / window)
+        try:
+            return Compressor(
+                self.model,
+                self.examples,
+                config.gamma,
+                bits=config.bits,
+                integer_bits=not config.fractional_bits,
+                exclude=config.exclude,
+                interval=self.steps_per_epoch,
+                bit_step=bit_step,
+                exponent_step=bit_step / 10,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def size(self) -> Size:
+        """All sizes of the network as it is now; the float baseline's too."""
+        return measure(self.model, self.graph, self.starting_weights)
+
+    def train(self) -> dict[str, Any]:
+        """Train the epochs that are missing and write the summary."""
+        first = self._resume()
+        history = self.folder.metrics(first)
+        print(self._headline())
+        if first:
+            print(f"going on after epoch {first} of {self.epochs}")
+        board = Board(self.folder.path / runs.TENSORBOARD, first)
+        for epoch in range(first, self.epochs):
+            metrics = self._epoch(epoch)
+            history.append(metrics)
+            self.folder.append_metrics(metrics)
+            board.write(epoch, metrics, self.model)
+            self.folder.write_checkpoint(self._state(epoch + 1))
+            print(epoch_line(metrics, self.epochs), flush=True)
+        summary = self._summary(history)
+        image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
+        runs.write_atomically(self.folder.path / runs.WIDTHS, image)
+        board.write_widths(image, self.epochs - 1)
+        board.close()
+        self.folder.write_summary(summary)
+        print(self._result(summary))
+        return summary
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        # Reseeding makes an epoch the same whether or not the run was interrupted before it.
+        torch.manual_seed(self.config.seed * 1_000_003 + epoch + 1)
+        self.model.train()
+        total, correct, started = 0.0, 0, time.perf_counter()
+        batches = self.dataset.train.batches(self.batch_size, shuffle=True, drop_last=True)
+        bar = tqdm(
+            batches,
+            desc=f"epoch {epoch + 1}/{self.epochs}",
+            total=self.steps_per_epoch,
+            leave=False,
+            disable=None,  # unless this is a terminal
+        )
+        for index, (images, labels) in enumerate(bar):
+            step = epoch * self.steps_per_epoch + index
+            loss, hits = self._step(step, self.augment(images), labels)
+            total, correct = total + loss, correct + hits
+            bar.set_postfix(loss=f"{loss:.3f}")
+        seconds = time.perf_counter() - started
+        if epoch == self.epochs - 1:
+            self._finish()
+        started = time.perf_counter()
+        test_loss, accuracy = evaluate(self.model, self.dataset, self.dataset.test, self.batch_size)
+        size = self.size()
+        layers = [layer for layer in size.layers if layer.out_width]
+        return {
+            "epoch": epoch,
+            "train": {
+                "loss": total / self.steps_per_epoch,
+                "accuracy": correct / (self.steps_per_epoch * self.batch_size),
+                "lr": self.scheduler.get_last_lr()[0],
+                "gamma": self.compressor.gamma if self.compressor else 0.0,
+            },
+            "val": {"loss": test_loss, "accuracy": accuracy},
+            "size": {
+                "q_percent": size.q_percent,
+                "stored_percent": size.stored_percent,
+                "stored_kb": size.stored_bits / 8000,
+                "weights_percent": size.weights_percent,
+                "parameters": size.parameters,
+                "macs": size.macs,
+            },
+            "bits": {layer.name: layer.mean_bits for layer in layers},
+            "channels": {layer.name: layer.channels for layer in layers},
+            "time": {"epoch_seconds": seconds, "eval_seconds": time.perf_counter() - started},
+        }
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """One step of everything: the task's loss and the number of images it got right."""
+        self._press(step)
+        with self.autocast:
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {step}; the checkpoint before it is kept: "
+                "try a smaller --lr in another --run-dir"
+            )
+        if self.compressor is not None:
+            loss = loss + self.compressor.penalty()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.compressor is not None:
+            self.compressor.step(self.optimizer)
+        return value, int((logits.argmax(1) == labels).sum())
+
+    def _press(self, step: int) -> None:
+        """The penalty's schedule: learn first, then shrink, then train what is left."""
+        if self.compressor is None:
+            return
+        done = step / (self.epochs * self.steps_per_epoch)
+        begun = done >= self.config.penalty_from
+        self.compressor.gamma = self.config.gamma if begun else 0.0
+        if done >= self.config.penalty_until and not self.compressor.frozen:
+            self.compressor.freeze()
+
+    def _lr_factor(self, step: int) -> float:
+        """One cycle: up in a straight line, and down to zero in another."""
+        done = step / (self.epochs * self.steps_per_epoch)
+        return max(0.0, min((done + 0.01) / WARM_UP, (1 - done) / (1 - WARM_UP)))
+
+    def _finish(self) -> None:
+        if self.compressor is not None:
+            self.compressor.finish(self._statistics_batches())
+        else:
+            update_bn(self._statistics_batches(), self.model)
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        batches = self.dataset.train.batches(self.batch_size, shuffle=True, drop_last=True)
+        for index, (images, _) in enumerate(batches):
+            if index == STATISTICS_BATCHES:
+                return
+            yield self.augment(images)
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        if self.compressor is not None:
+            network = self.compressor.state_dict(self.optimizer)
+        else:
+            network = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        return {"epoch": epoch, "network": network, "scheduler": self.scheduler.state_dict()}
+
+    def _resume(self) -> int:
+        """Load the checkpoint, if there is one: the number of epochs done."""
+        state = self.folder.checkpoint()
+        if state is None:
+            return 0
+        try:
+            if self.compressor is not None:
+                self.compressor.load_state_dict(state["network"], self.optimizer)
+            else:
+                self.model.load_state_dict(state["network"]["model"])
+                self.optimizer.load_state_dict(state["network"]["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"{self.folder.path / runs.CHECKPOINT} does not fit this run ({reason}); "
+                "remove it, or start over with --overwrite"
+            ) from error
+        return int(state["epoch"])
+
+    def _summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        end = self.size()
+        seconds = [row["time"]["epoch_seconds"] for row in history]
+        return {
+            "dataset": self.dataset.name,
+            "model": self.model_name,
+            "gamma": None if self.config.float_baseline else self.config.gamma,
+            "seed": self.config.seed,
+            "epochs": self.epochs,
+            "test_accuracy": history[-1]["val"]["accuracy"],
+            "float_bits": self.start.float_bits,
+            "q_bits": end.q_bits,
+            "stored_bits": end.stored_bits,
+            "stored_percent": end.stored_percent,
+            "parameters_start": self.start.parameters,
+            "parameters_end": end.parameters,
+            "macs_start": self.start.macs,
+            "macs_end": end.macs,
+            "seconds_per_epoch": seconds,
+            "seconds_total": sum(seconds) + sum(row["time"]["eval_seconds"] for row in history),
+            "widths_start": _by_layer(self.start, "out_width"),
+            "widths_end": _by_layer(end, "out_width"),
+            "channels_start": _by_layer(self.start, "channels"),
+            "channels_end": _by_layer(end, "channels"),
+            "config": self.config.as_json(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("selfcompress", "torch", "torchvision", "numpy")},
+                "device": _device_name(self.device),
+                "threads": torch.get_num_threads(),
+            },
+        }
+
+    def _headline(self) -> str:
+        config, data = self.config, self.dataset
+        how = "in float" if config.float_baseline else f"at γ = {config.gamma:g}"
+        return (
+            f"{self.model_name} of width {config.width} {how} on {data.name}: "
+            f"{len(data.train):,} + {len(data.test):,} images of {data.image_size} pixels, "
+            f"{len(data.classes)} classes; {self.epochs} epochs, batch {self.batch_size}, "
+            f"{'with' if config.flip else 'no'} flip; {_device_name(self.device)}; "
+            f"in {self.folder.path}"
+        )
+
+    def _title(self) -> str:
+        how = "float" if self.config.float_baseline else f"γ = {self.config.gamma:g}"
+        return f"{self.model_name}, width {self.config.width}, {self.dataset.name}, {how}"
+
+    def _result(self, summary: dict[str, Any]) -> str:
+        seconds = summary["seconds_per_epoch"]
+        return (
+            f"{self.size()}\n"
+            f"{summary['dataset']}: {100 * summary['test_accuracy']:.2f} % test accuracy, "
+            f"{summary['stored_bits'] / 8000:,.1f} KB stored, {summary['stored_percent']:.2f} % of "
+            f"the 32-bit size; {summary['parameters_end']:,} of {summary['parameters_start']:,} "
+            f"parameters; an epoch {seconds[0]:.1f} s at first, {seconds[-1]:.1f} s at last\n"
+            f"{self.folder.path / runs.SUMMARY}"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Dataset, split: Split, batch_size: int
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0-1) on `split`: the quantised network, in float32."""
+    model.eval()
+    loss, correct = 0.0, 0
+    for images, labels in split.batches(batch_size):
+        logits = model(normalise(images, dataset.mean, dataset.std))
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(split), correct / len(split)
+
+
+def _load(config: Config, device: torch.device) -> tuple[Config, Dataset]:
+    """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
+    name = config.dataset or "cifar10"
+    try:
+        dataset = load(name, config.data_dir, config.image_size, device)
+    except DatasetUnavailable as unavailable:
+        if config.dataset is not None:
+            raise
+        print(
+            f"WARNING: CIFAR-10 is not to be had ({unavailable}); TRAINING ON DIGITS INSTEAD "
+            "(scikit-learn's handwritten digits): results are of digits, not of CIFAR-10",
+            file=sys.stderr,
+        )
+        name = "digits"
+        dataset = load(name, config.data_dir, config.image_size, device)
+    if dataset.image_size < 8:
+        raise UserError(
+            f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"
+        )
+    return config.resolved(name, dataset.image_size), dataset
+
+
+def _run_dir(config: Config, dataset: Dataset, model_name: str) -> Path:
+    if config.run_dir is not None:
+        return config.run_dir
+    how = "float" if config.float_baseline else f"gamma{config.gamma:g}"
+    return Path("runs") / f"{dataset.name}-{model_name}-w{config.width}-{how}-seed{config.seed}"
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here")
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    gains = device.type == "cuda" or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    enabled = config.precision == "bf16" or (config.precision == "auto" and gains)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _by_layer(size: Size, attribute: str) -> dict[str, int]:
+    return {layer.name: getattr(layer, attribute) for layer in size.layers if layer.out_width}

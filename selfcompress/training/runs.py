@@ -1,0 +1,144 @@
+"""A run's folder: its configuration, metrics, checkpoint and summary, never left half-written."""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfcompress.training.errors import UserError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.pt"
+SUMMARY = "summary.json"
+TENSORBOARD = "tensorboard"
+WIDTHS = "widths.png"
+
+
+class RunFolder:
+    """The folder `path`, made if need be, claimed for the run with configuration `config`.
+
+    Raises:
+        UserError: it holds a run of another configuration, or its files cannot be read.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], overwrite: bool) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self._clear()
+        there = self._read_json(CONFIG)
+        if there is None:
+            if any(path.iterdir()):
+                raise UserError(
+                    f"{path} holds files but no {CONFIG}, so it is not a run's folder; "
+                    "choose another --run-dir"
+                )
+            write_atomically(path / CONFIG, _json_bytes(config))
+        elif there != config:
+            raise UserError(f"{path} holds another run ({_difference(there, config)}); "
+                            "choose another --run-dir, or start over with --overwrite")  # fmt: skip
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary, which only a finished run has."""
+        return self._read_json(SUMMARY)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / SUMMARY, _json_bytes(summary))
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint: plain tensors and numbers, read without unpickling objects."""
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            return None
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
+                raise ValueError("it holds something else")
+        except Exception as error:  # a damaged zip, a truncated one, a pickle of objects, ...
+            raise UserError(
+                f"{file} cannot be read as a checkpoint ({_first_line(error)}); "
+                "remove it, or start over with --overwrite"
+            ) from error
+        return state
+
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.path / CHECKPOINT, buffer.getvalue())
+
+    def metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """The metrics of the first `epochs` epochs; later ones are struck from the file.
+
+        Raises UserError if there are fewer, or a line is damaged.
+        """
+        file = self.path / METRICS
+        lines = file.read_text().splitlines()[:epochs] if file.exists() else []
+        try:
+            rows = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{file} is damaged; start over with --overwrite") from error
+        if len(rows) < epochs:
+            raise UserError(
+                f"{file} has {len(rows)} epochs, the checkpoint {epochs}; "
+                "start over with --overwrite"
+            )
+        write_atomically(file, "".join(line + "\n" for line in lines).encode())
+        return rows
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _clear(self) -> None:
+        """Remove what runs leave behind, and nothing else."""
+        for name in (SUMMARY, CHECKPOINT, METRICS, WIDTHS, CONFIG):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            value = json.loads(file.read_text())
+            if not isinstance(value, dict):
+                raise ValueError
+        except ValueError as error:
+            raise UserError(f"{file} is damaged; start over with --overwrite") from error
+        return value
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that it is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    for name in here.keys() | there.keys():
+        if there.get(name) != here.get(name):
+            return f"{name} is {there.get(name)} there and {here.get(name)} here"
+    return "the same"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

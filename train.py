@@ -1,0 +1,42 @@
+"""Train a network that compresses itself while it trains.
+
+    python train.py --gamma 0.01                        CIFAR-10 (downloaded), ResNet-9
+    python train.py --gamma 0.01 --dataset digits       small real images, no network needed
+    python train.py --float                             the uncompressed baseline
+    python train.py --dataset folder --data-dir DIR     DIR/train/CLASS/* and DIR/test/CLASS/*
+    tensorboard --logdir runs                           watch it shrink
+
+The same command again goes on where an interrupted run stopped, and skips a finished one.
+"""
+
+import os
+import sys
+
+import tyro
+
+from models.resnet9 import ResNet9
+from selfcompress.training.config import Config
+from selfcompress.training.errors import UserError
+from selfcompress.training.loop import run
+
+
+def main() -> int:
+    config = tyro.cli(Config)
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("WORLD_SIZE is above 1: training on several devices is not supported")
+        run(config, "resnet9", lambda classes: ResNet9(classes, config.width))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
