@@ -72,7 +72,7 @@ class Compressor:
         bit_step: float = 0.02,
         exponent_step: float = 0.002,
         bias_step: float = 0.01,
-        epsilon: float = 0.05,
+        epsilon: float = 1e-3,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -132,7 +132,7 @@ class Compressor:
             check_optimizer(optimizer)
         self.steps += 1
         if not self.frozen:
-            self.formats.step()
+            self.formats.step(self.gamma)
             self._keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()

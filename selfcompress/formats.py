@@ -14,9 +14,12 @@ channel loses its bits grows with γ instead of switching from none to full (MET
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from selfcompress.layers import QuantizedLayer
-from selfcompress.quantizer import MAX_BITS, fit_exponent, integer_depth
+from selfcompress.quantizer import MAX_BITS, integer_depth
+
+TASK_SHARE = 0.1
 
 
 class FormatStepper:
@@ -48,16 +51,20 @@ class FormatStepper:
             betas=(0.9, 0.99),
         )
         self._collected: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
         self.watch()
 
     def watch(self) -> None:
         """Collect from the parameters that the layers have now; call again after a cut."""
         self._collected.clear()
-        for layer in self.layers.values():
-            for parameter in (layer.bit_depth, layer.exponent):
-                if not getattr(parameter, "_selfcompress_watched", False):
-                    parameter.register_post_accumulate_grad_hook(self._collect)
-                    parameter._selfcompress_watched = True  # type: ignore[attr-defined]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._collect)
+            for layer in self.layers.values()
+            for parameter in (layer.bit_depth, layer.exponent)
+            if parameter.requires_grad
+        ]
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
@@ -68,19 +75,27 @@ class FormatStepper:
         self._collected[parameter] = gradient
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Step all formats from what was collected since the last step."""
+    def step(self, gamma: float) -> None:
+        """Step all formats from what was collected since the last step.
+
+        Args:
+            gamma: γ of the penalty that was part of the loss.
+        """
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
         for layer in self.layers.values():
-            for parameter in (layer.bit_depth, layer.exponent):
-                parameter.grad = self._collected.pop(parameter, None)
-            if layer.bit_depth.grad is not None:
-                layer.bit_depth.grad *= self.starting_weights / layer.fan_in
+            exponent_grad = self._collected.pop(layer.exponent, None)
+            depth_grad = self._collected.pop(layer.bit_depth, None)
+            layer.exponent.grad = exponent_grad
+            if depth_grad is None:
+                continue
+            if exponent_grad is not None and layer.integer_bits:
+                depth_grad = depth_grad - exponent_grad
+            scaled = depth_grad * (self.starting_weights / layer.fan_in)
+            layer.bit_depth.grad = gamma + TASK_SHARE * (scaled - gamma)
         self.adam.step()
         self.adam.zero_grad()
         for layer, depth in zip(self.layers.values(), depths, strict=True):
             # Zero bits is the floor: a negative bit depth would take time to come back from.
             layer.bit_depth.clamp_(0, MAX_BITS)
-            fewer = (integer_depth(layer.bit_depth) < depth) & (layer.bit_depth > 0)
-            if layer.integer_bits and fewer.any():
-                layer.exponent[fewer] = fit_exponent(layer.weight[fewer], layer.bit_depth[fewer])
+            if layer.integer_bits:
+                layer.exponent += depth - integer_depth(layer.bit_depth)

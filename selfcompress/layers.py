@@ -52,7 +52,9 @@ class QuantizedLayer(nn.Module):
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
         self.bias = layer.bias  # type: ignore[assignment]
-        bit_depth = torch.full((weight.shape[0],), float(bits), device=weight.device)
+        # In the middle of the depths that round up to `bits`, so that neither direction is a step.
+        start = bits - 0.5 if integer_bits else bits
+        bit_depth = torch.full((weight.shape[0],), float(start), device=weight.device)
         self.bit_depth = nn.Parameter(bit_depth)
         self.exponent = nn.Parameter(fit_exponent(weight, bit_depth))
         self.register_buffer("rows", torch.arange(weight.shape[0], device=weight.device))

@@ -1,0 +1,236 @@
+"""Small networks that the tests quantise, kill rows of and cut, and helpers to do so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selfcompress import Compressor
+from selfcompress.channels import ChannelGraph
+from selfcompress.layers import PlacedBatchNorm2d, quantize_layers, quantized_layers
+from selfcompress.liveness import analyse, settle_statistics
+from selfcompress.surgery import Plan, apply_plan, plan_cut
+
+
+def block(i: int, o: int, bias: bool = False) -> nn.Sequential:
+    """conv3x3 → BN → ReLU."""
+    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=bias), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class Head(nn.Module):
+    """Global max-pooling and a linear layer, as in ResNet-9."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.linear = nn.Linear(channels, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 0.125 * self.linear(torch.flatten(self.pool(x), 1))
+        return y
+
+
+class Chain(nn.Module):
+    """Two conv-BN-ReLU blocks and a head."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.head = block(3, 6, bias), block(6, 7, bias), Head(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.b(self.a(x)))
+        return y
+
+
+class Residual(nn.Module):
+    """x + block(block(x)), with a ReLU before the sum or after it."""
+
+    def __init__(self, relu_after: bool) -> None:
+        super().__init__()
+        self.stem = block(3, 6)
+        self.one = block(6, 5)
+        self.two = block(5, 6)
+        if relu_after:
+            self.two[2] = nn.Identity()
+        self.after = nn.ReLU() if relu_after else nn.Identity()
+        self.head = Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head(self.after(x + self.two(self.one(x))))
+        return y
+
+
+class Biased(nn.Module):
+    """Convolutions with biases and no batch norm; activations with f(0) = 0 and not."""
+
+    def __init__(self, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, stride=2)
+        self.act, self.gelu, self.head = activation(), nn.GELU(), Head(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.gelu(self.b(self.act(self.a(x)))))
+        return y
+
+
+class Cat(nn.Module):
+    """Two branches side by side; one of them is also read on its own and added to the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = block(3, 5), block(5, 4), block(5, 3)
+        self.join, self.extra, self.head = block(7, 6), block(4, 6), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        left = self.left(x)
+        joined = self.join(torch.cat([left, self.right(x)], dim=1))
+        y: Tensor = self.head(joined + self.extra(left))
+        return y
+
+
+class Flat(nn.Module):
+    """A linear head that reads every pixel: flatten with 2x2 of them per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool = block(3, 6), nn.AdaptiveAvgPool2d(2)
+        self.flatten = nn.Flatten()
+        self.hidden, self.relu, self.out = nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.relu(self.hidden(self.flatten(self.pool(self.a(x))))))
+        return y
+
+
+class Grouped(nn.Module):
+    """A grouped convolution between two ordinary ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = block(3, 6), nn.Conv2d(6, 6, 3, groups=3), block(6, 4)
+        self.head = Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.c(torch.relu(self.b(self.a(x)))))
+        return y
+
+
+class Untraceable(Chain):
+    """Its way depends on the data, so torch.fx cannot trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def excluded_chain() -> nn.Module:
+    """A chain; quantise it with `exclude=("b.0",)`."""
+    return Chain(bias=True)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "chain": (Chain, ()),
+    "chain-biased": (lambda: Chain(bias=True), ()),
+    "residual": (lambda: Residual(relu_after=False), ()),
+    "residual-relu-after": (lambda: Residual(relu_after=True), ()),
+    "biased": (Biased, ()),
+    "biased-sigmoid": (lambda: Biased(nn.Sigmoid), ()),
+    "no-activation": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.Conv2d(6, 5, 1), Head(5)),
+        (),
+    ),
+    "cat": (Cat, ()),
+    "flat": (Flat, ()),
+    "grouped": (Grouped, ()),
+    "excluded": (excluded_chain, ("b.0",)),
+}
+"""Name → how to build it and what to exclude."""
+
+
+@dataclass
+class Cut:
+    """A quantised network, its channel graph, and what is needed to cut it."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    x: Tensor
+
+    def settle(self) -> None:
+        settle_statistics(self.graph, self.model)
+
+    def plan(self) -> Plan:
+        return plan_cut(self.graph, self.model, analyse(self.graph, self.model))
+
+    def apply(self, plan: Plan, *optimizers: Optimizer) -> None:
+        """Apply `plan` to the model and bring the graph up to date."""
+        apply_plan(plan, self.model, optimizers)
+        self.graph.remove(plan.removed)
+        for name, kept in plan.rows.items():
+            self.graph.origin[name] = self.graph.origin[name][kept]
+
+    def cut(self, *optimizers: Optimizer) -> Plan:
+        self.settle()
+        plan = self.plan()
+        self.apply(plan, *optimizers)
+        return plan
+
+
+def prepare(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Cut:
+    """One of NETWORKS, quantised, with random batch-norm parameters and statistics."""
+    torch.manual_seed(seed)
+    build, exclude = NETWORKS[name]
+    model = build()
+    quantize_layers(model, bits=8, exclude=exclude)
+    model.to(dtype)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    randomise_norms(model)
+    return Cut(model, ChannelGraph.trace(model, x), x)
+
+
+@torch.no_grad()
+def randomise_norms(model: nn.Module) -> None:
+    """Random affine parameters and statistics for every batch norm."""
+    for module in model.modules():
+        if isinstance(module, PlacedBatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_()
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+@torch.no_grad()
+def kill(model: nn.Module, layer: str, rows: Any) -> None:
+    """Take all bits from `rows` of `layer`."""
+    quantized_layers(model)[layer].bit_depth[rows] = 0
+
+
+def outputs(model: nn.Module, x: Tensor, training: bool) -> Tensor:
+    """What `model` computes in one mode; its batch-norm buffers and modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train(training)
+    with torch.no_grad():
+        y: Tensor = model(x)
+    for module, mode in modes.items():
+        module.training = mode
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return y
+
+
+def count(model: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def compressor_of(model: nn.Module, x: Tensor, gamma: float = 0.01, **options: Any) -> Compressor:
+    """A compressor with random batch-norm parameters behind it."""
+    compressor = Compressor(model, x, gamma, **options)
+    randomise_norms(model)
+    return compressor

@@ -1,0 +1,313 @@
+"""The channel graph ties what belongs together, freezes what it does not understand, and leaves
+no trace in the model."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, Cat, Chain, Flat, Grouped, Residual, Untraceable, block, prepare
+from torch import Tensor, nn
+
+from selfcompress import Compressor
+from selfcompress.channels import ChannelGraph, Kind
+from selfcompress.layers import QuantConv2d, QuantizedLayer, quantize_layers, quantized_layers
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def trace(model: nn.Module, x: Tensor = X) -> ChannelGraph:
+    quantize_layers(model, bits=4)
+    return ChannelGraph.trace(model, x)
+
+
+def ids_of(graph: ChannelGraph, module: str) -> np.ndarray:
+    """The ids on the output of a module."""
+    (node,) = [node for node in graph.nodes if node.module == module]
+    return graph.ids[node.name]
+
+
+class Function(nn.Module):
+    """conv → some function → conv."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.function(self.a(x)))
+        return y
+
+
+def frozen_by(graph: ChannelGraph, module: str) -> str:
+    """Why the output of `module` is frozen; empty if it is not."""
+    ids = ids_of(graph, module)
+    assert graph.frozen[ids].all() or not graph.frozen[ids].any()
+    return graph.reasons[ids[0]] if graph.frozen[ids[0]] else ""
+
+
+def test_an_addition_ties_its_operands() -> None:
+    graph = trace(Residual(relu_after=True))
+    stem, one, two = (ids_of(graph, name) for name in ("stem.1", "one.1", "two.1"))
+    assert np.array_equal(stem, two)
+    assert len(np.unique(stem)) == 6
+    assert not set(one) & set(stem)
+    assert not graph.frozen[stem].any()
+    assert not graph.frozen[one].any()
+
+
+def test_layers_and_norms_make_new_channels_and_activations_do_not() -> None:
+    graph = trace(Chain())
+    conv, norm, relu = (ids_of(graph, f"a.{i}") for i in range(3))
+    assert not set(conv) & set(norm)
+    assert np.array_equal(norm, relu)
+
+
+def test_cat_appends() -> None:
+    graph = trace(Cat())
+    (cat,) = graph.of_kind(Kind.CAT)
+    left, right = ids_of(graph, "left.2"), ids_of(graph, "right.2")
+    assert np.array_equal(graph.ids[cat.name], np.concatenate([left, right]))
+    assert not set(left) & set(right)
+    assert np.array_equal(ids_of(graph, "join.2"), ids_of(graph, "extra.2"))
+
+
+def test_flatten_repeats() -> None:
+    graph = trace(Flat())
+    pooled, flat = ids_of(graph, "pool"), ids_of(graph, "flatten")
+    assert np.array_equal(flat, np.repeat(pooled, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu, torch.tanh, F.gelu, lambda x: x.relu(), lambda x: 2 * x, lambda x: x / 3,
+        lambda x: x + 1, lambda x: -x, lambda x: F.max_pool2d(x, 2), lambda x: x + x,
+        lambda x: F.dropout(x, 0.1),
+    ],
+)  # fmt: skip
+def test_channels_are_followed_through(function: Callable[[Tensor], Tensor]) -> None:
+    assert frozen_by(trace(Function(function)), "a") == ""
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (lambda x: F.softmax(x, 1), "softmax"),
+        (lambda x: F.layer_norm(x, (6, 6)), "layer_norm"),
+        (lambda x: F.group_norm(x, 2), "group_norm"),
+        (lambda x: x.flip(1), "flip"),
+        (lambda x: x.roll(1, 1), "roll"),
+        (lambda x: x[:, [1, 0, 2, 3, 4, 5]], "getitem"),
+        (lambda x: x * x.amax(1, keepdim=True), "amax"),
+        (lambda x: x + x.mean((2, 3), keepdim=True), "mean"),
+        (lambda x: x.reshape(2, 6, 6, 6), "reshape"),
+        (lambda x: torch.cat([x, x], 2), "cat"),
+        (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "transpose"),
+        (lambda x: torch.add(x, x * 2, alpha=2), "add"),
+        (torch.cos, "cos"),
+    ],
+)
+def test_what_is_not_understood_freezes_and_is_named(
+    function: Callable[[Tensor], Tensor], named: str
+) -> None:
+    graph = trace(Function(function))
+    assert named in frozen_by(graph, "a")
+
+
+@pytest.mark.parametrize(
+    "module", [nn.GroupNorm(2, 6), nn.PReLU(6), nn.InstanceNorm2d(6, affine=True), nn.Softmax(1)]
+)
+def test_modules_that_mix_or_are_unknown_freeze(module: nn.Module) -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 6, 3), module, nn.Conv2d(6, 4, 3)))
+    assert "is not a module that channels can be followed through" in frozen_by(graph, "0")
+    assert frozen_by(graph, "0").startswith("_1 ")
+
+
+def test_a_subclass_is_not_taken_for_its_base() -> None:
+    class Doubling(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Doubling(6, 6, 3), nn.Conv2d(6, 4, 3))
+    graph = trace(model)
+    assert type(model[1]) is Doubling
+    assert frozen_by(graph, "0")
+    assert "1" not in graph.origin
+
+
+def test_input_and_output_are_frozen() -> None:
+    graph = trace(Chain())
+    (source,), (end,) = graph.of_kind(Kind.INPUT), graph.of_kind(Kind.OUTPUT)
+    assert graph.frozen[graph.ids[source.name]].all()
+    assert all(graph.frozen[graph.ids[name]].all() for name in end.inputs)
+    assert "output" in graph.reasons[ids_of(graph, "head.linear")[0]]
+    assert not graph.frozen[ids_of(graph, "a.0")].any()
+
+
+def test_shared_parameters_freeze() -> None:
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)))
+    model[2].weight = model[1].weight
+    graph = trace(model)
+    assert all("used elsewhere" in frozen_by(graph, name) for name in "012")
+    assert not {"1", "2"} & graph.origin.keys()
+    assert {"0", "3"} <= graph.origin.keys()
+
+
+def test_parameters_read_by_hand_freeze() -> None:
+    class Reads(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            by_hand = F.conv2d(x, self.a[0].weight, padding=1)  # type: ignore[arg-type]
+            y: Tensor = self.head(self.b(self.a(x) + by_hand))
+            return y
+
+    graph = trace(Reads())
+    assert frozen_by(graph, "a.0")
+    assert "a.0" not in graph.origin
+
+
+class Twice(nn.Module):
+    """Two convolutions that go through the same module."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), middle
+        self.c, self.d = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(self.middle(self.a(x))) + self.d(self.middle(self.b(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda: nn.Conv2d(6, 6, 1),
+        lambda: nn.BatchNorm2d(6),
+        lambda: nn.BatchNorm2d(6, affine=False),
+    ],
+)
+def test_a_layer_called_twice_freezes(middle: Callable[[], nn.Module]) -> None:
+    graph = trace(Twice(middle()))
+    assert "called more than once" in frozen_by(graph, "a")
+    assert "called more than once" in frozen_by(graph, "b")
+
+
+def test_an_activation_called_twice_does_not() -> None:
+    assert frozen_by(trace(Twice(nn.ReLU())), "a") == ""
+
+
+def test_a_layer_with_two_names_is_one_quantised_layer() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 3)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(self.first(x))
+            return y
+
+    model = Alias()
+    graph = trace(model)
+    assert isinstance(model.second, QuantConv2d)
+    assert model.second is model.first
+    assert graph.frozen.all()
+
+
+def test_grouped_convolutions_freeze() -> None:
+    graph = trace(Grouped())
+    assert "grouped" in frozen_by(graph, "b")
+    assert "grouped" in frozen_by(graph, "a.1")
+    assert "b" not in graph.origin
+    assert frozen_by(graph, "c.1") == ""
+
+
+@pytest.mark.parametrize("kind", ["control flow", "bare assert"])
+def test_an_untraceable_model_warns_and_loses_nothing(kind: str) -> None:
+    class Asserting(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x, Tensor)
+            return super().forward(x)
+
+    model = Untraceable() if kind == "control flow" else Asserting()
+    with pytest.warns(UserWarning, match="no channel of .* will be removed: torch.fx cannot trace"):
+        compressor = Compressor(model, X, 0.01)
+    with torch.no_grad():
+        model.get_parameter("a.0.bit_depth")[:3] = 0
+    before = model.eval()(X)
+    assert compressor.cut() is None
+    assert model.get_parameter("a.0.weight").shape == (6, 3, 3, 3)
+    assert torch.equal(model(X), before)
+
+
+class Random(nn.Module):
+    """Draws from torch's generator in forward, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = block(3, 6), Chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 0 * F.dropout(self.a(x)).sum() + self.b(x) * (1 + 0 * torch.rand(()))
+        return y
+
+
+@pytest.mark.parametrize("build", [Chain, Random, Untraceable])
+def test_tracing_leaves_no_trace(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    quantize_layers(model, bits=4)
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    model.train()
+    norm.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ChannelGraph.trace(model, X)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_connected() -> None:
+    graph = trace(Residual(relu_after=False))
+    assert graph.connected(set())
+    assert graph.connected({"one.0"})
+    assert graph.connected({"one.0", "two.0", "two.1"})
+    assert not graph.connected({"stem.0"})
+    assert not graph.connected({"one.0", "stem.1"})
+    assert not graph.connected({"head.linear"})
+    # Either side of the concatenation will do, and then either way to the sum.
+    graph = trace(Cat())
+    assert graph.connected({"left.0"})
+    assert graph.connected({"right.0", "join.0"})
+    assert not graph.connected({"left.0", "right.0"})
+    assert not graph.connected({"left.0", "join.0"})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_widths_agree_with_the_modules(name: str) -> None:
+    cut = prepare(name)
+    for node in cut.graph.nodes:
+        if node.module:
+            module = cut.model.get_submodule(node.module)
+            if isinstance(module, QuantizedLayer):
+                assert len(cut.graph.ids[node.name]) == module.out_width
+    assert cut.graph.origin.keys() >= {
+        layer for layer, m in quantized_layers(cut.model).items() if getattr(m, "groups", 1) == 1
+    }
+
+
+def test_removing_strikes_ids_from_every_tensor() -> None:
+    graph = trace(Residual(relu_after=True))
+    removed = np.zeros(len(graph.frozen), bool)
+    removed[ids_of(graph, "stem.1")[2]] = True
+    graph.remove(removed)
+    assert len(ids_of(graph, "stem.1")) == len(ids_of(graph, "two.1")) == 5
+    assert len(ids_of(graph, "stem.0")) == 6
+    assert np.array_equal(ids_of(graph, "stem.1"), ids_of(graph, "two.1"))

@@ -1,0 +1,201 @@
+"""The sizes are those one counts by hand, and the penalty's gradient reaches the bit depths."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import pytest
+import torch
+from networks import Chain, Flat, compressor_of
+from torch import Tensor, nn
+
+from models.resnet9 import ResNet9
+from selfcompress import Compressor, LayerSize, Size
+from selfcompress.size import q_bits
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def chain(gamma: float = 0.01, exclude: tuple[str, ...] = ()) -> tuple[Chain, Compressor]:
+    """conv 3→6, conv 6→7 at 8x8, linear 7→5: 162 + 378 + 35 weights."""
+    model = Chain(bias=True)
+    return model, compressor_of(model, X, gamma, exclude=exclude)
+
+
+def set_bits(model: nn.Module, layer: str, bits: list[float]) -> None:
+    with torch.no_grad():
+        model.get_parameter(f"{layer}.bit_depth").copy_(torch.tensor(bits))
+
+
+def by_name(size: Size) -> dict[str, LayerSize]:
+    return {layer.name: layer for layer in size.layers}
+
+
+def test_q_bits_are_equation_4() -> None:
+    model, compressor = chain()
+    set_bits(model, "a.0", [0, 1, 2, 2.5, 3, 8])
+    set_bits(model, "b.0", [4, 4, 0, 0.2, 1, 1, 1])
+    set_bits(model, "head.linear", [2, 2, 2, 2, 2])
+    expected = 27 * (0 + 1 + 2 + 3 + 3 + 8) + 54 * (4 + 4 + 0 + 1 + 1 + 1 + 1) + 7 * 10
+    assert q_bits(model).item() == expected
+    assert compressor.size().q_bits == expected
+    assert compressor.size().float_bits == 32 * (162 + 378 + 35)
+    assert compressor.size().q_percent == pytest.approx(100 * expected / (32 * 575))
+    assert compressor.penalty().item() == pytest.approx(0.01 * expected / 575)
+
+
+def test_q_counts_fractions_only_in_fractional_mode() -> None:
+    model = Chain()
+    compressor = Compressor(model, X, 0.01, integer_bits=False)
+    set_bits(model, "a.0", [0, 1, 2, 2.5, 3, 8])
+    set_bits(model, "b.0", [0.0] * 7)
+    set_bits(model, "head.linear", [0.5] * 5)
+    assert q_bits(model).item() == pytest.approx(27 * 16.5 + 7 * 2.5)
+    assert compressor.size().q_bits == pytest.approx(27 * 16.5 + 7 * 2.5)
+
+
+def test_q_counts_the_inputs_a_layer_has_now() -> None:
+    model, compressor = chain()
+    set_bits(model, "a.0", [0, 0, 4, 4, 4, 4])
+    with torch.no_grad():
+        model.get_parameter("a.1.bias")[:2] = -1
+    compressor.cut()
+    assert compressor.size().q_bits == 27 * 16 + 36 * 28 + 7 * 20
+    assert compressor.size().float_bits == 32 * 575
+
+
+@pytest.mark.parametrize("integer_bits", [True, False])
+@pytest.mark.parametrize("gamma", [0.01, 0.3])
+def test_the_gradient_of_the_penalty_is_gamma_fan_in_over_n(
+    gamma: float, integer_bits: bool
+) -> None:
+    model = Chain()
+    compressor = Compressor(model, X, gamma, bits=2.5, integer_bits=integer_bits)
+    layers = {"a.0": 27, "b.0": 54, "head.linear": 7}
+    depths = [model.get_parameter(f"{name}.bit_depth") for name in layers]
+    grads = torch.autograd.grad(compressor.penalty(), depths)
+    for grad, fan_in in zip(grads, layers.values(), strict=True):
+        torch.testing.assert_close(grad, torch.full_like(grad, gamma * fan_in / 575))
+
+
+def test_the_penalty_alone_moves_every_bit_depth_at_the_same_speed() -> None:
+    model = Chain()
+    compressor = Compressor(model, X, 0.1)
+    start = [p.detach().clone() for n, p in model.named_parameters() if n.endswith("bit_depth")]
+    optimizer = torch.optim.SGD(compressor.weights(), lr=0.1)
+    for _ in range(3):
+        compressor.penalty().backward()
+        compressor.step(optimizer)
+    now: list[Tensor] = [p for n, p in model.named_parameters() if n.endswith("bit_depth")]
+    moved = torch.cat(start) - torch.cat(now)
+    assert (moved > 0.001).all()
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved), rtol=1e-3, atol=0)
+
+
+def test_gamma_zero_has_no_penalty() -> None:
+    model = Chain()
+    compressor = Compressor(model, X, 0.0)
+    before = model.get_parameter("a.0.bit_depth").detach().clone()
+    assert compressor.penalty().item() == 0
+    compressor.penalty().backward()
+    compressor.step(torch.optim.SGD(compressor.weights(), lr=0.1))
+    assert torch.equal(model.get_parameter("a.0.bit_depth"), before)
+
+
+def test_stored_bits_by_hand() -> None:
+    model, compressor = chain()
+    set_bits(model, "a.0", [0, 1, 2, 2.5, 3, 8])
+    layers = by_name(compressor.size())
+    # 5 live rows of 27 weights with 1 + 2 + 3 + 3 + 8 bits; their formats; 6 biases; 6 placements.
+    assert layers["a.0"].stored_bits == 27 * 17 + 5 * 40 + 6 * 32 + 6
+    assert layers["a.0"].channels == 5
+    assert layers["a.0"].out_width == 6
+    assert layers["a.0"].mean_bits == pytest.approx(17 / 5)
+    assert layers["a.0"].weights == 135
+    assert layers["a.1"].stored_bits == 4 * 6 * 32
+    assert layers["b.0"].stored_bits == 54 * 28 + 7 * 40 + 7 * 32
+    assert layers["head.linear"].stored_bits == 7 * 20 + 5 * 40
+    size = compressor.size()
+    assert size.stored_bits == sum(layer.stored_bits for layer in size.layers)
+    assert size.parameters == 162 + 6 + 12 + 378 + 7 + 14 + 35
+    assert size.weights == 135 + 378 + 35
+    assert size.weights_percent == pytest.approx(100 * 548 / 575)
+    assert size.stored_percent == pytest.approx(100 * size.stored_bits / (32 * 575))
+
+
+def test_stored_bits_of_what_is_placed_after_a_cut() -> None:
+    model, compressor = chain()
+    set_bits(model, "a.0", [0, 0, 4, 4, 4, 4])
+    with torch.no_grad():
+        model.get_parameter("a.1.bias")[:2] = torch.tensor([-1.0, 1.0])
+    compressor.cut()
+    layers = by_name(compressor.size())
+    # One of two dead channels stays, as the constant of a norm: 5 channels, 4 rows to place.
+    assert layers["a.0"].stored_bits == 27 * 16 + 4 * 40 + 5 * 32 + 5
+    assert layers["a.1"].stored_bits == 4 * 5 * 32
+    assert layers["b.0"].stored_bits == 45 * 28 + 7 * 40 + 7 * 32
+    compressor.cut()
+    assert by_name(compressor.size()) == layers
+
+
+def test_an_excluded_layer_counts_at_32_bits() -> None:
+    _, compressor = chain(exclude=("b",))
+    size = compressor.size()
+    layer = by_name(size)["b.0"]
+    assert layer.q_bits == 378 * 32
+    assert layer.stored_bits == (378 + 7) * 32
+    assert layer.mean_bits == 32
+    assert size.float_bits == 32 * 575
+    assert size.q_bits == 27 * 24 + 378 * 32 + 7 * 20
+    assert compressor.penalty().item() == pytest.approx(0.01 * (27 * 24 + 7 * 20) / 575)
+
+
+def test_other_parameters_and_buffers_are_stored_and_counters_are_not() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.prelu = nn.Conv2d(3, 4, 1), nn.PReLU(4)
+            self.register_buffer("table", torch.zeros(10, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.prelu(self.conv(x))
+            return y
+
+    size = Compressor(Scaled(), X, 0.01).size()
+    assert size.stored_bits == 12 * 4 + 4 * 40 + 4 * 32 + 4 * 32 + 10 * 64
+
+
+def test_resnet9_is_the_papers() -> None:
+    model = ResNet9()
+    assert sum(p.numel() for p in model.parameters()) == 6_573_120
+    compressor = Compressor(model, torch.randn(1, 3, 32, 32), 0.01)
+    size = compressor.size()
+    assert size.parameters == 6_573_120
+    assert round(size.macs / 1e5) == 3793
+    assert size.weights == 6_563_520 + 5_120
+    assert size.float_bits == 32 * 6_568_640
+    assert size.q_percent == 12.5
+
+
+def test_macs_and_parameters_fall_with_a_cut() -> None:
+    model, compressor = chain()
+    start = compressor.size()
+    assert start.macs == 64 * (162 + 378) + 35
+    set_bits(model, "a.0", [0, 0, 0, 4, 4, 4])
+    with torch.no_grad():
+        model.get_parameter("a.1.bias")[:3] = -1
+    compressor.cut()
+    size = compressor.size()
+    assert size.macs == 64 * (81 + 3 * 63) + 35
+    assert size.parameters == start.parameters - 3 * (27 + 1 + 2 + 63)
+
+
+def test_macs_of_a_linear_layer_over_a_sequence_count_every_step() -> None:
+    compressor = Compressor(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 5, 8), 0.01)
+    assert compressor.size().macs == 5 * 8 * 4
+
+
+def test_the_table_names_every_layer() -> None:
+    compressor = Compressor(Flat(), X, 0.01)
+    text = str(compressor.size())
+    for name in ("a.0", "a.1", "hidden", "out", "in all"):
+        assert name in text
+    assert f"{compressor.size().stored_bits:,}" in text
