@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from selfcompress.layers import PlacedBatchNorm2d, QuantConv2d, QuantizedLayer, QuantLinear
+from selfcompress.modes import kept_modes
 
 
 class Kind(Enum):
@@ -129,7 +130,7 @@ class ChannelGraph:
         except Exception as error:  # whatever the user's forward() does under the tracer
             warnings.warn(
                 f"no channel of {type(model).__name__} will be removed: torch.fx cannot trace it "
-                f"({str(error).splitlines()[0]})",
+                f"({(str(error).splitlines() or [repr(error)])[0]})",
                 stacklevel=3,
             )
             return cls()
@@ -160,18 +161,12 @@ class ChannelGraph:
 
 def _trace_with_shapes(model: nn.Module, example_input: Tensor) -> torch.fx.GraphModule:
     """Trace in the mode the model trains in; run once in eval mode, to learn the shapes."""
-    modes = {module: module.training for module in model.modules()}
     devices = [example_input.device] if example_input.is_cuda else []
-    try:
-        model.train()
-        traced = torch.fx.GraphModule(model, _Tracer().trace(model))
+    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices):
+        traced = torch.fx.GraphModule(model.train(), _Tracer().trace(model))
         model.eval()
         traced.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            ShapeProp(traced).propagate(example_input)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        ShapeProp(traced).propagate(example_input)
     return traced
 
 
@@ -215,7 +210,8 @@ class _Builder:
             kind, why, shape = Kind.OPAQUE, why or "makes no tensor with channels", (1, 0)
         if kind is Kind.CAT:
             names = tuple(_cat_names(node))
-        pixels = int(np.prod(shape[2:]))
+        linear = isinstance(self.modules.get(module), nn.Linear)
+        pixels = int(np.prod(shape[1:-1] if linear else shape[2:]))
         self.nodes.append(Node(node.name, kind, names, module, pixels, evaluate))
         first = self.ids[names[0]] if names else np.zeros(0, np.int64)
         match kind:
@@ -274,7 +270,7 @@ class _Builder:
             return Kind.OPAQUE, None, "reads something other than one tensor with channels"
         if self._entangled(name, module):
             return Kind.OPAQUE, None, "has parameters that are used elsewhere too"
-        if name in self.repeated and any(True for _ in module.parameters(recurse=False)):
+        if name in self.repeated and (module._parameters or module._buffers):
             return Kind.OPAQUE, None, "is called more than once"
         if isinstance(module, QuantConv2d) or type(module) is nn.Conv2d:
             if module.groups == 1 and len(in_shape) == 4:

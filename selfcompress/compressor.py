@@ -26,7 +26,8 @@ from selfcompress.channels import ChannelGraph
 from selfcompress.formats import FormatStepper
 from selfcompress.layers import QuantizedLayer, quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.quantizer import MAX_BITS
+from selfcompress.modes import kept_modes
+from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
 from selfcompress.verify import compare, snapshot
@@ -72,7 +73,7 @@ class Compressor:
         bit_step: float = 0.02,
         exponent_step: float = 0.002,
         bias_step: float = 0.01,
-        epsilon: float = 1e-3,
+        epsilon: float = 1e-2,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -149,6 +150,8 @@ class Compressor:
         Returns:
             The plan that was applied, or None if there was nothing to cut.
         """
+        if optimizer is not None:
+            check_optimizer(optimizer)
         self._require_finite()
         for name, idle in self._idle.items():
             self.layers[name].bit_depth[idle] = 0
@@ -183,7 +186,8 @@ class Compressor:
         self.freeze()
         self._idle = self._zero_rows()
         self.cut()
-        update_bn(loader, self.model, device=self.example_input.device)
+        with kept_modes(self.model):
+            update_bn(loader, self.model, device=self.example_input.device)
         settle_statistics(self.graph, self.model)
 
     def size(self) -> Size:
@@ -241,6 +245,9 @@ class Compressor:
         removed, rows = state["removed"].numpy(), state["rows"]
         if removed.shape != self.graph.removed.shape or rows.keys() != self.graph.origin.keys():
             raise ValueError("the saved state is of another model: its channels do not match")
+        fits = all((kept < len(self.graph.origin[name])).all() for name, kept in rows.items())
+        if not fits or state["model"].keys() != self.model.state_dict().keys():
+            raise ValueError("the saved state is of another model: its layers do not match")
         plan = make_plan(self.graph, self.model, removed, {n: r.numpy() for n, r in rows.items()})
         for name, tensor in self.model.state_dict().items():
             shape = list(tensor.shape)
@@ -271,12 +278,14 @@ class Compressor:
             self.layers.items(), torch.stack(alive).tolist(), strict=True
         ):
             # An empty layer lost its rows in a cut, so the network is connected without it.
-            if not is_alive and len(layer.rows) and name in self.graph.origin:
+            if not is_alive and len(layer.rows):
                 if self.graph.connected(dead | {name} | self._empty()):
                     dead.add(name)
                 else:
                     strongest = layer.weight.flatten(1).norm(dim=1).argmax()
                     layer.bit_depth[strongest] = 1
+                    one = slice(int(strongest), int(strongest) + 1)
+                    layer.exponent[one] = fit_exponent(layer.weight[one], layer.bit_depth[one])
 
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}

@@ -220,9 +220,12 @@ def quantize_layers(
         if name not in names:
             raise ValueError(f"exclude: the model has no module named {name!r}")
     found = False
-    for name, module in list(model.named_modules()):
+    twins: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         new: nn.Module
-        if type(module) is nn.BatchNorm2d:
+        if module in twins:
+            new = twins[module]
+        elif type(module) is nn.BatchNorm2d:
             new = PlacedBatchNorm2d.from_float(module)
         elif any(name == e or name.startswith(e + ".") for e in excluded):
             continue
@@ -232,6 +235,7 @@ def quantize_layers(
             new = QuantLinear.from_float(module, bits, integer_bits)
         else:
             continue
+        twins[module] = new
         found = found or isinstance(new, QuantizedLayer)
         _replace(model, name, new)
     if not found:

@@ -165,6 +165,9 @@ class _Analysis:
         """(ids,) bool: something is on the channel, or a norm entry that stays needs its place."""
         carried = np.zeros(len(self.graph.frozen), bool)
         for node in self.graph.nodes:
+            if node.kind is Kind.ELEMENTWISE:  # one that makes something of nothing, f(0) != 0
+                made = ~np.isnan(self.constant[node.name]) & ~self.replaceable[node.name]
+                carried[self.graph.ids[node.name][made]] = True
             if node.kind not in (Kind.LAYER, Kind.NORM):
                 continue
             live, ids = self._live(node), self.graph.ids[node.name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.modes import kept_modes
 from selfcompress.surgery import Plan
 
 
@@ -19,10 +20,17 @@ class CutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The outputs of a network on one batch, and what the rows of each quantised layer computed."""
+    """The outputs of a network on one batch, and what the rows of each quantised layer computed.
+
+    Attributes:
+        outputs: every tensor the model returned.
+        rows: layer name → its output at the channels it has rows for, in the order layers ran.
+        dims: layer name → the channel axis of that output.
+    """
 
     outputs: list[Tensor]
     rows: dict[str, Tensor]
+    dims: dict[str, int]
 
 
 @torch.no_grad()
@@ -39,12 +47,13 @@ def snapshot(model: nn.Module, batch: Tensor) -> Snapshot:
 
     hooks = [m.register_forward_hook(record(n)) for n, m in quantized_layers(model).items()]
     try:
-        with evaluating(model), _full_precision(batch):
+        with kept_modes(model), _full_precision(batch):
+            model.eval()
             outputs = [o for o in pytree.tree_leaves(model(batch)) if isinstance(o, Tensor)]
     finally:
         for handle in hooks:
             handle.remove()
-    return Snapshot(outputs, rows)
+    return Snapshot(outputs, rows, {n: m.channel_dim for n, m in quantized_layers(model).items()})
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
@@ -57,7 +66,7 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
     for name, was in before.rows.items():  # in the order they ran
         kept = torch.tensor(plan.rows[name], dtype=torch.int64) if name in plan.rows else None
         is_now = after.rows[name]
-        dim = -1 if was.dim() == 2 else 1
+        dim = before.dims[name]
         if kept is not None:
             was = was.index_select(dim, kept.to(was.device))
         if was.shape != is_now.shape or _difference(was, is_now) > tolerance:
@@ -75,18 +84,6 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return 0.0
     scale = a.abs().amax().clamp(min=1e-30)
     return float(((a - b).abs().amax() / scale).nan_to_num(nan=float("inf")))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module gets its own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -64,6 +64,20 @@ class Residual(nn.Module):
         return y
 
 
+class PreActivation(nn.Module):
+    """x + conv(relu(bn(x))): a norm and an addition read the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv, self.head = nn.Conv2d(6, 6, 3, padding=1, bias=False), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head(x + self.conv(torch.relu(self.bn(x))))
+        return y
+
+
 class Biased(nn.Module):
     """Convolutions with biases and no batch norm; activations with f(0) = 0 and not."""
 
@@ -137,6 +151,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "chain-biased": (lambda: Chain(bias=True), ()),
     "residual": (lambda: Residual(relu_after=False), ()),
     "residual-relu-after": (lambda: Residual(relu_after=True), ()),
+    "pre-activation": (PreActivation, ()),
     "biased": (Biased, ()),
     "biased-sigmoid": (lambda: Biased(nn.Sigmoid), ()),
     "no-activation": (

@@ -67,12 +67,12 @@ def depths(compressor: Compressor) -> dict[str, Tensor]:
 
 
 def test_a_plain_loop_learns_and_compresses() -> None:
-    compressor, optimizer = started(lr=2e-2, gamma=0.0)
+    compressor, optimizer = started(lr=2e-2, gamma=0.0, bit_step=0.05)
     start, losses = compressor.size(), []
     rows = {name: len(layer.rows) for name, layer in compressor.layers.items()}
     for i, (x, y) in enumerate(batches(300)):
         if i == 100:
-            compressor.gamma = 1.0
+            compressor.gamma = 0.1
         # Nobody but the training kills rows; once some are gone it goes on without pressure.
         if compressor.size().parameters < 0.8 * start.parameters:
             compressor.gamma = 0.0
@@ -433,6 +433,14 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
         torch.testing.assert_close(other["state"][part], mine[part], rtol=0, atol=0, msg=part)
     for part in ("gamma", "frozen", "steps"):
         assert other["state"][part] == mine[part]
+
+
+def test_rows_that_wait_for_the_end_of_their_interval_are_saved() -> None:
+    compressor, optimizer = started(3)
+    compressor._idle = {"one.0": torch.tensor([2]), "two.0": torch.tensor([0, 1])}
+    other, other_optimizer = started()
+    other.load_state_dict(compressor.state_dict(optimizer), other_optimizer)
+    torch.testing.assert_close(other._idle, compressor._idle)
 
 
 def test_state_of_a_frozen_compressor_loads_frozen() -> None:

@@ -274,6 +274,16 @@ def test_all_pixels_of_a_flattened_channel_go() -> None:
     assert shape(cut, "out.weight") == (5, 6)
 
 
+def test_a_norm_can_skip_channels_that_others_read() -> None:
+    cut = prepare("pre-activation")
+    silence(cut, "stem", "bn", [0, 3])
+    check_exact(cut)
+    assert shape(cut, "stem.weight") == (4, 3, 3, 3)
+    assert shape(cut, "bn.weight") == (4,)
+    assert shape(cut, "conv.weight") == (6, 4, 3, 3)
+    assert shape(cut, "head.linear.weight") == (5, 6)
+
+
 def test_a_head_loses_rows_and_keeps_its_outputs() -> None:
     cut = prepare("flat")
     kill(cut.model, "out", [1])

@@ -1,0 +1,297 @@
+"""train.py as a user meets it: runs, resumes, refusals, and what a run leaves behind."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10
+
+import train
+from selfcompress.training import loop, runs
+
+TINY = (
+    "--dataset digits --width 4 --image-size 8 --epochs 4 --batch-size 128 --device cpu "
+    "--precision fp32 --gamma 0.1"
+).split()
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run train.py in this process: its exit code, and what it printed."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, args)])
+        code = train.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next run stop, as by Ctrl-C, in the middle of `epoch` (counted from 0)."""
+    whole_step = loop.Run._step
+
+    def step(self: loop.Run, number: int, *rest: Any) -> tuple[float, int]:
+        if number == epoch * self.steps_per_epoch + 2:
+            raise KeyboardInterrupt
+        return whole_step(self, number, *rest)
+
+    monkeypatch.setattr(loop.Run, "_step", step)
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Any]:
+    """Every tensor and number in a nested checkpoint, by its place."""
+    if isinstance(value, dict):
+        parts = [tensors(v, f"{path}/{k}") for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [tensors(v, f"{path}/{i}") for i, v in enumerate(value)]
+    else:
+        return {path: value}
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    one, other = (
+        tensors(torch.load(folder / runs.CHECKPOINT, weights_only=True)) for folder in (a, b)
+    )
+    assert one.keys() == other.keys()
+    for place, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[place]), place
+        else:
+            assert value == other[place], place
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_interrupted_run_ends_in_the_same_weights(
+    epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # γ is high enough for channels to be cut before and after both interruptions.
+    args = [*TINY, "--gamma", "10", "--bits", "1", "--penalty-from", "0", "--penalty-until", "1"]
+    assert cli(*args, "--run-dir", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_before(epoch, patch)
+        code, _, err = cli(*args, "--run-dir", tmp_path / "parts")
+        assert code == 130
+        assert "the same command goes on" in err
+    assert not (tmp_path / "parts" / runs.SUMMARY).exists()
+    code, out, _ = cli(*args, "--run-dir", tmp_path / "parts")
+    assert code == 0
+    assert f"going on after epoch {epoch} of 4" in out
+
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / runs.METRICS).read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    for whole, parts in zip(*rows, strict=True):
+        assert {k: v for k, v in whole.items() if k != "time"} == {
+            k: v for k, v in parts.items() if k != "time"
+        }
+    parameters = [row["size"]["parameters"] for row in rows[0]]
+    summary = json.loads((tmp_path / "whole" / runs.SUMMARY).read_text())
+    assert summary["parameters_start"] > parameters[epoch - 1] > parameters[-1]
+
+
+def test_float_baseline_resumes_too(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY[:-2], "--float"]
+    assert cli(*args, "--run-dir", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_before(2, patch)
+        assert cli(*args, "--run-dir", tmp_path / "parts")[0] == 130
+    assert cli(*args, "--run-dir", tmp_path / "parts")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    summary = json.loads((tmp_path / "whole" / runs.SUMMARY).read_text())
+    assert summary["gamma"] is None
+    assert summary["config"]["float"] is True
+    assert summary["parameters_start"] == summary["parameters_end"]
+    assert summary["stored_bits"] > summary["float_bits"]  # batch norms are stored too
+
+
+def test_what_a_run_leaves_behind(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, out, _ = cli(*TINY, "--run-dir", folder)
+    assert code == 0
+    assert out.count("\nepoch ") == 4  # a line per epoch
+    summary = json.loads((folder / runs.SUMMARY).read_text())
+    wanted = (
+        "dataset model gamma seed epochs test_accuracy float_bits q_bits stored_bits "
+        "parameters_start parameters_end macs_start macs_end seconds_per_epoch seconds_total "
+        "widths_start widths_end config versions"
+    ).split()
+    assert summary.keys() >= set(wanted)
+    assert summary["dataset"] == "digits"
+    assert summary["model"] == "resnet9"
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert len(summary["seconds_per_epoch"]) == 4
+    assert summary["q_bits"] < summary["stored_bits"] < summary["float_bits"]
+    assert (folder / runs.WIDTHS).read_bytes().startswith(b"\x89PNG")
+
+    events = EventAccumulator(str(folder / runs.TENSORBOARD)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {
+        "train/loss", "val/accuracy", "size/q_percent", "size/stored_kb", "time/epoch_seconds",
+        "bits/res1.block1.conv", "channels/linear",
+    }  # fmt: skip
+    assert len(events.Scalars("size/stored_kb")) == 4
+    assert "bit_depth/prep.conv" in events.Tags()["histograms"]
+    assert "widths" in events.Tags()["images"]
+    assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
+    last = events.Scalars("size/stored_kb")[-1].value
+    assert last == pytest.approx(summary["stored_bits"] / 8000, rel=1e-6)
+
+
+def test_finished_runs_are_skipped_and_others_refused(cli: Cli, tmp_path: Path) -> None:
+    args = [*TINY, "--epochs", "1", "--run-dir", tmp_path / "run"]
+    assert cli(*args)[0] == 0
+    before = (tmp_path / "run" / runs.SUMMARY).read_bytes()
+    code, out, _ = cli(*args)
+    assert code == 0
+    assert "is finished" in out
+    assert (tmp_path / "run" / runs.SUMMARY).read_bytes() == before
+
+    assert_refused(cli(*args, "--seed", "1"), "seed is 0 there and 1 here")
+    code, out, _ = cli(*args, "--seed", "1", "--overwrite")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / runs.SUMMARY).read_text())["seed"] == 1
+
+
+def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Non-zero exit and one line on stderr (after warnings) that has all `parts`."""
+    code, _, err = result
+    assert code != 0
+    (line,) = [line for line in err.splitlines() if not line.startswith("warning")]
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--gamma", "-0.1"], "--gamma"),
+        (["--gamma", "nan"], "--gamma"),
+        (["--width", "0"], "--width"),
+        (["--epochs", "0"], "--epochs"),
+        (["--image-size", "4"], "--image-size"),
+        (["--bits", "0"], "--bits"),
+        (["--bits", "17"], "--bits"),
+        (["--lr", "0"], "--lr"),
+        (["--penalty-from", "0.9"], "--penalty-from"),
+        (["--exclude", "nothing"], "nothing"),
+        (["--batch-size", "5000"], "--batch-size"),
+        (["--dataset", "folder", "--data-dir", "missing"], "missing"),
+    ],
+)
+def test_bad_input_is_one_line(args: list[str], part: str, cli: Cli, tmp_path: Path) -> None:
+    assert_refused(cli(*TINY, "--run-dir", tmp_path / "run", *args), part)
+
+
+def test_unknown_dataset_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli("--dataset", "imagenet")
+    assert stop.value.code not in (0, None)
+    assert "imagenet" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(cli(*TINY), "WORLD_SIZE")
+
+
+def test_options_without_effect_warn(cli: Cli, tmp_path: Path) -> None:
+    _, _, err = cli(*TINY, "--float", "--epochs", "1", "--run-dir", tmp_path / "run")
+    assert "warning: --gamma has no effect with --float" in err
+
+
+def test_falls_back_to_digits_loudly_and_by_name(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10, "url", "https://invalid.invalid/cifar.tar.gz")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("--width", "2", "--epochs", "1", "--image-size", "8")
+    assert code == 0
+    assert "TRAINING ON DIGITS INSTEAD" in err
+    assert "1 epochs, batch 64, no flip" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits-")
+    assert json.loads((folder / runs.SUMMARY).read_text())["dataset"] == "digits"
+
+    assert_refused(cli("--dataset", "cifar10"), "cifar10")
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 1437 // 128
+
+    def explode(self: loop.Run, step: int) -> float:
+        return 1.0 if step < steps else math.inf
+
+    monkeypatch.setattr(loop.Run, "_lr_factor", explode)
+    assert_refused(cli(*TINY, "--run-dir", tmp_path / "run"), f"nan at step {steps + 1}")
+    checkpoint = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
+    assert checkpoint["epoch"] == 1
+    model = checkpoint["network"]["model"]
+    assert all(t.isfinite().all() for t in model.values())
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY, "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        cli(*args)
+        cli(*TINY, "--width", "5", "--run-dir", tmp_path / "wider")
+    checkpoint = tmp_path / "run" / runs.CHECKPOINT
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: len(content) // 2])
+    assert_refused(cli(*args), "checkpoint.pt cannot be read")
+    checkpoint.write_bytes((tmp_path / "wider" / runs.CHECKPOINT).read_bytes())
+    assert_refused(cli(*args), "checkpoint.pt does not fit")
+    checkpoint.write_bytes(content)
+    assert cli(*args)[0] == 0
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY, "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        cli(*args)
+    before = (tmp_path / "run" / runs.CHECKPOINT).read_bytes()
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).name == runs.CHECKPOINT:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert_refused(cli(*args), "No space left on device", "checkpoint.pt")
+    assert (tmp_path / "run" / runs.CHECKPOINT).read_bytes() == before
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert cli(*args)[0] == 0
+
+
+def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(cli(*TINY, "--run-dir", tmp_path / "file" / "run"), str(tmp_path / "file"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert_refused(cli(*TINY, "--run-dir", tmp_path / "full"), "choose another --run-dir")
