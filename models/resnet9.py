@@ -33,7 +33,8 @@ class Residual(nn.Module):
         self.block2 = ConvBlock(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block2(self.block1(x))
+        y: Tensor = x + self.block2(self.block1(x))
+        return y
 
 
 class ResNet9(nn.Module):
@@ -75,4 +76,5 @@ class ResNet9(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.res1(self.layer1(self.prep(x)))
         x = self.res3(self.layer3(self.layer2(x)))
-        return 0.125 * self.linear(self.flatten(self.pool(x)))
+        logits: Tensor = 0.125 * self.linear(self.flatten(self.pool(x)))
+        return logits

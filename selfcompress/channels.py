@@ -195,7 +195,7 @@ class _Builder:
         return self._resolve()
 
     def _visit(self, node: torch.fx.Node) -> None:
-        shape = _shape(node)
+        traced_shape = _shape(node)
         inputs = [i for i in node.all_input_nodes if i.name in self.ids]
         names = tuple(i.name for i in inputs)
         if node.op == "output":
@@ -203,9 +203,10 @@ class _Builder:
             for i in inputs:
                 self._freeze(i.name, "it is an output of the model")
             return
-        kind, evaluate, why = self._classify(node, inputs, shape)
+        kind, evaluate, why = self._classify(node, inputs, traced_shape)
         module = str(node.target) if node.op == "call_module" else ""
-        if shape is None or len(shape) < 2:
+        shape = tuple(traced_shape or ())
+        if len(shape) < 2:
             # Not a tensor with channels: what it read is frozen, and so is what reads it.
             kind, why, shape = Kind.OPAQUE, why or "makes no tensor with channels", (1, 0)
         if kind is Kind.CAT:
@@ -252,9 +253,11 @@ class _Builder:
             return Kind.ELEMENTWISE, _evaluate_call(node, target), ""
         if target in _ADD and like_input == [True, True] and not node.kwargs:
             return Kind.ADD, None, ""
-        if target is torch.cat and _cat_axis(node) == 1 and set(_cat_names(node)) == {
-            i.name for i in inputs
-        }:
+        if (
+            target is torch.cat
+            and _cat_axis(node) == 1
+            and set(_cat_names(node)) == {i.name for i in inputs}
+        ):
             return Kind.CAT, None, ""
         if target is torch.flatten and node.args[1:] == (1,) and not node.kwargs:
             return Kind.FLATTEN, None, ""
@@ -326,9 +329,9 @@ class _Builder:
         root = np.array([self._find(i) for i in range(len(self.parent))], np.int64)
         frozen = np.zeros(len(root), bool)
         reasons: dict[int, str] = {}
-        for ids, why in self.freezes:
-            frozen[root[ids]] = True
-            for i in root[ids].tolist():
+        for touched, why in self.freezes:
+            frozen[root[touched]] = True
+            for i in root[touched].tolist():
                 reasons.setdefault(i, why)
         ids = {name: root[ids] for name, ids in self.ids.items()}
         removed = np.zeros(len(root), bool)

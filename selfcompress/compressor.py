@@ -1,14 +1,14 @@
 """Self-compression for a training loop of your own.
 
-    compressor = selfcompress.Compressor(model, example_input, gamma=0.01)
-    optimizer = torch.optim.AdamW(compressor.weights(), lr=1e-3)
-    for x, y in loader:
-        loss = F.cross_entropy(model(x), y) + compressor.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        compressor.step(optimizer)
-    compressor.finish(loader)
+compressor = selfcompress.Compressor(model, example_input, gamma=0.01)
+optimizer = torch.optim.AdamW(compressor.weights(), lr=1e-3)
+for x, y in loader:
+    loss = F.cross_entropy(model(x), y) + compressor.penalty()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    compressor.step(optimizer)
+compressor.finish(loader)
 """
 
 import math
@@ -32,6 +32,7 @@ from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
 from selfcompress.verify import compare, snapshot
 
+_BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
@@ -51,9 +52,7 @@ class Compressor:
         exclude: names of layers (or of modules that contain layers) to leave in float. They
             count at 32 bits a weight.
         interval: steps between two cuts.
-        bit_step, exponent_step: the largest change of a bit depth or exponent in one step.
-        bias_step: how far one step drives the bias of a dead row towards zero (the proximal step
-            of an L1 loss on it).
+        bit_step: the largest change of a bit depth in one step, in bits.
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
@@ -71,9 +70,6 @@ class Compressor:
         exclude: Iterable[str] = (),
         interval: int = 50,
         bit_step: float = 0.02,
-        exponent_step: float = 0.002,
-        bias_step: float = 0.01,
-        epsilon: float = 1e-2,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -83,16 +79,13 @@ class Compressor:
         self.model = model
         self.example_input = example_input
         self.interval = interval
-        self.bias_step = bias_step
         self.frozen = False
         self.steps = 0
         self.starting_weights = starting_weights(model)
         quantize_layers(model, bits=bits, integer_bits=integer_bits, exclude=exclude)
         self.layers = quantized_layers(model)
         self.graph = ChannelGraph.trace(model, example_input)
-        self.formats = FormatStepper(
-            self.layers, self.starting_weights, bit_step, exponent_step, epsilon
-        )
+        self.formats = FormatStepper(self.layers, self.starting_weights, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
 
@@ -294,7 +287,7 @@ class Compressor:
     def _shrink_lingering_biases(self) -> None:
         for name, positions in self._lingering.items():
             bias = self.model.get_parameter(name)
-            bias[positions] = F.softshrink(bias[positions], self.bias_step)
+            bias[positions] = F.softshrink(bias[positions], _BIAS_STEP)
 
     @torch.no_grad()
     def _zero_rows(self) -> dict[str, Tensor]:

@@ -2,14 +2,23 @@
 
 γ must mean the same in everybody's training loop, so the gradients of the formats are taken away
 as soon as autograd has accumulated them: clipping, weight decay, schedules and optimisers of the
-weights never see them. They are stepped by Adam (the paper's choice) in units in which γ bites
-alike in any network: the gradient of a bit depth is multiplied by N / (I·H·W), which turns the
-penalty's part of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as for a
-last one of 4,608. The optimum stays where it was.
+weights never see them. What is done with them then:
 
-Adam's ε is well above the gradients that small γ's give, so that the speed at which an unneeded
-channel loses its bits grows with γ instead of switching from none to full (METHOD: the paper's
-ε of 1e-3 at a learning rate of 0.5 does the same); the learning rate bounds every step.
+*Direction.* A row's bit depth is stepped at a fixed range 2^(e+b-1): when its integer depth falls
+by one its exponent rises by one, so that fewer bits mean a coarser grid and not a narrower one.
+The gradient along that direction is ∂/∂b - ∂/∂e. (Fractional depths move alone, as in the paper.)
+
+*Units.* The gradient of a bit depth is multiplied by N / (I·H·W), which turns the penalty's part
+of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as for a last one of 4,608.
+So γ bites alike in networks of any width, and the optimum stays where it was.
+
+*Share of the task.* What a bit is worth to the task is overstated by its partial derivative,
+which holds all other weights still; in training they make up for it. The task's part counts
+`TASK_SHARE`.
+
+*Step.* Adam (the paper's choice), whose learning rate bounds every step. Its ε, well above zero,
+makes the speed at which an unneeded channel loses its bits grow with γ instead of switching from
+none to full.
 """
 
 import torch
@@ -19,7 +28,10 @@ from torch.utils.hooks import RemovableHandle
 from selfcompress.layers import QuantizedLayer
 from selfcompress.quantizer import MAX_BITS, integer_depth
 
-TASK_SHARE = 0.1
+TASK_SHARE = 0.1  # of the task's gradient of a bit depth; see above
+EPSILON = 0.01  # the gradient, in units of γ, that moves a bit depth by half of the largest step
+EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
+BETAS = (0.9, 0.99)  # of Adam's averages
 
 
 class FormatStepper:
@@ -29,8 +41,6 @@ class FormatStepper:
         layers: the quantised layers by name.
         starting_weights: N of eq. (3).
         bit_step: the largest step of a bit depth, in bits.
-        exponent_step: the largest step of an exponent.
-        epsilon: the size of a (scaled) bit-depth gradient that moves it by half of `bit_step`.
     """
 
     def __init__(
@@ -38,17 +48,17 @@ class FormatStepper:
         layers: dict[str, QuantizedLayer],
         starting_weights: int,
         bit_step: float,
-        exponent_step: float,
-        epsilon: float,
     ) -> None:
         self.layers = layers
         self.starting_weights = starting_weights
+        depths = [layer.bit_depth for layer in layers.values()]
+        exponents = [layer.exponent for layer in layers.values()]
         self.adam = torch.optim.Adam(
             [
-                {"params": [m.bit_depth for m in layers.values()], "lr": bit_step, "eps": epsilon},
-                {"params": [m.exponent for m in layers.values()], "lr": exponent_step},
+                {"params": depths, "lr": bit_step, "eps": EPSILON},
+                {"params": exponents, "lr": EXPONENT_STEP * bit_step},
             ],
-            betas=(0.9, 0.99),
+            betas=BETAS,
         )
         self._collected: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
@@ -98,4 +108,4 @@ class FormatStepper:
             # Zero bits is the floor: a negative bit depth would take time to come back from.
             layer.bit_depth.clamp_(0, MAX_BITS)
             if layer.integer_bits:
-                layer.exponent += depth - integer_depth(layer.bit_depth)
+                layer.exponent.add_(depth - integer_depth(layer.bit_depth))

@@ -103,7 +103,7 @@ class QuantizedLayer(nn.Module):
         return out + self.bias.to(out.dtype).view(-1, *over_space)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
@@ -113,7 +113,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self.out_channels
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        out: Tensor = self._conv_forward(x, weight, bias)
+        return out
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, bits: float, integer_bits: bool) -> Self:
@@ -133,7 +134,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return new.adopt(layer, bits, integer_bits)
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with a bit depth and an exponent per output channel."""
 
     channel_dim = -1

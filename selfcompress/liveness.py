@@ -101,7 +101,9 @@ class _Analysis:
                 case Kind.NORM:
                     read = inputs[0][self._columns(node)]
                     value[:] = 0
-                    value[self._positions(node)] = np.where(np.isnan(read), np.nan, self._bias(node))
+                    value[self._positions(node)] = np.where(
+                        np.isnan(read), np.nan, self._bias(node)
+                    )
                 case Kind.ELEMENTWISE:
                     value = np.where(np.isnan(inputs[0]), np.nan, _evaluate(node, inputs[0]))
                 case Kind.SPATIAL:

@@ -29,12 +29,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from selfcompress.channels import ChannelGraph, Kind
+from selfcompress.channels import ChannelGraph
 from selfcompress.layers import PlacedBatchNorm2d, QuantizedLayer
 from selfcompress.quantizer import integer_depth
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
+_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,18 +116,17 @@ class Size:
 
     def __str__(self) -> str:
         head = ("layer", "channels", "of", "mean bits", "weights", "Q bits", "stored bits", "MACs")
-        lines = [
-            (l.name, l.channels, l.out_width, f"{l.mean_bits:.2f}", l.weights, f"{l.q_bits:.0f}",
-             l.stored_bits, l.macs)
-            for l in self.layers
-        ]  # fmt: skip
-        lines.append(("in all", "", "", "", self.weights, f"{self.q_bits:.0f}",
-                      self.stored_bits, self.macs))  # fmt: skip
-        rows = [tuple(f"{c:,}" if isinstance(c, int) else str(c) for c in line) for line in lines]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        rows: list[tuple[str, ...]] = [head]
+        for layer in self.layers:
+            own = (f"{layer.channels:,}", f"{layer.out_width:,}", f"{layer.mean_bits:.2f}")
+            own = own if layer.out_width else ("", "", "")
+            rows.append((layer.name, *own, *_counts(layer)))
+        rows.append(("in all", "", "", "", *_counts(self)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         text = "\n".join(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-            for r in [head, *rows]
+            row[0].ljust(widths[0])
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
         )
         return (
             f"{text}\nQ {self.q_percent:.2f} % and stored {self.stored_percent:.2f} % of "
@@ -131,9 +134,14 @@ class Size:
         )
 
 
+def _counts(size: LayerSize | Size) -> tuple[str, ...]:
+    counts = (size.weights, round(size.q_bits), size.stored_bits, size.macs)
+    return tuple(f"{count:,}" for count in counts)
+
+
 def starting_weights(model: nn.Module) -> int:
     """N: the weights of all convolutions and linear layers of `model`, quantised or not."""
-    return sum(module.weight.numel() for module in model.modules() if _is_layer(module))
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, _LAYERS))
 
 
 def q_bits(model: nn.Module) -> Tensor:
@@ -144,7 +152,7 @@ def q_bits(model: nn.Module) -> Tensor:
     total = torch.zeros(())
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            bits = module.bit_depth
+            bits: Tensor = module.bit_depth
             if module.integer_bits:
                 bits = bits + (bits.ceil() - bits).detach()
             total = total.to(bits.device) + module.fan_in * bits.sum()
@@ -206,10 +214,9 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     if isinstance(module, PlacedBatchNorm2d):
         stored += module.out_width if module.num_features < module.out_width else 0
         stored += module.in_width if module.num_features < module.in_width else 0
-    if not _is_layer(module):
+    if not isinstance(module, _LAYERS):
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
     weight = module.weight
-    assert isinstance(weight, Tensor)
     return LayerSize(
         name=name,
         channels=weight.shape[0],
@@ -220,10 +227,6 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
         stored_bits=stored,
         macs=weight.numel() * pixels,
     )
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
 
 
 def _as_held(tensor: Tensor | None) -> int:

@@ -260,7 +260,7 @@ def test_a_row_of_zeros_dies_only_after_a_whole_interval(revived: bool) -> None:
 
 
 def test_biases_that_hold_a_dead_channel_land_on_exactly_zero_and_it_goes() -> None:
-    compressor, optimizer = started(gamma=0.0, bias_step=0.01)
+    compressor, optimizer = started(gamma=0.0)
     model = compressor.model
     with torch.no_grad():
         model.get_parameter("two.1.bias").copy_(torch.tensor([0.5, -0.055, 0.033, 0.5, 0.5, 0.5]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from selfcompress.training.augment import Augment, normalise
-from selfcompress.training.data import Dataset, DatasetUnavailable, Split, load
+from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
 from selfcompress.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -225,7 +225,7 @@ def test_cifar10_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # A damaged earlier download must not be mistaken for the dataset.
     (tmp_path / CIFAR10.filename).write_bytes(b"cut short")
     start = time.monotonic()
-    with pytest.raises(DatasetUnavailable, match=r"invalid\.invalid.* cannot be reached"):
+    with pytest.raises(DatasetUnavailableError, match=r"invalid\.invalid.* cannot be reached"):
         load("cifar10", tmp_path, None, CPU)
     assert time.monotonic() - start < 12
 
@@ -236,7 +236,7 @@ def test_cifar10_that_does_not_survive_its_download(
     damaged = tmp_path / "served"
     damaged.write_bytes(b"cut short")
     monkeypatch.setattr(CIFAR10, "url", damaged.as_uri())
-    with pytest.raises(DatasetUnavailable, match="could not be downloaded") as caught:
+    with pytest.raises(DatasetUnavailableError, match="could not be downloaded") as caught:
         load("cifar10", tmp_path / "data", None, CPU)
     assert len(str(caught.value).splitlines()) == 1
 

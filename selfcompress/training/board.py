@@ -56,7 +56,7 @@ class Board:
 
 
 def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) -> bytes:
-    """Live channels of each layer at the start and now, with mean bits (the paper's Fig. 4): PNG."""
+    """Live channels per layer at the start and now, with mean bits (the paper's Fig. 4): PNG."""
     now = {layer.name: layer for layer in after}
     names = list(before)
     figure = Figure(figsize=(8, 0.45 * len(names) + 1.6), layout="constrained")
@@ -66,7 +66,7 @@ def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) ->
     axes.barh(place, list(before.values()), color="#d9d9d9", label="at the start")
     axes.barh(place, left, color="#2b6cb0", label="left")
     room = max(before.values())
-    for at, name in zip(place, names, strict=True):
+    for at, name in enumerate(names):
         layer = now[name]
         text = f"{layer.channels} of {before[name]}"
         if layer.channels:

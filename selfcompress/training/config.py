@@ -12,6 +12,8 @@ import tyro
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.training.errors import UserError
 
+DatasetName = Literal["cifar10", "digits", "folder"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,7 +26,7 @@ class Config:
     """The price of size: larger is smaller and less accurate. 0 quantises without any penalty."""
     float_baseline: Annotated[bool, tyro.conf.arg(name="float")] = False
     """Train the uncompressed float network instead, by the same schedule."""
-    dataset: Literal["cifar10", "digits", "folder"] | None = None
+    dataset: DatasetName | None = None
     """Images to train on. None is cifar10, or digits where that cannot be had."""
     data_dir: Path = Path("data")
     """Where cifar10 is or is downloaded to; for folder, the folder with train/ and test/."""
@@ -88,7 +90,14 @@ class Config:
     def without_effect(self) -> list[str]:
         """Warnings for options that were changed but do nothing in this combination."""
         warnings = []
-        compression = ("gamma", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until")
+        compression = (
+            "gamma",
+            "bits",
+            "fractional_bits",
+            "exclude",
+            "penalty_from",
+            "penalty_until",
+        )
         if self.float_baseline:
             warnings += [(name, "with --float") for name in compression if self._changed(name)]
         elif self.gamma == 0 and self._changed("penalty_from"):
@@ -101,7 +110,7 @@ class Config:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return bool(getattr(self, name) != defaults[name])
 
-    def resolved(self, dataset: str, image_size: int) -> "Config":
+    def resolved(self, dataset: DatasetName, image_size: int) -> "Config":
         """This configuration with the defaults of its dataset filled in."""
         digits = dataset == "digits"
         return dataclasses.replace(

@@ -30,7 +30,7 @@ READ_AT_ONCE = 256  # images per piece of work when a whole folder is read
 MAX_WORKERS = 8  # processes that decode images
 
 
-class DatasetUnavailable(UserError):
+class DatasetUnavailableError(UserError):
     """The dataset is not on disk and cannot be downloaded."""
 
 
@@ -166,14 +166,14 @@ def _cifar10(data_dir: Path, image_size: int, device: torch.device) -> Dataset:
 def _download_cifar10(data_dir: Path) -> None:
     unpackable = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
     if not unpackable and not _reachable(CIFAR10.url):
-        raise DatasetUnavailable(
+        raise DatasetUnavailableError(
             f"no intact cifar10 in {data_dir}, and {CIFAR10.url} cannot be reached; "
             "download it where there is a network, or choose another dataset"
         )
     try:
         CIFAR10(data_dir, download=True)
     except Exception as error:  # the network, gzip, tar and MD5 sums each fail in their own ways
-        raise DatasetUnavailable(
+        raise DatasetUnavailableError(
             f"cifar10 could not be downloaded to {data_dir} ({' '.join(str(error).split())}); "
             "remove what is there and try again, or choose another dataset"
         ) from error

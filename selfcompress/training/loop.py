@@ -23,8 +23,8 @@ from selfcompress.size import Size, measure, starting_weights
 from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
-from selfcompress.training.config import Config
-from selfcompress.training.data import Dataset, DatasetUnavailable, Split, load
+from selfcompress.training.config import Config, DatasetName
+from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
 from selfcompress.training.errors import UserError
 
 BuildModel = Callable[[int], nn.Module]
@@ -48,7 +48,9 @@ def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, A
         print(f"warning: {warning}", file=sys.stderr)
     device = _device(config)
     config, dataset = _load(config, device)
-    folder = runs.RunFolder(_run_dir(config, dataset, model_name), config.as_json(), config.overwrite)
+    folder = runs.RunFolder(
+        _run_dir(config, dataset, model_name), config.as_json(), config.overwrite
+    )
     summary = folder.summary()
     if summary is not None:
         print(f"{folder.path} is finished; --overwrite starts it over")
@@ -84,7 +86,8 @@ class Run:
         self.autocast = _autocast(config, device)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(len(dataset.classes)).to(device, memory_format=torch.channels_last)
+        self.model = build_model(len(dataset.classes)).to(device)
+        self.model.to(memory_format=torch.channels_last)
         examples = next(dataset.train.batches(EXAMPLES))[0]
         self.examples = normalise(examples, dataset.mean, dataset.std)
         self.starting_weights = starting_weights(self.model)
@@ -117,7 +120,6 @@ class Run:
                 exclude=config.exclude,
                 interval=self.steps_per_epoch,
                 bit_step=bit_step,
-                exponent_step=bit_step / 10,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -304,7 +306,10 @@ class Run:
             "config": self.config.as_json(),
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("selfcompress", "torch", "torchvision", "numpy")},
+                **{
+                    name: version(name)
+                    for name in ("selfcompress", "torch", "torchvision", "numpy")
+                },
                 "device": _device_name(self.device),
                 "threads": torch.get_num_threads(),
             },
@@ -353,10 +358,10 @@ def evaluate(
 
 def _load(config: Config, device: torch.device) -> tuple[Config, Dataset]:
     """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
-    name = config.dataset or "cifar10"
+    name: DatasetName = config.dataset or "cifar10"
     try:
         dataset = load(name, config.data_dir, config.image_size, device)
-    except DatasetUnavailable as unavailable:
+    except DatasetUnavailableError as unavailable:
         if config.dataset is not None:
             raise
         print(
