@@ -38,7 +38,7 @@ class Config:
     """Passes over the training images (digits: 40; others: 24)."""
     batch_size: int | None = None
     """Images per step (digits: 64; others: 512)."""
-    lr: float = 0.2
+    lr: float = 0.4
     """Peak learning rate of the weights (Nesterov SGD, one cycle)."""
     weight_decay: float = 5e-4
     """L2 on the weights; bit depths and exponents are not decayed."""

@@ -1,5 +1,6 @@
 """The training loop of a run, from its configuration to its summary."""
 
+import itertools
 import math
 import platform
 import sys
@@ -35,6 +36,7 @@ BIT_TRAVEL = 20.0  # bits that a channel could lose between --penalty-from and -
 LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
+EVALUATION_BATCHES = 10  # for those of the network of every other epoch
 
 
 def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, Any]:
@@ -171,8 +173,7 @@ class Run:
             total, correct = total + loss, correct + hits
             bar.set_postfix(loss=f"{loss:.3f}")
         seconds = time.perf_counter() - started
-        if epoch == self.epochs - 1:
-            self._finish()
+        self._settle(last=epoch == self.epochs - 1)
         started = time.perf_counter()
         test_loss, accuracy = evaluate(self.model, self.dataset, self.dataset.test, self.batch_size)
         size = self.size()
@@ -236,17 +237,16 @@ class Run:
         done = step / (self.epochs * self.steps_per_epoch)
         return max(0.0, min((done + 0.01) / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
-    def _finish(self) -> None:
-        if self.compressor is not None:
-            self.compressor.finish(self._statistics_batches())
+    def _settle(self, last: bool) -> None:
+        """Batch-norm statistics of the network as it is: running ones lag behind formats."""
+        if last and self.compressor is not None:
+            self.compressor.finish(self._batches(STATISTICS_BATCHES))
         else:
-            update_bn(self._statistics_batches(), self.model)
+            update_bn(self._batches(STATISTICS_BATCHES if last else EVALUATION_BATCHES), self.model)
 
-    def _statistics_batches(self) -> Iterator[Tensor]:
+    def _batches(self, count: int) -> Iterator[Tensor]:
         batches = self.dataset.train.batches(self.batch_size, shuffle=True, drop_last=True)
-        for index, (images, _) in enumerate(batches):
-            if index == STATISTICS_BATCHES:
-                return
+        for images, _ in itertools.islice(batches, count):
             yield self.augment(images)
 
     def _state(self, epoch: int) -> dict[str, Any]:
