@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.formats import FormatStepper
+from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.modes import kept_modes
@@ -69,7 +69,7 @@ class Compressor:
         integer_bits: bool = True,
         exclude: Iterable[str] = (),
         interval: int = 50,
-        bit_step: float = 0.02,
+        bit_step: float = 0.01,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -126,7 +126,7 @@ class Compressor:
             check_optimizer(optimizer)
         self.steps += 1
         if not self.frozen:
-            self.formats.step(self.gamma)
+            self.formats.step(self.gamma, fit=self.steps % FIT_INTERVAL == 0)
             self._keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()

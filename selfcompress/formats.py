@@ -6,7 +6,12 @@ weights never see them. What is done with them then:
 
 *Direction.* A row's bit depth is stepped at a fixed range 2^(e+b-1): when its integer depth falls
 by one its exponent rises by one, so that fewer bits mean a coarser grid and not a narrower one.
-The gradient along that direction is ∂/∂b - ∂/∂e. (Fractional depths move alone, as in the paper.)
+The gradient along that direction is ∂/∂b - ∂/∂e. A row that changes its integer depth starts in
+the middle of the new one; at the border it would flicker between the two. (Fractional depths move
+alone, as in the paper.)
+
+*Exponents* are learned, and every few steps fitted anew to the weights: in a short run the weights
+grow and shrink faster than steps small enough to be harmless can follow.
 
 *Units.* The gradient of a bit depth is multiplied by N / (I·H·W), which turns the penalty's part
 of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as for a last one of 4,608.
@@ -26,12 +31,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selfcompress.layers import QuantizedLayer
-from selfcompress.quantizer import MAX_BITS, integer_depth
+from selfcompress.quantizer import MAX_BITS, fit_exponent, integer_depth
 
-TASK_SHARE = 0.1  # of the task's gradient of a bit depth; see above
-EPSILON = 0.01  # the gradient, in units of γ, that moves a bit depth by half of the largest step
+TASK_SHARE = 0.03  # of the task's gradient of a bit depth; see above
+EPSILON = 0.003  # the gradient, in units of γ, that moves a bit depth by half of the largest step
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
+FIT_INTERVAL = 20  # steps between two fits of the exponents
 
 
 class FormatStepper:
@@ -85,11 +91,12 @@ class FormatStepper:
         self._collected[parameter] = gradient
 
     @torch.no_grad()
-    def step(self, gamma: float) -> None:
+    def step(self, gamma: float, *, fit: bool) -> None:
         """Step all formats from what was collected since the last step.
 
         Args:
             gamma: γ of the penalty that was part of the loss.
+            fit: fit the exponents to the weights, too.
         """
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
         for layer in self.layers.values():
@@ -108,4 +115,13 @@ class FormatStepper:
             # Zero bits is the floor: a negative bit depth would take time to come back from.
             layer.bit_depth.clamp_(0, MAX_BITS)
             if layer.integer_bits:
-                layer.exponent.add_(depth - integer_depth(layer.bit_depth))
+                self._settle(layer, depth, fit)
+
+    def _settle(self, layer: QuantizedLayer, before: Tensor, fit: bool) -> None:
+        """Move exponents and bit depths of a layer along with its integer depths."""
+        depth = integer_depth(layer.bit_depth)
+        layer.exponent.add_(before - depth)
+        middle = (depth - 0.5).clamp(min=0)
+        layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))
+        if fit:
+            layer.exponent.copy_(fit_exponent(layer.weight, layer.bit_depth))

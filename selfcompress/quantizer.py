@@ -95,8 +95,8 @@ class _FakeQuantize(torch.autograd.Function):
 def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
     """The exponent, per row, at which eq. (1) loses least of `weight` in the squared sense.
 
-    Tries a grid of quarter powers of two below the exponent that just avoids saturation, which
-    covers both "clip nothing" and "clip the tails to resolve the bulk".
+    Tries half powers of two around the exponent that just avoids saturation, which covers both
+    "clip nothing" and "clip the tails to resolve the bulk".
 
     Args:
         weight: (rows, ...).
@@ -112,8 +112,8 @@ def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
     largest = rows.abs().amax(1)
     widest = torch.log2(largest.clamp(min=2.0**EXPONENT_FLOOR)) - (bits - 1)
     best, best_error = widest.clone(), torch.full_like(widest, math.inf)
-    for quarter in range(13):
-        exponent = widest + 1 - quarter / 4
+    for half in range(-2, 5):
+        exponent = widest - half / 2
         error = (fake_quantize(rows, bits, exponent) - rows).square().sum(1)
         better = error < best_error
         best = torch.where(better, exponent, best)

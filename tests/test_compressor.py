@@ -72,7 +72,7 @@ def test_a_plain_loop_learns_and_compresses() -> None:
     rows = {name: len(layer.rows) for name, layer in compressor.layers.items()}
     for i, (x, y) in enumerate(batches(300)):
         if i == 100:
-            compressor.gamma = 0.1
+            compressor.gamma = 0.03
         # Nobody but the training kills rows; once some are gone it goes on without pressure.
         if compressor.size().parameters < 0.8 * start.parameters:
             compressor.gamma = 0.0
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
 
 
 def test_frozen_formats_stay_and_dead_channels_still_go() -> None:
-    compressor, optimizer = started(30)
+    compressor, optimizer = started(30, gamma=0.0)
     compressor.freeze()
     kill(compressor.model, "two.0", [0])
     formats = {n: (m.bit_depth.clone(), m.exponent.clone()) for n, m in compressor.layers.items()}
@@ -603,7 +603,7 @@ def trained(
 def test_gamma_means_the_same_under_any_optimizer_schedule_and_clipping() -> None:
     stored = []
     for recipe in (sgd_cosine, adamw_one_cycle, clipped):
-        compressor, accuracy = trained(0.1, 8, 300, recipe)
+        compressor, accuracy = trained(0.01, 8, 400, recipe)
         assert accuracy > 0.9
         stored.append(compressor.size().stored_bits)
     assert max(stored) <= 1.2 * min(stored)
@@ -611,14 +611,14 @@ def test_gamma_means_the_same_under_any_optimizer_schedule_and_clipping() -> Non
 
 @pytest.mark.slow
 def test_gamma_bites_alike_at_any_width() -> None:
-    percent = [trained(0.1, width, 200, batch=64)[0].size().q_percent for width in (8, 64)]
+    percent = [trained(0.01, width, 200, batch=64)[0].size().q_percent for width in (8, 64)]
     assert percent[0] < 10
     assert max(percent) <= 1.5 * min(percent)
 
 
 @pytest.mark.slow
 def test_two_decades_of_gamma_fall_monotonically_and_five_fold() -> None:
-    gammas = np.geomspace(0.003, 0.3, 5).tolist()
-    stored = [trained(gamma, 8, 400)[0].size().stored_bits for gamma in gammas]
+    gammas = np.geomspace(0.001, 0.1, 5).tolist()
+    stored = [trained(gamma, 16, 400)[0].size().stored_bits for gamma in gammas]
     assert all(a > b for a, b in itertools.pairwise(stored))
     assert stored[0] >= 5 * stored[-1]

@@ -32,7 +32,7 @@ BuildModel = Callable[[int], nn.Module]
 """Number of classes → the network to train, float and at its full width."""
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
-BIT_TRAVEL = 20.0  # bits that a channel could lose between --penalty-from and --penalty-until
+BIT_TRAVEL = 4.0  # bits that a channel could lose between --penalty-from and --penalty-until
 LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
