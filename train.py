@@ -21,7 +21,7 @@ from selfcompress.training.loop import run
 
 
 def main() -> int:
-    config = tyro.cli(Config)
+    config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("WORLD_SIZE is above 1: training on several devices is not supported")
