@@ -15,6 +15,7 @@ import sys
 import tyro
 
 from models.resnet9 import ResNet9
+from selfcompress import CutError
 from selfcompress.training.config import Config
 from selfcompress.training.errors import UserError
 from selfcompress.training.loop import run
@@ -23,12 +24,15 @@ from selfcompress.training.loop import run
 def main() -> int:
     config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("WORLD_SIZE is above 1: training on several devices is not supported")
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+            raise UserError("WORLD_SIZE is not 1: training on several devices is not supported")
         run(config, "resnet9", lambda classes: ResNet9(classes, config.width))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (CutError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -62,6 +62,9 @@ class ResNet9(nn.Module):
             "layer3.conv": 8 * width,
             "res3.block1.conv": 8 * width,
         }
+        unknown = set(widths or {}) - w.keys() - {"res1.block2.conv", "res3.block2.conv", "linear"}
+        if unknown:
+            raise ValueError(f"widths: the network has no convolution {min(unknown)!r}")
         w |= dict(widths or {})
         self.prep = ConvBlock(3, w["prep.conv"])
         self.layer1 = ConvBlock(w["prep.conv"], w["layer1.conv"], pool=True)

@@ -259,7 +259,10 @@ class _Builder:
             and set(_cat_names(node)) == {i.name for i in inputs}
         ):
             return Kind.CAT, None, ""
-        if target is torch.flatten and node.args[1:] == (1,) and not node.kwargs:
+        if target is torch.flatten and (node.args[1:], node.kwargs) in (
+            ((1,), {}),
+            ((), {"start_dim": 1}),
+        ):
             return Kind.FLATTEN, None, ""
         return Kind.OPAQUE, None, "is not an operation that channels can be followed through"
 

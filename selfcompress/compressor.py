@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.formats import FIT_INTERVAL, FormatStepper
+from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.modes import kept_modes
@@ -45,14 +45,16 @@ class Compressor:
         example_input: a batch the model accepts, on its device, to trace it and to check cuts
             with; a few real images serve best.
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
-            any time (`compressor.gamma = ...`), for a schedule.
+            any time (`compressor.gamma = ...`), for a schedule. Loss scaling, as of a GradScaler,
+            is not undone.
         bits: the bit depth that every channel starts at.
         integer_bits: round bit depths up in the forward pass, so that sizes can be stored. False
             is the paper's fractional bit depth.
         exclude: names of layers (or of modules that contain layers) to leave in float. They
             count at 32 bits a weight.
         interval: steps between two cuts.
-        bit_step: the largest change of a bit depth in one step, in bits.
+        bit_step: the largest step of a bit depth, in bits: 0.01 lets an unneeded channel of 4
+            bits go within about 200 steps (a row whose integer depth changes moves on by half).
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
@@ -73,6 +75,8 @@ class Compressor:
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
+        if integer_bits and bits != int(bits):
+            raise ValueError(f"bits must be a whole number unless integer_bits=False, not {bits}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         self.gamma = gamma
@@ -106,8 +110,13 @@ class Compressor:
         return [p for p in self.model.parameters() if id(p) not in formats]
 
     def penalty(self) -> Tensor:
-        """γ·Q of eq. (2) and (3), to be added to the task's loss: a scalar."""
-        return self.gamma / self.starting_weights * q_bits(self.model)
+        """γ·Q of eq. (2) and (3), to be added to the task's loss: a scalar.
+
+        Its gradient is that of γ·Q over `formats.TASK_SHARE`; see there.
+        """
+        bits = q_bits(self.model)
+        pressed = bits.detach() + (bits - bits.detach()) / TASK_SHARE
+        return self.gamma / self.starting_weights * pressed
 
     def step(self, optimizer: Optimizer) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -119,14 +128,16 @@ class Compressor:
 
         Raises:
             TypeError: the optimiser's state cannot be cut; nothing has been changed.
-            CutError: a cut changed what the network computes.
-            FloatingPointError: a bit depth or exponent is no longer finite.
+            ValueError: it does not hold all trainable weights; nothing has been changed.
+            CutError: a cut changed what the network computes; the model stays cut.
+            FloatingPointError: a weight or its format is no longer finite.
         """
         if self.steps == 0:
             check_optimizer(optimizer)
+            self._require_all_weights(optimizer)
         self.steps += 1
         if not self.frozen:
-            self.formats.step(self.gamma, fit=self.steps % FIT_INTERVAL == 0)
+            self.formats.step(fit=self.steps % FIT_INTERVAL == 0)
             self._keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()
@@ -170,15 +181,16 @@ class Compressor:
             layer.bit_depth.requires_grad_(False)
             layer.exponent.requires_grad_(False)
 
-    def finish(self, loader: Iterable[Any]) -> None:
+    def finish(self, loader: Iterable[Any], optimizer: Optimizer | None = None) -> None:
         """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
         While formats move, running statistics lag behind; those of the final network are
-        averaged anew over `loader`, which gives batches (x, ...) or x.
+        averaged anew over `loader`, which gives batches (x, ...) or x. Only an optimiser that is
+        given here can train the network on: of any other the cut parameters are the old ones.
         """
         self.freeze()
         self._idle = self._zero_rows()
-        self.cut()
+        self.cut(optimizer)
         with kept_modes(self.model):
             update_bn(loader, self.model, device=self.example_input.device)
         settle_statistics(self.graph, self.model)
@@ -195,6 +207,7 @@ class Compressor:
             "rows": {n: torch.from_numpy(r.copy()) for n, r in self.graph.origin.items()},
             "formats": self.formats.adam.state_dict(),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "optimizer_type": type(optimizer).__name__,
             "lingering": dict(self._lingering),
             "idle": dict(self._idle),
             "gamma": self.gamma,
@@ -219,6 +232,7 @@ class Compressor:
             if state["optimizer"] is None:
                 raise ValueError("the state holds no optimiser: save state_dict(optimizer)")
             check_optimizer(optimizer)
+            self._require_same_kind(state, optimizer)
         plan = self._plan_towards(state)
         self._apply(plan, optimizer)
         self.model.load_state_dict(state["model"])
@@ -232,6 +246,15 @@ class Compressor:
         self.steps = state["steps"]
         if state["frozen"]:
             self.freeze()
+
+    def _require_same_kind(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        if state["optimizer_type"] != type(optimizer).__name__:
+            raise ValueError(
+                f"the state holds {state['optimizer_type']}, not {type(optimizer).__name__}"
+            )
+        saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if saved != [len(group["params"]) for group in optimizer.param_groups]:
+            raise ValueError("the saved optimiser has other parameter groups")
 
     def _plan_towards(self, state: dict[str, Any]) -> Plan:
         """The plan that turns this uncut model into the saved one; all checks come before."""
@@ -276,7 +299,7 @@ class Compressor:
                     dead.add(name)
                 else:
                     strongest = layer.weight.flatten(1).norm(dim=1).argmax()
-                    layer.bit_depth[strongest] = 1
+                    layer.bit_depth[strongest] = 2  # one bit has no level above zero
                     one = slice(int(strongest), int(strongest) + 1)
                     layer.exponent[one] = fit_exponent(layer.weight[one], layer.bit_depth[one])
 
@@ -308,9 +331,20 @@ class Compressor:
                 zero = (layer.quantized_weight()[idle] == 0).flatten(1).all(1)
                 self._idle[name] = idle[zero]
 
+    def _require_all_weights(self, optimizer: Optimizer) -> None:
+        """A parameter in another optimiser would stop learning, silently, at its first cut."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for parameter in self.weights():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ValueError(
+                    f"the optimiser does not hold {names[id(parameter)]}, which is trainable: use "
+                    "one optimiser for all of weights(), or freeze it with requires_grad_(False)"
+                )
+
     def _require_finite(self) -> None:
         for name, layer in self.layers.items():
-            if not (layer.bit_depth.isfinite().all() and layer.exponent.isfinite().all()):
+            if not all(p.isfinite().all() for p in layer.parameters()):
                 raise FloatingPointError(
-                    f"a bit depth or exponent of layer {name} is not finite: the loss was not"
+                    f"the weights or formats of layer {name} are not finite: training has diverged"
                 )

@@ -18,10 +18,11 @@ of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as f
 So γ bites alike in networks of any width.
 
 *Share of the task.* What a bit is worth to the task is overstated by its partial derivative,
-which holds all other weights still; in training they make up for it. So the task's part counts
-only `TASK_SHARE`: bits are decided as if γ were 1/TASK_SHARE times what it is in the loss. (In
-width-16 runs on digits, ten times the γ more than halved Q and left the training loss the same
-to three digits: at the literal exchange rate, bits stay that nothing is lost without.)
+which holds all other weights still; in training they make up for it. So against the penalty the
+task's part counts `TASK_SHARE`: `Compressor.penalty` has the value γ·Q and 1/TASK_SHARE times
+its gradient. Bits are decided as if γ were that much larger. (In width-16 runs on digits at the
+literal rate, ten times the γ more than halved Q and left the training loss the same to three
+digits: bits had stayed that nothing was lost without.)
 
 *Step.* Adam (the paper's choice), whose learning rate bounds every step. Its ε makes the speed at
 which an unneeded channel loses its bits grow with γ instead of switching from none to full.
@@ -47,7 +48,7 @@ class FormatStepper:
     Args:
         layers: the quantised layers by name.
         starting_weights: N of eq. (3).
-        bit_step: the largest step of a bit depth, in bits.
+        bit_step: the largest step of a bit depth, in bits, short of changing its integer depth.
     """
 
     def __init__(
@@ -85,20 +86,16 @@ class FormatStepper:
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        gradient = parameter.grad
+        # A batch that the user's loop skips for its infinite loss must not linger here.
+        gradient = parameter.grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         parameter.grad = None
         if parameter in self._collected:
             gradient = gradient + self._collected[parameter]
         self._collected[parameter] = gradient
 
     @torch.no_grad()
-    def step(self, gamma: float, *, fit: bool) -> None:
-        """Step all formats from what was collected since the last step.
-
-        Args:
-            gamma: γ of the penalty that was part of the loss.
-            fit: fit the exponents to the weights, too.
-        """
+    def step(self, *, fit: bool) -> None:
+        """Step all formats from what was collected since the last step; maybe `fit` exponents."""
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
         for layer in self.layers.values():
             exponent_grad = self._collected.pop(layer.exponent, None)
@@ -108,8 +105,7 @@ class FormatStepper:
                 continue
             if exponent_grad is not None and layer.integer_bits:
                 depth_grad = depth_grad - exponent_grad
-            scaled = depth_grad * (self.starting_weights / layer.fan_in)
-            layer.bit_depth.grad = gamma + TASK_SHARE * (scaled - gamma)
+            layer.bit_depth.grad = depth_grad * (TASK_SHARE * self.starting_weights / layer.fan_in)
         self.adam.step()
         self.adam.zero_grad()
         for layer, depth in zip(self.layers.values(), depths, strict=True):

@@ -220,8 +220,8 @@ def quantize_layers(
     for name in excluded:
         if name not in names:
             raise ValueError(f"exclude: the model has no module named {name!r}")
-    found = False
     twins: dict[nn.Module, nn.Module] = {}
+    replacements: list[tuple[str, nn.Module]] = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         new: nn.Module
         if module in twins:
@@ -237,10 +237,11 @@ def quantize_layers(
         else:
             continue
         twins[module] = new
-        found = found or isinstance(new, QuantizedLayer)
-        _replace(model, name, new)
-    if not found:
+        replacements.append((name, new))
+    if not any(isinstance(new, QuantizedLayer) for _, new in replacements):
         raise ValueError("nothing to compress: the model has no nn.Conv2d or nn.Linear to quantise")
+    for name, new in replacements:
+        _replace(model, name, new)
 
 
 @torch.no_grad()

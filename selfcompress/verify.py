@@ -1,5 +1,6 @@
 """Compare what a network computes before and after a cut, and name the layer where it differs."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,8 +59,12 @@ def snapshot(model: nn.Module, batch: Tensor) -> Snapshot:
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
     """Raise CutError if any output differs by more than `tolerance` of its largest element."""
+    # Rounding is relative to what was summed up, and an output can be a small difference of that.
+    floor = 0.01 * max(
+        (float(r.abs().amax()) for r in before.rows.values() if r.numel()), default=0
+    )
     pairs = zip(before.outputs, after.outputs, strict=True)
-    worst = max((_difference(a, b) for a, b in pairs), default=0.0)
+    worst = max((_difference(a, b, floor) for a, b in pairs), default=0.0)
     if worst <= tolerance:
         return
     guilty = "no single layer"
@@ -78,12 +83,15 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
     )
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b| in units of max |a|; infinite where one of them is not finite."""
-    if a.numel() == 0:
+def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """max |a - b| in units of max |a| or of `floor`; infinite where only one is finite."""
+    differs = a != b  # equal infinities do not
+    if not differs.any():
         return 0.0
-    scale = a.abs().amax().clamp(min=1e-30)
-    return float(((a - b).abs().amax() / scale).nan_to_num(nan=float("inf")))
+    if not a.is_floating_point():
+        return math.inf
+    scale = a[a.isfinite()].abs().amax().clamp(min=max(floor, 1e-30)) if a.isfinite().any() else 1.0
+    return float(((a - b)[differs].abs().amax() / scale).nan_to_num(nan=math.inf))
 
 
 @contextmanager

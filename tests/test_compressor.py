@@ -311,6 +311,54 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
         train_on_nan()
 
 
+def test_a_skipped_batch_leaves_no_trace() -> None:
+    compressor, optimizer = started(gamma=0.01)
+    before = depths(compressor)
+    (compressor.model(X).sum() * math.nan).backward()  # and no step: the loop skips this batch
+    optimizer.zero_grad()
+    for x, y in batches(3):
+        assert math.isfinite(one_step(compressor, optimizer, x, y))
+    for name, depth in depths(compressor).items():
+        assert depth.isfinite().all()
+        assert (depth - before[name]).abs().max() < 0.1
+
+
+def test_without_the_penalty_in_the_loss_nothing_presses() -> None:
+    mean = []
+    for with_penalty in (True, False):
+        compressor, optimizer = started(gamma=0.3, bits=8)
+        for x, y in batches(40):
+            loss = F.cross_entropy(compressor.model(x), y)
+            optimizer.zero_grad()
+            (loss + with_penalty * compressor.penalty()).backward()
+            optimizer.step()
+            compressor.step(optimizer)
+        mean.append(compressor.size().q_percent)
+    assert mean[0] < 0.9 * mean[1]
+
+
+def test_weights_in_a_second_optimizer_are_refused() -> None:
+    compressor, _ = started(gamma=0.01)
+    first, *rest = compressor.weights()
+    with pytest.raises(ValueError, match="does not hold"):
+        compressor.step(SGD(rest, lr=0.1))
+    first.requires_grad_(False)
+    compressor.step(SGD(rest, lr=0.1))
+
+
+def test_training_goes_on_after_finish_with_the_optimizer() -> None:
+    compressor, optimizer = started(30, gamma=0.03)
+    kill(compressor.model, "one.0", [0])
+    compressor.model.get_parameter("one.1.bias").data[0] = -1.0
+    compressor.finish([X], optimizer)
+    before = [p.detach().clone() for p in compressor.weights()]
+    for x, y in batches(2):
+        one_step(compressor, optimizer, x, y)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in compressor.weights()}
+    assert any(not torch.equal(a, b) for a, b in zip(before, compressor.weights(), strict=True))
+
+
 # --- freeze and finish ----------------------------------------------------------------------------
 
 

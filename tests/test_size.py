@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.resnet9 import ResNet9
 from selfcompress import Compressor, LayerSize, Size
+from selfcompress.formats import TASK_SHARE
 from selfcompress.size import q_bits
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -68,12 +69,14 @@ def test_the_gradient_of_the_penalty_is_gamma_fan_in_over_n(
     gamma: float, integer_bits: bool
 ) -> None:
     model = Chain()
-    compressor = Compressor(model, X, gamma, bits=2.5, integer_bits=integer_bits)
+    compressor = Compressor(model, X, gamma, bits=3, integer_bits=integer_bits)
     layers = {"a.0": 27, "b.0": 54, "head.linear": 7}
     depths = [model.get_parameter(f"{name}.bit_depth") for name in layers]
     grads = torch.autograd.grad(compressor.penalty(), depths)
     for grad, fan_in in zip(grads, layers.values(), strict=True):
-        torch.testing.assert_close(grad, torch.full_like(grad, gamma * fan_in / 575))
+        expected = gamma * fan_in / 575 / TASK_SHARE
+        torch.testing.assert_close(grad, torch.full_like(grad, expected))
+    assert compressor.penalty().item() == pytest.approx(gamma * 3)
 
 
 def test_the_penalty_alone_moves_every_bit_depth_at_the_same_speed() -> None:

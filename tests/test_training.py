@@ -198,6 +198,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
 )
 def test_bad_input_is_one_line(args: list[str], part: str, cli: Cli, tmp_path: Path) -> None:
     assert_refused(cli(*TINY, "--run-dir", tmp_path / "run", *args), part)
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_dataset_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,8 +209,9 @@ def test_unknown_dataset_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]
 
 
 def test_several_processes_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(cli(*TINY), "WORLD_SIZE")
+    for value in ("2", "two"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        assert_refused(cli(*TINY), "WORLD_SIZE")
 
 
 def test_options_without_effect_warn(cli: Cli, tmp_path: Path) -> None:
@@ -288,6 +290,38 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
     assert (tmp_path / "run" / runs.CHECKPOINT).read_bytes() == before
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
     assert cli(*args)[0] == 0
+
+
+def test_loss_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 1437 // 128
+
+    def explode(self: loop.Run, step: int) -> float:
+        return math.inf if step == 2 * steps - 1 else 1.0
+
+    monkeypatch.setattr(loop.Run, "_lr_factor", explode)
+    assert_refused(cli(*TINY, "--run-dir", tmp_path / "run"))
+    checkpoint = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert all(t.isfinite().all() for t in checkpoint["network"]["model"].values())
+
+
+def test_overwrite_removes_nothing_but_a_run(cli: Cli, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("config.json", "checkpoint.pt", "thesis.tex"):
+        (foreign / name).write_text("{}")
+    assert_refused(cli(*TINY, "--run-dir", foreign, "--overwrite"), "not a run's folder")
+    assert sorted(f.name for f in foreign.iterdir()) == [
+        "checkpoint.pt", "config.json", "thesis.tex"
+    ]  # fmt: skip
+
+    args = [*TINY, "--epochs", "1", "--run-dir", tmp_path / "run"]
+    assert cli(*args)[0] == 0
+    before = sorted(f.name for f in (tmp_path / "run").iterdir())
+    assert_refused(cli(*args, "--exclude", "nothing", "--overwrite"), "nothing")
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == before
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from selfcompress.layers import quantized_layers
+from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
@@ -41,7 +42,7 @@ class Board:
             for name, value in metrics.get(group, {}).items():
                 self.writer.add_scalar(f"{group}/{name}", value, epoch)
         for name, layer in quantized_layers(model).items():
-            depth = layer.bit_depth.detach()
+            depth = integer_depth(layer.bit_depth)
             if depth.numel():
                 self.writer.add_histogram(f"bit_depth/{name}", depth, epoch)
         self.writer.flush()

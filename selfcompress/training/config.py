@@ -13,6 +13,8 @@ from selfcompress.quantizer import MAX_BITS
 from selfcompress.training.errors import UserError
 
 DatasetName = Literal["cifar10", "digits", "folder"]
+COMPRESSION = ("gamma", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until")
+"""The options that --float makes meaningless."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class Config:
             (self.batch_size is None or self.batch_size >= 2, "--batch-size must be at least 2"),
             (math.isfinite(self.lr) and self.lr > 0, "--lr must be above 0"),
             (self.weight_decay >= 0, "--weight-decay must be a number ≥ 0"),
-            (0 < self.bits <= MAX_BITS, f"--bits must be above 0 and at most {MAX_BITS}"),
+            (
+                0 < self.bits <= MAX_BITS and (self.fractional_bits or self.bits % 1 == 0),
+                f"--bits must be a whole number from 1 to {MAX_BITS} (above 0 with "
+                "--fractional-bits)",
+            ),
+            (-(2**31) <= self.seed < 2**31, "--seed must fit 32 bits"),
             (
                 0 <= self.penalty_from <= self.penalty_until <= 1,
                 "0 ≤ --penalty-from ≤ --penalty-until ≤ 1 does not hold",
@@ -90,18 +97,12 @@ class Config:
     def without_effect(self) -> list[str]:
         """Warnings for options that were changed but do nothing in this combination."""
         warnings = []
-        compression = (
-            "gamma",
-            "bits",
-            "fractional_bits",
-            "exclude",
-            "penalty_from",
-            "penalty_until",
-        )
         if self.float_baseline:
-            warnings += [(name, "with --float") for name in compression if self._changed(name)]
+            warnings += [(name, "with --float") for name in COMPRESSION if self._changed(name)]
         elif self.gamma == 0 and self._changed("penalty_from"):
             warnings.append(("penalty_from", "with --gamma 0"))
+        elif self.gamma > 0 and self.penalty_from in (self.penalty_until, 1):
+            warnings.append(("gamma", "with nothing between --penalty-from and --penalty-until"))
         if self.dataset == "digits" and self._changed("data_dir"):
             warnings.append(("data_dir", "with --dataset digits"))
         return [f"--{name.replace('_', '-')} has no effect {why}" for name, why in warnings]
@@ -127,5 +128,8 @@ class Config:
         values = dataclasses.asdict(self)
         del values["run_dir"], values["overwrite"]
         values["float"] = values.pop("float_baseline")
+        if self.float_baseline:
+            for name in COMPRESSION:
+                values[name] = None  # has no effect, so it makes no other run
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain

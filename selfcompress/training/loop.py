@@ -32,7 +32,7 @@ BuildModel = Callable[[int], nn.Module]
 """Number of classes → the network to train, float and at its full width."""
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
-BIT_TRAVEL = 4.0  # bits that a channel could lose between --penalty-from and --penalty-until
+BIT_TRAVEL = 4.0  # the sum of all largest steps between --penalty-from and --penalty-until, in bits
 LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
@@ -50,14 +50,15 @@ def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, A
         print(f"warning: {warning}", file=sys.stderr)
     device = _device(config)
     config, dataset = _load(config, device)
-    folder = runs.RunFolder(
-        _run_dir(config, dataset, model_name), config.as_json(), config.overwrite
-    )
-    summary = folder.summary()
+    folder = runs.RunFolder(_run_dir(config, dataset, model_name), config.as_json())
+    summary = None if config.overwrite else folder.check()
     if summary is not None:
         print(f"{folder.path} is finished; --overwrite starts it over")
         return summary
-    return Run(config, dataset, device, folder, model_name, build_model).train()
+    # Whatever is wrong with the options shows here, before anything on disk is touched.
+    one = Run(config, dataset, device, folder, model_name, build_model)
+    folder.claim(config.overwrite)
+    return one.train()
 
 
 class Run:
@@ -173,9 +174,12 @@ class Run:
             total, correct = total + loss, correct + hits
             bar.set_postfix(loss=f"{loss:.3f}")
         seconds = time.perf_counter() - started
-        self._settle(last=epoch == self.epochs - 1)
         started = time.perf_counter()
+        self._settle(last=epoch == self.epochs - 1)
         test_loss, accuracy = evaluate(self.model, self.dataset, self.dataset.test, self.batch_size)
+        if not math.isfinite(test_loss):
+            # The last step's damage shows only now; the epoch must not become a checkpoint.
+            raise self._diverged(test_loss, (epoch + 1) * self.steps_per_epoch - 1)
         size = self.size()
         layers = [layer for layer in size.layers if layer.out_width]
         return {
@@ -208,10 +212,7 @@ class Run:
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {step}; the checkpoint before it is kept: "
-                "try a smaller --lr in another --run-dir"
-            )
+            raise self._diverged(value, step)
         if self.compressor is not None:
             loss = loss + self.compressor.penalty()
         self.optimizer.zero_grad()
@@ -221,6 +222,13 @@ class Run:
         if self.compressor is not None:
             self.compressor.step(self.optimizer)
         return value, int((logits.argmax(1) == labels).sum())
+
+    def _diverged(self, loss: float, step: int) -> UserError:
+        epoch = step // self.steps_per_epoch
+        kept = f"the checkpoint after epoch {epoch} is kept" if epoch else "no epoch was finished"
+        return UserError(
+            f"the loss is {loss} at step {step}; {kept}: try a smaller --lr in another --run-dir"
+        )
 
     def _press(self, step: int) -> None:
         """The penalty's schedule: learn first, then shrink, then train what is left."""
@@ -240,7 +248,7 @@ class Run:
     def _settle(self, last: bool) -> None:
         """Batch-norm statistics of the network as it is: running ones lag behind formats."""
         if last and self.compressor is not None:
-            self.compressor.finish(self._batches(STATISTICS_BATCHES))
+            self.compressor.finish(self._batches(STATISTICS_BATCHES), self.optimizer)
         else:
             update_bn(self._batches(STATISTICS_BATCHES if last else EVALUATION_BATCHES), self.model)
 

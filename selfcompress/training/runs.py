@@ -21,32 +21,46 @@ WIDTHS = "widths.png"
 
 
 class RunFolder:
-    """The folder `path`, made if need be, claimed for the run with configuration `config`.
+    """The folder `path` for the run with configuration `config`; untouched until `claim`."""
 
-    Raises:
-        UserError: it holds a run of another configuration, or its files cannot be read.
-    """
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
 
-    def __init__(self, path: Path, config: dict[str, Any], overwrite: bool) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self._clear()
+    def check(self) -> dict[str, Any] | None:
+        """The summary, which only a finished run has.
+
+        Raises:
+            UserError: the folder holds something else, or its files cannot be read.
+        """
         there = self._read_json(CONFIG)
         if there is None:
-            if any(path.iterdir()):
-                raise UserError(
-                    f"{path} holds files but no {CONFIG}, so it is not a run's folder; "
-                    "choose another --run-dir"
-                )
-            write_atomically(path / CONFIG, _json_bytes(config))
-        elif there != config:
-            raise UserError(f"{path} holds another run ({_difference(there, config)}); "
+            self._require_ours()
+        elif there != self.config:
+            raise UserError(f"{self.path} holds another run ({_difference(there, self.config)}); "
                             "choose another --run-dir, or start over with --overwrite")  # fmt: skip
-
-    def summary(self) -> dict[str, Any] | None:
-        """The summary, which only a finished run has."""
         return self._read_json(SUMMARY)
+
+    def claim(self, overwrite: bool) -> None:
+        """Make the folder, and with `overwrite` remove the run that is in it."""
+        if overwrite:
+            self._require_ours()
+            self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / CONFIG).exists():
+            write_atomically(self.path / CONFIG, _json_bytes(self.config))
+
+    def _require_ours(self) -> None:
+        """Refuse a folder that holds files but no run's configuration, unless that is damaged."""
+        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        try:
+            ours = {"dataset", "gamma", "seed"} <= (self._read_json(CONFIG) or {}).keys()
+        except UserError:
+            ours = names <= {CONFIG, METRICS, CHECKPOINT, SUMMARY, TENSORBOARD, WIDTHS}
+        if names and not ours:
+            raise UserError(
+                f"{self.path} holds files but no run's {CONFIG}, so it is not a run's folder; "
+                "choose another --run-dir"
+            )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / SUMMARY, _json_bytes(summary))
@@ -134,7 +148,7 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    for name in here.keys() | there.keys():
+    for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
     return "the same"
