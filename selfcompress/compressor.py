@@ -58,7 +58,8 @@ class Compressor:
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
-            `exclude` does not exist, or the model has nothing to quantise.
+            `exclude` does not exist, the model does not accept `example_input`, has nothing to
+            quantise, or is compressed already.
     """
 
     def __init__(
@@ -85,6 +86,9 @@ class Compressor:
         self.interval = interval
         self.frozen = False
         self.steps = 0
+        if quantized_layers(model):
+            raise ValueError("the model is compressed already: build a fresh one")
+        _require_accepts(model, example_input)
         self.starting_weights = starting_weights(model)
         quantize_layers(model, bits=bits, integer_bits=integer_bits, exclude=exclude)
         self.layers = quantized_layers(model)
@@ -200,7 +204,13 @@ class Compressor:
         return measure(self.model, self.graph, self.starting_weights)
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """The cut model, its formats and, if given, its optimiser, as tensors and plain values."""
+        """The cut model, its formats and, if given, its optimiser, as tensors and plain values.
+
+        Raises:
+            ValueError: the optimiser does not hold the model's weights as they are now.
+        """
+        if optimizer is not None:
+            self._require_all_weights(optimizer)
         return {
             "model": self.model.state_dict(),
             "removed": torch.from_numpy(self.graph.removed.copy()),
@@ -221,6 +231,8 @@ class Compressor:
         Args:
             state: what `state_dict` returned, perhaps in another process.
             optimizer: of the type that was saved, over `weights()` in the same order.
+
+        γ becomes the saved one.
 
         Raises:
             RuntimeError: this compressor has cut its model already.
@@ -348,3 +360,14 @@ class Compressor:
                 raise FloatingPointError(
                     f"the weights or formats of layer {name} are not finite: training has diverged"
                 )
+
+
+def _require_accepts(model: nn.Module, example_input: Tensor) -> None:
+    """Run the float model once, so that a wrong input is told apart from one we cannot trace."""
+    devices = [example_input.device] if example_input.is_cuda else []
+    try:
+        with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices):
+            model.eval()(example_input)
+    except Exception as error:  # whatever the user's forward() does
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"the model does not accept example_input: {reason}") from error

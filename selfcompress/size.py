@@ -130,7 +130,8 @@ class Size:
         )
         return (
             f"{text}\nQ {self.q_percent:.2f} % and stored {self.stored_percent:.2f} % of "
-            f"{self.float_bits:,} bits (32 per starting weight)"
+            f"{self.float_bits:,} bits (32 per starting weight); channels: rows with bits, of the "
+            "width of the layer's output; mean bits: of those rows"
         )
 
 

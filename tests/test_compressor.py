@@ -670,3 +670,31 @@ def test_two_decades_of_gamma_fall_monotonically_and_five_fold() -> None:
     stored = [trained(gamma, 16, 400)[0].size().stored_bits for gamma in gammas]
     assert all(a > b for a, b in itertools.pairwise(stored))
     assert stored[0] >= 5 * stored[-1]
+
+
+# --- told apart, one line each --------------------------------------------------------------------
+
+
+def test_an_input_the_model_does_not_accept_is_told_before_anything_changes() -> None:
+    model = Residual(relu_after=False)
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="does not accept example_input"):
+        Compressor(model, torch.randn(2, 5, 8, 8), 0.1)
+    assert list(model.modules()) == before
+
+
+def test_a_compressed_model_is_not_compressed_again() -> None:
+    model = Residual(relu_after=False)
+    Compressor(model, X, 0.1)
+    with pytest.raises(ValueError, match="compressed already"):
+        Compressor(model, X, 0.1)
+
+
+def test_an_optimizer_left_behind_by_a_cut_is_not_saved() -> None:
+    compressor, optimizer = started(5, gamma=0.0)
+    kill(compressor.model, "one.0", [0])
+    compressor.model.get_parameter("one.1.bias").data[0] = -1.0
+    compressor.finish([X])  # without the optimiser
+    with pytest.raises(ValueError, match="does not hold"):
+        compressor.state_dict(optimizer)
+    compressor.state_dict()

@@ -92,10 +92,10 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
         f"  loss {metrics['train']['loss']:.3f}"
-        f"  accuracy {100 * metrics['val']['accuracy']:.2f} %"
+        f"  test accuracy {100 * metrics['val']['accuracy']:.2f} %"
         f"  Q {size['q_percent']:.2f} %"
         f"  stored {size['stored_kb']:,.1f} KB"
         f"  weights {size['weights_percent']:.1f} %"
         f"  channels {channels}"
-        f"  {metrics['time']['epoch_seconds']:.1f} s"
+        f"  {metrics['time']['epoch_seconds']:.2f} s"
     )

@@ -345,7 +345,7 @@ class Run:
             f"{summary['dataset']}: {100 * summary['test_accuracy']:.2f} % test accuracy, "
             f"{summary['stored_bits'] / 8000:,.1f} KB stored, {summary['stored_percent']:.2f} % of "
             f"the 32-bit size; {summary['parameters_end']:,} of {summary['parameters_start']:,} "
-            f"parameters; an epoch {seconds[0]:.1f} s at first, {seconds[-1]:.1f} s at last\n"
+            f"parameters; an epoch {seconds[0]:.2f} s at first, {seconds[-1]:.2f} s at last\n"
             f"{self.folder.path / runs.SUMMARY}"
         )
 
