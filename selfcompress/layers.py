@@ -7,7 +7,7 @@ a residual branch a channel can be gone while the trunk it is added to still car
 """
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -119,18 +119,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     @classmethod
     def from_float(cls, layer: nn.Conv2d, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
+        new = cls(**_conv_options(layer), device="meta")
         return new.adopt(layer, bits, integer_bits)
 
 
@@ -170,14 +159,7 @@ class PlacedBatchNorm2d(nn.BatchNorm2d):
     @classmethod
     def from_float(cls, norm: nn.BatchNorm2d) -> Self:
         """A placed batch norm that takes over the parameters and statistics of `norm`."""
-        new = cls(
-            norm.num_features,
-            norm.eps,
-            norm.momentum,  # type: ignore[arg-type]
-            norm.affine,
-            norm.track_running_stats,
-            device="meta",
-        )
+        new = cls(**_norm_options(norm), device="meta")
         new._parameters.update(norm._parameters)
         new._buffers.update(norm._buffers)
         every = norm.running_mean if norm.running_mean is not None else norm.weight
@@ -254,18 +236,7 @@ def restore_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         new: nn.Module
         if isinstance(module, QuantConv2d):
-            new = nn.Conv2d(
-                module.in_channels,
-                module.out_channels,
-                module.kernel_size,  # type: ignore[arg-type]
-                module.stride,  # type: ignore[arg-type]
-                module.padding,  # type: ignore[arg-type]
-                module.dilation,  # type: ignore[arg-type]
-                module.groups,
-                module.bias is not None,
-                module.padding_mode,  # type: ignore[arg-type]
-                device="meta",
-            )
+            new = nn.Conv2d(**_conv_options(module), device="meta")
         elif isinstance(module, QuantLinear):
             new = nn.Linear(
                 module.in_features, module.out_features, module.bias is not None, device="meta"
@@ -273,14 +244,7 @@ def restore_layers(model: nn.Module) -> None:
         elif isinstance(module, PlacedBatchNorm2d) and (
             module.num_features == module.in_width == module.out_width
         ):
-            new = nn.BatchNorm2d(
-                module.num_features,
-                module.eps,
-                module.momentum,  # type: ignore[arg-type]
-                module.affine,
-                module.track_running_stats,
-                device="meta",
-            )
+            new = nn.BatchNorm2d(**_norm_options(module), device="meta")
             new._parameters.update(module._parameters)
             new._buffers.update({k: module._buffers[k] for k in new._buffers})
         else:
@@ -295,6 +259,19 @@ def restore_layers(model: nn.Module) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantised layers of `model` by name, in the order of `named_modules`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def _conv_options(layer: nn.Conv2d) -> dict[str, Any]:
+    """The constructor's arguments of a convolution like `layer`."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    same = {name: getattr(layer, name) for name in (*names, "groups", "padding_mode")}
+    return same | {"bias": layer.bias is not None}
+
+
+def _norm_options(norm: nn.BatchNorm2d) -> dict[str, Any]:
+    """The constructor's arguments of a batch norm like `norm`."""
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    return {name: getattr(norm, name) for name in names}
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
