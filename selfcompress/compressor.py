@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
-from selfcompress.layers import QuantizedLayer, quantize_layers, quantized_layers
+from selfcompress.layers import quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.modes import kept_modes
 from selfcompress.quantizer import MAX_BITS, fit_exponent
@@ -330,8 +330,7 @@ class Compressor:
         found = {}
         for name, layer in self.layers.items():
             if name in self.graph.origin:
-                zero = (layer.quantized_weight() == 0).flatten(1).all(1) & layer.live_rows()
-                found[name] = zero.nonzero().flatten()
+                found[name] = (layer.zero_rows() & layer.live_rows()).nonzero().flatten()
         return found
 
     @torch.no_grad()
@@ -339,9 +338,7 @@ class Compressor:
         """Forget the rows that have come back to life since the last cut."""
         for name, idle in self._idle.items():
             if len(idle):
-                layer: QuantizedLayer = self.layers[name]
-                zero = (layer.quantized_weight()[idle] == 0).flatten(1).all(1)
-                self._idle[name] = idle[zero]
+                self._idle[name] = idle[self.layers[name].zero_rows(among=idle)]
 
     def _require_all_weights(self, optimizer: Optimizer) -> None:
         """A parameter in another optimiser would stop learning, silently, at its first cut."""

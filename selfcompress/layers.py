@@ -81,6 +81,16 @@ class QuantizedLayer(nn.Module):
             self.weight, self.bit_depth, self.exponent, integer_bits=self.integer_bits
         )
 
+    def zero_rows(self, among: Tensor | slice = slice(None)) -> Tensor:
+        """(rows in `among`,) bool: the rows that quantise to nothing but zeros."""
+        quantized = fake_quantize(
+            self.weight[among],
+            self.bit_depth[among],
+            self.exponent[among],
+            integer_bits=self.integer_bits,
+        )
+        return (quantized == 0).flatten(1).all(1)
+
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or matrix product itself."""
         raise NotImplementedError
