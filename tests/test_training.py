@@ -292,8 +292,9 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
     assert cli(*args)[0] == 0
 
 
+@pytest.mark.parametrize("args", [TINY, [*TINY[:-2], "--float"]])
 def test_loss_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 1437 // 128
 
@@ -301,7 +302,7 @@ def test_loss_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(
         return math.inf if step == 2 * steps - 1 else 1.0
 
     monkeypatch.setattr(loop.Run, "_lr_factor", explode)
-    assert_refused(cli(*TINY, "--run-dir", tmp_path / "run"))
+    assert_refused(cli(*args, "--run-dir", tmp_path / "run"))
     checkpoint = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
     assert checkpoint["epoch"] == 1
     assert all(t.isfinite().all() for t in checkpoint["network"]["model"].values())
