@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from selfcompress.channels import ChannelGraph
+from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
@@ -30,6 +30,7 @@ from selfcompress.modes import kept_modes
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
+from selfcompress.trace import reads_elsewhere
 from selfcompress.verify import compare, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
@@ -88,11 +89,17 @@ class Compressor:
         self.steps = 0
         if quantized_layers(model):
             raise ValueError("the model is compressed already: build a fresh one")
-        _require_accepts(model, example_input)
+        read_elsewhere = _reads_elsewhere(model, example_input)
         self.starting_weights = starting_weights(model)
-        quantize_layers(model, bits=bits, integer_bits=integer_bits, exclude=exclude)
+        self.left_in_float = quantize_layers(
+            model,
+            bits=bits,
+            integer_bits=integer_bits,
+            exclude=exclude,
+            read_elsewhere=read_elsewhere,
+        )
         self.layers = quantized_layers(model)
-        self.graph = ChannelGraph.trace(model, example_input)
+        self.graph = channel_graph(model, example_input, read_elsewhere)
         self.formats = FormatStepper(self.layers, self.starting_weights, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
@@ -214,6 +221,7 @@ class Compressor:
         return {
             "model": self.model.state_dict(),
             "removed": torch.from_numpy(self.graph.removed.copy()),
+            "silent": torch.from_numpy(self.graph.silent.copy()),
             "rows": {n: torch.from_numpy(r.copy()) for n, r in self.graph.origin.items()},
             "formats": self.formats.adam.state_dict(),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -270,20 +278,18 @@ class Compressor:
 
     def _plan_towards(self, state: dict[str, Any]) -> Plan:
         """The plan that turns this uncut model into the saved one; all checks come before."""
-        removed, rows = state["removed"].numpy(), state["rows"]
+        removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
         if removed.shape != self.graph.removed.shape or rows.keys() != self.graph.origin.keys():
             raise ValueError("the saved state is of another model: its channels do not match")
         fits = all((kept < len(self.graph.origin[name])).all() for name, kept in rows.items())
         if not fits or state["model"].keys() != self.model.state_dict().keys():
             raise ValueError("the saved state is of another model: its layers do not match")
-        plan = make_plan(self.graph, self.model, removed, {n: r.numpy() for n, r in rows.items()})
+        kept = {name: r.numpy() for name, r in rows.items()}
+        plan = make_plan(self.graph, self.model, removed, silent, kept)
         for name, tensor in self.model.state_dict().items():
             shape = list(tensor.shape)
             for dim, kept in plan.keep.get(name, []):
                 shape[dim] = len(kept)
-            module, _, key = name.rpartition(".")
-            if key in ("rows", "columns"):
-                shape = [len(plan.wiring[module].rows)] if module in plan.wiring else shape
             saved = state["model"].get(name)
             if saved is None or list(saved.shape) != shape:
                 raise ValueError(f"the saved state is of another model: {name} does not match")
@@ -293,6 +299,7 @@ class Compressor:
         optimizers = [self.formats.adam] + ([] if optimizer is None else [optimizer])
         apply_plan(plan, self.model, optimizers)
         self.graph.remove(plan.removed)
+        self.graph.silent[plan.silent] = True
         for name, kept in plan.rows.items():
             self.graph.origin[name] = self.graph.origin[name][np.array(kept, dtype=np.int64)]
         self.formats.watch()
@@ -310,10 +317,11 @@ class Compressor:
                 if self.graph.connected(dead | {name} | self._empty()):
                     dead.add(name)
                 else:
-                    strongest = layer.weight.flatten(1).norm(dim=1).argmax()
+                    strongest = layer.weight_by_row().flatten(1).norm(dim=1).argmax()
                     layer.bit_depth[strongest] = 2  # one bit has no level above zero
                     one = slice(int(strongest), int(strongest) + 1)
-                    layer.exponent[one] = fit_exponent(layer.weight[one], layer.bit_depth[one])
+                    weight = layer.weight_by_row()[one]
+                    layer.exponent[one] = fit_exponent(weight, layer.bit_depth[one])
 
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}
@@ -359,12 +367,10 @@ class Compressor:
                 )
 
 
-def _require_accepts(model: nn.Module, example_input: Tensor) -> None:
-    """Run the float model once, so that a wrong input is told apart from one we cannot trace."""
-    devices = [example_input.device] if example_input.is_cuda else []
+def _reads_elsewhere(model: nn.Module, example_input: Tensor) -> set[str]:
+    """Run the float model once; a wrong input is told apart here from one we cannot trace."""
     try:
-        with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices):
-            model.eval()(example_input)
+        return reads_elsewhere(model, example_input)
     except Exception as error:  # whatever the user's forward() does
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"the model does not accept example_input: {reason}") from error

@@ -105,7 +105,8 @@ class FormatStepper:
                 continue
             if exponent_grad is not None and layer.integer_bits:
                 depth_grad = depth_grad - exponent_grad
-            layer.bit_depth.grad = depth_grad * (TASK_SHARE * self.starting_weights / layer.fan_in)
+            per_weight = self.starting_weights / max(1, layer.fan_in)
+            layer.bit_depth.grad = depth_grad * (TASK_SHARE * per_weight)
         self.adam.step()
         self.adam.zero_grad()
         for layer, depth in zip(self.layers.values(), depths, strict=True):
@@ -121,4 +122,4 @@ class FormatStepper:
         middle = (depth - 0.5).clamp(min=0)
         layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))
         if fit:
-            layer.exponent.copy_(fit_exponent(layer.weight, layer.bit_depth))
+            layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))

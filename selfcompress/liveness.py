@@ -5,14 +5,18 @@ graph, in the same way for training and evaluation: `settle_statistics` gives ba
 read a constant c the statistics it has (mean c, variance 0), so that they output β in both.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selfcompress.channels import ChannelGraph, Kind, Node
-from selfcompress.layers import PlacedBatchNorm2d, QuantizedLayer
+from selfcompress.channels import ChannelGraph, Node
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.ops import Kind
+
+_WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Liveness:
             lose rows.
         gone: (number of ids at the start,) bool: channels nobody misses: silent (what their
             readers see is 0 and stays 0) or unread.
-        constant: node name → (channels,) the constant each channel is, NaN where it varies.
+        constant: node name → (positions,) the constant each channel is, NaN where it varies.
         lingering: name of a bias → positions in it that are all that keeps their channels: driven
             to zero, they let the channels go.
     """
@@ -47,13 +51,15 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
     Changes what the network computes in evaluation, to what it computes in training; so it is a
     step of its own, before a cut.
     """
-    constant = analyse(graph, model).constant
+    analysis = _Analysis(graph, model)
+    constant = analysis.run().constant
     for node in graph.of_kind(Kind.NORM):
         norm = model.get_submodule(node.module)
-        assert isinstance(norm, PlacedBatchNorm2d)
-        if norm.running_mean is None or norm.running_var is None:
+        assert isinstance(norm, PlacedBatchNorm)
+        if norm.running_mean is None or norm.running_var is None or analysis.calls[node.module] > 1:
             continue
-        read = torch.from_numpy(constant[node.inputs[0]]).to(norm.running_mean)[norm.columns]
+        read = constant[node.inputs[0]][graph.sources[node.name][0]]
+        read = torch.from_numpy(read).to(norm.running_mean)[norm.columns]
         fixed = ~read.isnan()
         norm.running_mean[fixed] = read[fixed]
         norm.running_var[fixed] = 0
@@ -64,6 +70,7 @@ class _Analysis:
         self.graph = graph
         self.modules = dict(model.named_modules())
         self.users: dict[str, list[Node]] = {node.name: [] for node in graph.nodes}
+        self.calls = Counter(node.module for node in graph.of_kind(*_WITH_ROWS))
         for node in graph.nodes:
             for name in node.inputs:
                 self.users[name].append(node)
@@ -72,7 +79,7 @@ class _Analysis:
             module = self.modules[name]
             if isinstance(module, QuantizedLayer):
                 self.rows[name] = module.live_rows().cpu().numpy()
-            elif isinstance(module, PlacedBatchNorm2d):
+            elif isinstance(module, PlacedBatchNorm):
                 self.rows[name] = np.ones(module.num_features, bool)
 
     def run(self) -> Liveness:
@@ -80,110 +87,154 @@ class _Analysis:
         while True:
             before = {name: live.copy() for name, live in self.rows.items()}
             self.constant = self._follow_constants()
-            self.replaceable = self._replaceable_by_zero()
-            unread = ~self._read() & ~self.graph.frozen
-            self._drop(unread)
+            self._look_back()
+            self._drop()
             if all((live == before[name]).all() for name, live in self.rows.items()):
                 break
-        silent = ~self._carried() & ~self.graph.frozen
-        gone = (unread | silent) & ~self.graph.removed
+        gone = ~self._carried() & ~self.graph.frozen & ~self.graph.removed
         return Liveness(self.rows, gone, self.constant, self._lingering(gone))
 
     def _follow_constants(self) -> dict[str, np.ndarray]:
         constant: dict[str, np.ndarray] = {}
         for node in self.graph.nodes:
-            inputs = [constant[name] for name in node.inputs]
-            value = np.full(len(self.graph.ids.get(node.name, ())), np.nan)
+            if node.name not in self.graph.ids:
+                continue
+            count = len(self.graph.ids[node.name])
+            value = np.full(count, np.nan)
+            inputs = [
+                np.append(constant[name], np.nan)[source]  # source -1: of another input
+                for name, source in zip(node.inputs, self.graph.sources[node.name], strict=True)
+            ]
             match node.kind:
-                case Kind.LAYER:
+                case Kind.LAYER | Kind.GROUPED:
                     value[:] = self._bias(node)
-                    value[self._positions(node)[self._live(node)]] = np.nan
+                    varies = self._live(node) & ~self._starved(node, inputs[0])
+                    value[self._positions(node)[varies]] = np.nan
                 case Kind.NORM:
                     read = inputs[0][self._columns(node)]
+                    if self.calls[node.module] > 1:
+                        read = np.full_like(read, np.nan)  # its statistics are of several tensors
                     value[:] = 0
                     value[self._positions(node)] = np.where(
                         np.isnan(read), np.nan, self._bias(node)
                     )
-                case Kind.ELEMENTWISE:
-                    value = np.where(np.isnan(inputs[0]), np.nan, _evaluate(node, inputs[0]))
+                case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
+                    known = ~np.isnan(inputs).any(0)
+                    value = np.where(known, _evaluate(node, inputs), np.nan)
+                    if node.kind is Kind.MUL:
+                        value[(np.array(inputs) == 0).any(0)] = 0
                 case Kind.SPATIAL:
                     value = np.where(inputs[0] == 0, 0.0, np.nan)
-                case Kind.ADD:
-                    value = np.sum(inputs, axis=0)
-                case Kind.CAT:
-                    value = np.concatenate(inputs)
-                case Kind.FLATTEN:
-                    value = np.repeat(inputs[0], len(value) // len(inputs[0]))
+                case Kind.MOVE:
+                    for own, source in zip(inputs, self.graph.sources[node.name], strict=True):
+                        value[source >= 0] = own[source >= 0]
             constant[node.name] = value
         return constant
 
-    def _replaceable_by_zero(self) -> dict[str, np.ndarray]:
-        """Node name → (channels,) bool: with 0 there, the network would compute the same.
+    def _starved(self, node: Node, read: np.ndarray) -> np.ndarray:
+        """(rows,) bool: the rows of a layer that read nothing but zeros."""
+        if node.kind is Kind.LAYER:
+            return np.full(len(self._live(node)), (read[self._columns(node)] == 0).all())
+        conv = self._grouped(node)
+        silent = (read[_numpy(conv.columns)] == 0).reshape(conv.groups, -1).all(1)
+        return silent[_numpy(conv.slots) // conv.group_width]
 
-        Either the constant is 0, or all that reads it turns 0 into 0 and is itself replaceable:
-        a constant β ≤ 0 in front of a ReLU.
+    def _look_back(self) -> None:
+        """From the outputs to the inputs, for every position of every tensor:
+
+        needed: some live row or entry, an output, or something not understood depends on it.
+        replaceable: with 0 there, the network would compute the same. It is not needed, or its
+            constant is 0, or all that reads it turns 0 into 0 and is itself replaceable: a
+            constant β ≤ 0 in front of a ReLU.
         """
-        replaceable: dict[str, np.ndarray] = {}
+        sizes = {name: len(ids) for name, ids in self.graph.ids.items()}
+        self.needed = {name: np.zeros(size, bool) for name, size in sizes.items()}
+        zero_will_do = {name: np.ones(size, bool) for name, size in sizes.items()}
+        self.replaceable: dict[str, np.ndarray] = {}
         for node in reversed(self.graph.nodes):
-            constant = self.constant[node.name]
-            through = ~np.isnan(constant) & bool(self.users[node.name])
-            for user in self.users[node.name]:
-                if user.kind is Kind.SPATIAL or (
-                    user.kind is Kind.ELEMENTWISE
-                    and (_evaluate(user, np.zeros(len(constant))) == 0).all()
-                ):
-                    through &= replaceable[user.name]
-                else:
-                    through[:] = False
-            replaceable[node.name] = (constant == 0) | through
-        return replaceable
+            if node.name in sizes:
+                constant = self.constant[node.name]
+                self.replaceable[node.name] = (
+                    (constant == 0)
+                    | ~self.needed[node.name]
+                    | (~np.isnan(constant) & zero_will_do[node.name])
+                )
+            if node.kind in (Kind.OUTPUT, Kind.OPAQUE):
+                for name in node.inputs:
+                    self.needed[name][:] = True
+                    zero_will_do[name][:] = False
+                continue
+            for index, name in enumerate(node.inputs):
+                source = self.graph.sources[node.name][index]
+                own = source >= 0
+                needs, zero = self._demand(node, index)
+                np.logical_or.at(self.needed[name], source[own], needs[own])
+                np.logical_and.at(zero_will_do[name], source[own], zero[own])
 
-    def _read(self) -> np.ndarray:
-        """(ids,) bool: some live row or entry reads the channel."""
-        read = np.zeros(len(self.graph.frozen), bool)
-        for node in self.graph.nodes:
-            if node.kind is Kind.LAYER and self._live(node).any():
-                read[self.graph.ids[node.inputs[0]]] = True
+    def _demand(self, node: Node, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each position that `node` reads of an input: whether it needs it, whether 0 will do.
+
+        Args:
+            index: which of its inputs.
+        """
+        if node.kind in _WITH_ROWS:
+            live = self._live(node)
+            needs = np.zeros(len(self.graph.sources[node.name][0]), bool)
+            if node.kind is Kind.LAYER:
+                needs[self._columns(node)] = live.any()
             elif node.kind is Kind.NORM:
-                columns = self._columns(node)[self._live(node)]
-                read[self.graph.ids[node.inputs[0]][columns]] = True
-        return read
+                needs[self._columns(node)[live]] = True
+            else:
+                conv = self._grouped(node)
+                groups = np.unique(_numpy(conv.slots)[live] // conv.group_width)
+                needs[_numpy(conv.columns).reshape(conv.groups, -1)[groups]] = True
+            return needs, ~needs
+        needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
+        if node.kind is Kind.MUL:
+            needs = needs.copy()
+            for other, name in enumerate(node.inputs):
+                if other != index:
+                    source = self.graph.sources[node.name][other]
+                    needs &= self.constant[name][source] != 0
+        elif node.kind is Kind.ADD:
+            zero[:] = False
+        elif node.kind is Kind.ELEMENTWISE:
+            zero &= _evaluate(node, [np.zeros(len(zero))]) == 0
+        return needs, zero | ~needs
 
-    def _drop(self, unread: np.ndarray) -> None:
-        """Let rows go that see nothing, that nobody reads, or whose constant can be a zero."""
-        for node in self.graph.nodes:
-            if node.module not in self.rows or node.kind not in (Kind.LAYER, Kind.NORM):
+    def _drop(self) -> None:
+        """Let rows go that see nothing, that nobody needs, or whose constant can be a zero."""
+        stays = {name: np.zeros_like(live) for name, live in self.rows.items()}
+        for node in self.graph.of_kind(*_WITH_ROWS):
+            if node.module not in self.rows:
                 continue
             live, positions = self._live(node), self._positions(node)
-            read = self.constant[node.inputs[0]]
-            live &= ~unread[self.graph.ids[node.name][positions]]
-            if node.kind is Kind.LAYER:
-                live &= bool((read != 0).any())
-            else:
+            read = self.constant[node.inputs[0]][self.graph.sources[node.name][0]]
+            if node.kind is Kind.NORM:
                 fixed = ~np.isnan(read[self._columns(node)])
-                live &= ~(fixed & self.replaceable[node.name][positions])
+                if self.calls[node.module] > 1:
+                    fixed[:] = False
+                idle = fixed & self.replaceable[node.name][positions]
+            else:
+                idle = self._starved(node, read)
+            stays[node.module] |= live & self.needed[node.name][positions] & ~idle
+        for name in self.calls:
+            if name in self.rows:
+                self.rows[name] &= stays[name]
 
     def _carried(self) -> np.ndarray:
         """(ids,) bool: something is on the channel, or a norm entry that stays needs its place."""
         carried = np.zeros(len(self.graph.frozen), bool)
-        for node in self.graph.nodes:
-            if node.kind is Kind.ELEMENTWISE:  # one that makes something of nothing, f(0) != 0
-                made = ~np.isnan(self.constant[node.name]) & ~self.replaceable[node.name]
-                carried[self.graph.ids[node.name][made]] = True
-            if node.kind not in (Kind.LAYER, Kind.NORM):
-                continue
-            live, ids = self._live(node), self.graph.ids[node.name]
-            carried[ids[self._positions(node)[live]]] = True
-            if node.kind is Kind.LAYER:
-                carried[ids[~self.replaceable[node.name]]] = True
-            else:
-                carried[self.graph.ids[node.inputs[0]][self._columns(node)[live]]] = True
+        for name, replaceable in self.replaceable.items():
+            carried[self.graph.ids[name][~replaceable]] = True
+        for node in self.graph.of_kind(Kind.NORM):
+            carried[self.graph.reads(node)[self._columns(node)[self._live(node)]]] = True
         return carried
 
     def _lingering(self, gone: np.ndarray) -> dict[str, np.ndarray]:
-        lingering = {}
-        for node in self.graph.nodes:
-            if node.module not in self.rows or node.kind not in (Kind.LAYER, Kind.NORM):
+        lingering: dict[str, np.ndarray] = {}
+        for node in self.graph.of_kind(*_WITH_ROWS):
+            if node.module not in self.rows:
                 continue
             # A norm takes its input's constant away again: no need to drive that one to zero.
             only_normed = all(user.kind is Kind.NORM for user in self.users[node.name])
@@ -199,25 +250,29 @@ class _Analysis:
         return lingering
 
     def _live(self, node: Node) -> np.ndarray:
-        """(rows,) bool, to be changed in place; a layer left in float keeps all its rows."""
-        module = self.modules[node.module]
+        """(rows,) bool; a layer left in float keeps all its rows."""
         if node.module in self.rows:
             return self.rows[node.module]
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        return np.ones(module.weight.shape[0], bool)
+        return np.ones(len(self.graph.ids[node.name]), bool)
 
     def _positions(self, node: Node) -> np.ndarray:
         """(rows,): the output channel of each row."""
         module = self.modules[node.module]
-        if isinstance(module, QuantizedLayer | PlacedBatchNorm2d):
+        if isinstance(module, QuantizedLayer | PlacedBatchNorm):
             return _numpy(module.rows)
         return np.arange(len(self._live(node)))
 
     def _columns(self, node: Node) -> np.ndarray:
-        """(entries,): the input channel of each entry of a norm."""
-        norm = self.modules[node.module]
-        assert isinstance(norm, PlacedBatchNorm2d)
-        return _numpy(norm.columns)
+        """(columns,): the input channel of each column, or of each entry of a norm."""
+        module = self.modules[node.module]
+        if isinstance(module, QuantizedLayer | PlacedBatchNorm):
+            return _numpy(module.columns)
+        return np.arange(len(self.graph.sources[node.name][0]))
+
+    def _grouped(self, node: Node) -> _QuantConv:
+        conv = self.modules[node.module]
+        assert isinstance(conv, _QuantConv)
+        return conv
 
     def _bias(self, node: Node) -> np.ndarray | float:
         """What a row outputs that computes nothing: by output channel, or by entry of a norm."""
@@ -225,11 +280,11 @@ class _Analysis:
         return 0.0 if bias is None else _numpy(bias.detach().double())
 
 
-def _evaluate(node: Node, constants: np.ndarray) -> np.ndarray:
-    """What an elementwise operation makes of (channels,) constants."""
+def _evaluate(node: Node, constants: list[np.ndarray]) -> np.ndarray:
+    """What an operation makes of (positions,) constants."""
     assert node.evaluate is not None
     with torch.no_grad():
-        result = node.evaluate(torch.from_numpy(constants.copy())[None])[0]
+        result = node.evaluate(*(torch.from_numpy(c.copy())[None] for c in constants))[0]
     return _numpy(result)
 
 

@@ -13,7 +13,7 @@ and linear layers of the *starting* network, quantised or not; `float_bits` is 3
     weights         the integer bit depth of its row, for every weight of a row that has bits
     formats         8 bits for the bit depth and 32 for the exponent of each such row
     placement       1 bit per output channel, where a layer or norm does not compute them all;
-                    1 bit per input channel, where a norm does not read them all
+                    1 bit per input channel, where they do not read them all
     everything else (biases, batch-norm weights and statistics, layers left in float, any other
                     parameter or buffer) as it is held: 32 bits for a float32; counters of seen
                     batches are not needed and not counted
@@ -30,15 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import PlacedBatchNorm2d, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, PLACEMENT, PlacedBatchNorm, QuantizedLayer
 from selfcompress.quantizer import integer_depth
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
-_LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def _counts(size: LayerSize | Size) -> tuple[str, ...]:
 
 def starting_weights(model: nn.Module) -> int:
     """N: the weights of all convolutions and linear layers of `model`, quantised or not."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, _LAYERS))
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, FLOAT_LAYERS))
 
 
 def q_bits(model: nn.Module) -> Tensor:
@@ -194,8 +190,8 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
         counted = depth if module.integer_bits else module.bit_depth
         stored = int(depth.sum()) * module.fan_in + live * (_DEPTH_BITS + _EXPONENT_BITS)
         stored += _as_held(module.bias)
-        if live < module.out_width:
-            stored += module.out_width
+        stored += module.out_width if live < module.out_width else 0
+        stored += module.in_width if len(module.columns) < module.in_width else 0
         return LayerSize(
             name=name,
             channels=live,
@@ -210,12 +206,12 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     stored += sum(
         _as_held(buffer)
         for key, buffer in module.named_buffers(recurse=False)
-        if key not in ("rows", "columns", "num_batches_tracked")
+        if key not in (*PLACEMENT, "num_batches_tracked")
     )
-    if isinstance(module, PlacedBatchNorm2d):
+    if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
         stored += module.in_width if module.num_features < module.in_width else 0
-    if not isinstance(module, _LAYERS):
+    if not isinstance(module, FLOAT_LAYERS):
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
     weight = module.weight
     return LayerSize(

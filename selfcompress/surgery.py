@@ -5,17 +5,19 @@ model, to an average of it, or on every process of many; making it needs the cha
 applying it does not.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from selfcompress.channels import ChannelGraph, Kind
-from selfcompress.layers import PlacedBatchNorm2d, QuantizedLayer
+from selfcompress.channels import ChannelGraph
+from selfcompress.layers import FLOAT_LAYERS, PLACEMENT, PlacedBatchNorm, QuantizedLayer, _QuantConv
 from selfcompress.liveness import Liveness
+from selfcompress.ops import Kind
 
 Index = list[int]
 
@@ -26,97 +28,174 @@ class Wiring:
 
     Attributes:
         in_width, out_width: channels of its input and output tensors.
-        columns: the input channel that each entry of a batch norm reads; None for a layer.
         rows: the output channel that each row or entry computes.
+        columns: the input channel that each column or entry of a batch norm reads, of a grouped
+            convolution group after group; None for layers left in float.
+        groups: of a grouped convolution, the group of each row.
     """
 
     in_width: int
     out_width: int
-    columns: Index | None
     rows: Index
+    columns: Index | None = None
+    groups: Index | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays.
+    """What stays, as plain data: it can be printed, and saved with `to_json`.
 
     Attributes:
         keep: name of a parameter or buffer → [(dim, kept indices)].
         wiring: module name → how it is wired afterwards.
         rows: module name → kept row indices, to bring the channel graph up to date.
-        removed: (number of ids at the start,) bool: the channel ids that go with this plan.
+        removed: the channel ids that go with this plan, in the numbering of the channel graph.
+        silent: channel ids that have to keep their places, as zeros that nobody computes or reads.
     """
 
     keep: dict[str, list[tuple[int, Index]]] = field(default_factory=dict)
     wiring: dict[str, Wiring] = field(default_factory=dict)
     rows: dict[str, Index] = field(default_factory=dict)
-    removed: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    removed: Index = field(default_factory=list)
+    silent: Index = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.keep)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: keeps " + ", ".join(f"{len(kept)} of dim {dim}" for dim, kept in cuts)
+            for name, cuts in self.keep.items()
+        ]
+        return "\n".join(lines) or "nothing to cut"
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote."""
+        data = json.loads(text)
+        keep = {n: [(dim, kept) for dim, kept in cuts] for n, cuts in data["keep"].items()}
+        wiring = {name: Wiring(**values) for name, values in data["wiring"].items()}
+        return cls(keep, wiring, data["rows"], data["removed"], data["silent"])
 
 
 def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness) -> Plan:
     """The plan that removes all that `alive` says is not.
 
-    No tensor ever loses its last channel: where all are gone one stays, as a zero that nothing
-    computes. (Pooling and convolution refuse tensors without channels.)
+    A channel that has to keep its place stays as a zero that nobody computes or reads.
     """
-    removed = alive.gone.copy()
-    for ids in graph.ids.values():
-        if len(ids) and removed[ids].all():
-            removed[ids[0]] = False
+    removed = graph.constrain(alive.gone, alive.rows, model)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
-    return make_plan(graph, model, removed, rows)
+    return make_plan(graph, model, removed, alive.gone & ~removed, rows)
 
 
 def make_plan(
-    graph: ChannelGraph, model: nn.Module, removed: np.ndarray, rows: dict[str, np.ndarray]
+    graph: ChannelGraph,
+    model: nn.Module,
+    removed: np.ndarray,
+    silent: np.ndarray,
+    rows: dict[str, np.ndarray],
 ) -> Plan:
-    """The plan that removes the given channel ids and keeps just the given rows of each module."""
-    modules = dict(model.named_modules())
-    plan = Plan(rows={name: kept.tolist() for name, kept in rows.items()}, removed=removed)
-    in_graph: set[str] = set()
+    """The plan that removes channel ids and keeps just the given rows of each module.
 
-    def keep(module: str, tensors: Iterable[str], dim: int, kept: np.ndarray) -> None:
-        for name in tensors:
-            tensor = getattr(modules[module], name)
-            if tensor is not None and len(kept) < tensor.shape[dim]:
-                plan.keep.setdefault(f"{module}.{name}", []).append((dim, kept.tolist()))
+    Args:
+        removed: (number of ids at the start,) bool; see `ChannelGraph.constrain`.
+        silent: the same, of channels that keep their places but are read no more.
+        rows: module name → indices, for every module that may lose rows.
+    """
+    return _Planner(graph, model, removed, silent, rows).run()
 
-    for node in graph.nodes:
-        if node.kind not in (Kind.LAYER, Kind.NORM):
-            continue
-        module, name = modules[node.module], node.module
-        in_graph.add(name)
-        in_stays = ~removed[graph.ids[node.inputs[0]]]
-        out_stays = ~removed[graph.ids[node.name]]
+
+class _Planner:
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        model: nn.Module,
+        removed: np.ndarray,
+        silent: np.ndarray,
+        rows: dict[str, np.ndarray],
+    ) -> None:
+        self.graph, self.removed, self.silent = graph, removed, silent
+        self.modules = dict(model.named_modules())
+        self.plan = Plan(
+            rows={name: kept.tolist() for name, kept in rows.items()},
+            removed=np.flatnonzero(removed).tolist(),
+            silent=np.flatnonzero(silent).tolist(),
+        )
+
+    def run(self) -> Plan:
+        in_graph: set[str] = set()
+        for node in self.graph.nodes:
+            if node.tensor:
+                stays = ~self.removed[self.graph.ids[node.name]]
+                self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
+            layer = node.kind in (Kind.LAYER, Kind.GROUPED, Kind.NORM)
+            if layer and node.module not in in_graph:
+                in_graph.add(node.module)
+                ins, outs = self.graph.reads(node), self.graph.ids[node.name]
+                self._wire(node.module, ~self.removed[ins], ~self.silent[ins], ~self.removed[outs])
+        # Layers that could not be followed can still lose rows, leaving gaps.
+        for name in self.plan.rows.keys() - in_graph:
+            module = self.modules[name]
+            assert isinstance(module, QuantizedLayer)
+            ins, outs = np.ones(module.in_width, bool), np.ones(module.out_width, bool)
+            self._wire(name, ins, ins, outs)
+        return self.plan
+
+    def _wire(
+        self, name: str, in_stays: np.ndarray, in_sounds: np.ndarray, out_stays: np.ndarray
+    ) -> None:
+        """Plan one layer or norm: which channels of its input stay, are not silent, of its output."""
+        module = self.modules[name]
         new_in, new_out = np.cumsum(in_stays) - 1, np.cumsum(out_stays) - 1
         ins, outs = np.flatnonzero(in_stays), np.flatnonzero(out_stays)
-        columns: Index | None = None
-        if isinstance(module, PlacedBatchNorm2d):
-            keep(name, ("weight", "bias", "running_mean", "running_var"), 0, rows[name])
-            columns = new_in[module.columns.cpu().numpy()[rows[name]]].tolist()
-            positions = new_out[module.rows.cpu().numpy()[rows[name]]].tolist()
-        elif isinstance(module, QuantizedLayer):
-            keep(name, ("weight", "bit_depth", "exponent"), 0, rows[name])
-            keep(name, ("weight",), 1, ins)
-            keep(name, ("bias",), 0, outs)
-            positions = new_out[module.rows.cpu().numpy()[rows[name]]].tolist()
-        else:
-            keep(name, ("weight", "bias"), 0, outs)
-            keep(name, ("weight",), 1, ins)
-            positions = list(range(len(outs)))
-        plan.wiring[name] = Wiring(len(ins), len(outs), columns, positions)
-    # Layers whose channels are frozen on all sides can still lose rows, leaving gaps.
-    for name in rows.keys() - in_graph:
-        module = modules[name]
-        assert isinstance(module, QuantizedLayer)
-        keep(name, ("weight", "bit_depth", "exponent"), 0, rows[name])
-        in_width = module.weight.shape[1]
-        positions = module.rows.cpu().numpy()[rows[name]].tolist()
-        plan.wiring[name] = Wiring(in_width, module.out_width, None, positions)
-    return plan
+        widths = len(ins), len(outs)
+        if not isinstance(module, QuantizedLayer | PlacedBatchNorm):
+            assert isinstance(module, FLOAT_LAYERS)
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            self._keep(f"{name}.weight", int(transposed), outs)
+            self._keep(f"{name}.weight", 1 - int(transposed), ins)
+            self._keep(f"{name}.bias", 0, outs)
+            self.plan.wiring[name] = Wiring(*widths, outs.tolist())
+            return
+        rows = np.array(self.plan.rows[name], np.int64)
+        placed = new_out[_numpy(module.rows)[rows]].tolist()
+        if isinstance(module, PlacedBatchNorm):
+            for tensor in ("weight", "bias", "running_mean", "running_var", *PLACEMENT):
+                self._keep(f"{name}.{tensor}", 0, rows)
+            columns = new_in[_numpy(module.columns)[rows]].tolist()
+            self.plan.wiring[name] = Wiring(*widths, placed, columns)
+            return
+        for tensor in ("bit_depth", "exponent", "rows"):
+            self._keep(f"{name}.{tensor}", 0, rows)
+        self._keep(f"{name}.weight", module.row_dim, rows)
+        self._keep(f"{name}.bias", 0, outs)
+        columns = _numpy(module.columns)
+        if not (isinstance(module, _QuantConv) and module.grouped):
+            read = np.flatnonzero((in_stays & in_sounds)[columns])
+            self._keep(f"{name}.weight", module.fan_in_dim, read)
+            self._keep(f"{name}.columns", 0, read)
+            self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())
+            return
+        self._keep(f"{name}.slots", 0, rows)
+        of_row = _numpy(module.slots)[rows] // module.group_width
+        live, groups = np.unique(of_row, return_inverse=True)
+        table = np.arange(len(columns)).reshape(-1, module.weight.shape[1])[live]
+        # All groups lose the same columns; a convolution without rows keeps the shape of them.
+        stays = in_stays[columns[table]].all(0)
+        self._keep(f"{name}.weight", 1, np.flatnonzero(stays))
+        self._keep(f"{name}.columns", 0, table[:, stays].ravel())
+        columns = new_in[columns[table[:, stays]]].ravel().tolist()
+        self.plan.wiring[name] = Wiring(*widths, placed, columns, groups.tolist())
+
+    def _keep(self, name: str, dim: int, kept: np.ndarray) -> None:
+        owner, _, key = name.rpartition(".")
+        tensor = getattr(self.modules[owner], key, None)
+        if tensor is not None and len(kept) < tensor.shape[dim]:
+            self.plan.keep.setdefault(name, []).append((dim, kept.tolist()))
 
 
 @torch.no_grad()
@@ -145,6 +224,8 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
             renewed[old] = (new, cuts)
         else:
             setattr(module, name, _select(old, cuts))
+        if isinstance(module, nn.PReLU):
+            module.num_parameters = len(module.weight)
     for optimizer in optimizers:
         _cut_optimizer(optimizer, renewed)
     for module_name, wiring in plan.wiring.items():
@@ -196,14 +277,27 @@ def _cut_optimizer(
 
 
 def _rewire(module: nn.Module, wiring: Wiring) -> None:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.modules.conv._ConvNd):
         module.in_channels, module.out_channels = wiring.in_width, wiring.out_width
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = wiring.in_width, wiring.out_width
-    elif isinstance(module, PlacedBatchNorm2d):
-        assert wiring.columns is not None
+    elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width
-        module.columns = torch.tensor(wiring.columns, dtype=torch.int64).to(module.columns.device)
-    if isinstance(module, QuantizedLayer | PlacedBatchNorm2d):
+    if isinstance(module, QuantizedLayer | PlacedBatchNorm):
         module.rows = torch.tensor(wiring.rows, dtype=torch.int64).to(module.rows.device)
+    if wiring.columns is not None:
+        where = module.columns.device
+        module.columns = torch.tensor(wiring.columns, dtype=torch.int64).to(where)
+    if isinstance(module, _QuantConv) and wiring.groups is not None:
+        counts = np.bincount(wiring.groups) if wiring.groups else np.ones(1, np.int64)
+        module.groups, module.group_width = len(counts), int(counts.max())
+        first = np.cumsum(counts) - counts
+        within = np.arange(len(wiring.groups)) - first[wiring.groups]
+        slots = np.array(wiring.groups, np.int64) * module.group_width + within
+        module.slots = torch.from_numpy(slots.astype(np.int64)).to(module.slots.device)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import PlacedBatchNorm2d, quantize_layers, quantized_layers
+from selfcompress.follow import channel_graph
+from selfcompress.layers import PlacedBatchNorm, quantize_layers, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.surgery import Plan, apply_plan, plan_cut
 
@@ -134,6 +136,109 @@ class Grouped(nn.Module):
         return y
 
 
+class Depthwise(nn.Module):
+    """An inverted residual with two depthwise rows per channel and squeeze-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.expand = block(3, 4), block(4, 6)
+        self.deep = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1, groups=6), nn.BatchNorm2d(12))
+        self.squeeze, self.excite = nn.Conv2d(12, 3, 1), nn.Conv2d(3, 12, 1)
+        self.project, self.norm = nn.Conv2d(12, 4, 1), nn.BatchNorm2d(4)
+        self.head = Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.relu_(self.deep(self.expand(x)))
+        gate = self.excite(torch.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
+        x = x + self.norm(self.project(y * torch.sigmoid(gate)))
+        z: Tensor = self.head(x)
+        return z
+
+
+class Shuffled(nn.Module):
+    """Halves that go their own ways, a concatenation and a channel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.right, self.more = block(3, 8), block(4, 4), block(8, 6)
+        self.head = Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.stem(x).chunk(2, dim=1)
+        x = torch.cat([left, self.right(right)], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, -1, h, w)
+        y: Tensor = self.head(self.more(x))
+        return y
+
+
+class Written(nn.Module):
+    """A view with the sizes written into the code, so that its channels keep their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = block(3, 6), block(6, 5), Head(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.b(self.a(x).view(-1, 2, 3, 8, 8).flatten(1, 2)))
+        return y
+
+
+class Transformer(nn.Module):
+    """Patches, one block with hand-written attention, layer scale, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down, self.scale = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Parameter(torch.ones(8)),
+        )
+        self.position, self.linear = nn.Parameter(torch.randn(1, 4, 8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        n, t, c = x.shape
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c)
+        x = x + self.proj(attended)
+        x = x + self.scale * self.down(F.gelu(self.up(self.norm(x))))
+        y: Tensor = self.linear(x.mean(1))
+        return y
+
+
+class Sequences(nn.Module):
+    """One dimension of space: Conv1d, BatchNorm1d, a PReLU per channel, and back up again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.act = nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.PReLU(6)
+        self.up, self.last = nn.ConvTranspose1d(6, 5, 3, stride=2), nn.Conv1d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(F.relu(self.up(self.act(self.norm(self.a(x.flatten(2)))))))
+        return y.mean(2)
+
+
+class Volumes(nn.Module):
+    """Three dimensions: Conv3d, BatchNorm3d, ConvTranspose3d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6)
+        self.up, self.last = nn.ConvTranspose3d(6, 5, 2, stride=2), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool3d(torch.relu(self.norm(self.a(x[:, None]))), (1, 2, 2))
+        y: Tensor = self.last(torch.tanh(self.up(x)).mean((2, 3, 4)))
+        return y
+
+
 class Untraceable(Chain):
     """Its way depends on the data, so torch.fx cannot trace it."""
 
@@ -162,6 +267,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "flat": (Flat, ()),
     "grouped": (Grouped, ()),
     "excluded": (excluded_chain, ("b.0",)),
+    "depthwise": (Depthwise, ()),
+    "shuffled": (Shuffled, ()),
+    "written": (Written, ()),
+    "transformer": (Transformer, ()),
+    "sequences": (Sequences, ()),
+    "volumes": (Volumes, ()),
 }
 """Name → how to build it and what to exclude."""
 
@@ -203,14 +314,14 @@ def prepare(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Cut
     model.to(dtype)
     x = torch.randn(4, 3, 8, 8, dtype=dtype)
     randomise_norms(model)
-    return Cut(model, ChannelGraph.trace(model, x), x)
+    return Cut(model, channel_graph(model, x), x)
 
 
 @torch.no_grad()
 def randomise_norms(model: nn.Module) -> None:
     """Random affine parameters and statistics for every batch norm."""
     for module in model.modules():
-        if isinstance(module, PlacedBatchNorm2d):
+        if isinstance(module, PlacedBatchNorm):
             module.weight.uniform_(0.5, 1.5)
             module.bias.normal_()
             assert module.running_mean is not None

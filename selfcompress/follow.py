@@ -1,0 +1,583 @@
+"""Follow channels through a traced model: build its channel graph.
+
+An addition makes the ids of its operands equal; a layer or a norm makes new ids; a move (view,
+cat, chunk, permute ...) is run on the numbers of the positions, so that it tells by itself where
+each one goes; what is not understood has its ids frozen.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
+from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.ops import (
+    SIZE_ATTRIBUTES,
+    SIZE_METHODS,
+    Kind,
+    is_in_place,
+    kind_of_call,
+    kind_of_module,
+    may_alias,
+    worked_on,
+)
+from selfcompress.trace import Part, Shape, Trace, trace
+
+
+def channel_graph(
+    model: nn.Module, example_input: Tensor, read_elsewhere: Iterable[str] = ()
+) -> ChannelGraph:
+    """The channel graph of `model`, whose layers are quantised already.
+
+    Args:
+        read_elsewhere: names of modules whose parameters are read outside of their forward(), see
+            `trace.reads_elsewhere`.
+
+    Of a model that torch.fx cannot trace whole, the parts that it can trace are followed. With
+    nothing to follow the graph is empty: channels can still lose all their bits, but they keep
+    their places.
+    """
+    traced = trace(model, example_input)
+    if "" in traced.untraceable:
+        parts = ", ".join(part.prefix[:-1] for part in traced.parts) or "none"
+        warnings.warn(
+            f"torch.fx cannot trace {type(model).__name__} ({traced.untraceable['']}): channels "
+            f"are only removed inside of those of its modules that it can trace ({parts})",
+            stacklevel=3,
+        )
+    builder = _Builder(model, traced, set(read_elsewhere))
+    for part in traced.parts:
+        builder.follow(part)
+    return builder.graph()
+
+
+@dataclass(frozen=True, eq=False)
+class _Value:
+    """A tensor of the trace: the ids of its positions and how they lie in it."""
+
+    name: str
+    ids: Ids
+    layout: Layout
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.layout.grid
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+
+class _Cannot(Exception):
+    """The operation cannot be followed, for this reason."""
+
+
+class _Builder:
+    def __init__(self, model: nn.Module, traced: Trace, read_elsewhere: set[str]) -> None:
+        self.model = model
+        self.read_elsewhere = read_elsewhere
+        self.untraceable = traced.untraceable
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.miscounted = traced.miscounted
+        self.count = 0
+        self.unions: list[tuple[np.ndarray, np.ndarray]] = []
+        self.freezes: list[tuple[np.ndarray, str]] = []
+        self.result = ChannelGraph()
+        self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
+        self.parameters: dict[str, _Value] = {}
+        self.calls: Counter[str] = Counter()
+        self.read: set[str] = set()  # modules whose tensors are read by other modules
+        self.spoiled: dict[str, str] = {}  # layers of which one call could not be followed → why
+        owners = Counter(
+            id(t)
+            for m in model.modules()
+            for t in [*m._parameters.values(), *m._buffers.values()]
+            if t is not None
+        )
+        self.shared = {key for key, times in owners.items() if times > 1}
+
+    # One part at a time.
+
+    def follow(self, part: Part) -> None:
+        """Add the operations of one part."""
+        self.prefix, self.facts = part.prefix, part.facts
+        self.values: dict[torch.fx.Node, Any] = {}
+        _redirect_in_place(part, self._module)
+        hazards = _alias_hazards(part, self._module)
+        for node in part.nodes:
+            if node.op == "call_module":
+                self.calls[self.prefix + str(node.target)] += 1
+            elif node.op == "get_attr":
+                self.read.add((self.prefix + str(node.target)).rpartition(".")[0])
+        for node in part.nodes:
+            self._visit(node, hazards)
+
+    def _visit(self, node: torch.fx.Node, hazards: set[torch.fx.Node]) -> None:
+        inputs = list(dict.fromkeys(v for n in node.all_input_nodes for v in self._tensors(n)))
+        fact = self.facts[node]
+        if node.op == "output":
+            self._emit(node, Kind.OUTPUT, inputs)
+            for value in inputs:
+                self._freeze(value.ids, "it is an output of the model")
+            return
+        shapes = [leaf for leaf in pytree.tree_leaves(fact) if isinstance(leaf, Shape)]
+        if not shapes:
+            if inputs and not self._reads_sizes(node):
+                self._opaque(node, inputs, "reads values out of a tensor")
+            self._record(node, None, fact)
+            return
+        try:
+            if node in hazards:
+                raise _Cannot("changes in place what is read elsewhere under another name")
+            kind, result = self._dispatch(node, inputs, fact)
+        except _Cannot as why:
+            kind, result = Kind.OPAQUE, self._opaque(node, inputs, str(why))
+            if node.op == "call_module":
+                self.spoiled.setdefault(self.prefix + str(node.target), str(why))
+        self._record(node, kind, result)
+
+    def _record(self, node: torch.fx.Node, kind: Kind | None, result: Any) -> None:
+        self.values[node] = result
+        named = pytree.tree_map_only(_Value, lambda v: TensorName(v.name), result)
+        module = self._module(node) if kind is Kind.MOVE and node.op == "call_module" else None
+        names = tuple(v.name for v in self._tensors(node))
+        self.result.steps.append(Step(node, kind, named, names, module))
+
+    def _dispatch(self, node: torch.fx.Node, inputs: list[_Value], fact: Any) -> tuple[Kind, Any]:
+        """The node's kind and, in the structure of `fact`, the values it makes."""
+        if node.op == "placeholder":
+            return Kind.INPUT, self._opaque(node, [], "is the model's input", Kind.INPUT)
+        if node.op == "get_attr":
+            return Kind.PARAMETER, self._parameter(node, fact)
+        module = self._module(node)
+        if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
+            return self._layer(node, module, inputs, fact)
+        tensors = [n for n in node.all_input_nodes if self._tensors(n)]
+        kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
+        if self._is_pick(node):
+            return Kind.MOVE, self._pick(node)
+        if kind is Kind.OPAQUE:
+            raise _Cannot("is not an operation that channels can be followed through")
+        if kind is Kind.MOVE:
+            return kind, self._move(node, inputs, fact)
+        if not isinstance(fact, Shape):
+            raise _Cannot("gives something else than one tensor")
+        if module is not None and len(inputs) != 1:
+            raise _Cannot("reads something other than one tensor")
+        if kind is Kind.SPATIAL:
+            return kind, self._spatial(node, module, inputs, fact)
+        return kind, self._combine(node, kind, module, inputs, fact)
+
+    # The kinds of operations.
+
+    def _parameter(self, node: torch.fx.Node, fact: Any) -> _Value:
+        name = self.prefix + str(node.target)
+        if name in self.parameters:
+            return self.parameters[name]
+        owner, _, key = name.rpartition(".")
+        tensor = getattr(self.modules[owner], key)
+        long = (
+            [dim for dim, size in enumerate(fact.sizes) if size > 1] if tensor is not None else []
+        )
+        hidden = bool(self.untraceable) and owner in self.read_elsewhere
+        layer = isinstance(self.modules[owner], (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
+        if id(tensor) in self.shared or len(long) > 1 or layer or hidden:
+            raise _Cannot("is a tensor of the model that is not indexed by channel alone")
+        if not long:  # one number for all channels
+            return self._opaque(node, [], "is a single number", Kind.PARAMETER)
+        grid = tuple(size if dim in long else 1 for dim, size in enumerate(fact.sizes))
+        value = _Value(self._name(node), self._new(fact.sizes[long[0]]), Layout(fact.sizes, grid))
+        self._emit(node, Kind.PARAMETER, [], value, (), tensor=name, tensor_dim=long[0])
+        self.parameters[name] = value
+        return value
+
+    def _layer(
+        self, node: torch.fx.Node, module: nn.Module, inputs: list[_Value], fact: Any
+    ) -> tuple[Kind, _Value]:
+        name = self.prefix + str(node.target)
+        if len(inputs) != 1 or not isinstance(fact, Shape):
+            raise _Cannot("reads something other than one tensor")
+        if name in self.read | self.read_elsewhere or any(
+            id(p) in self.shared for p in module.parameters(False)
+        ):
+            raise _Cannot("has parameters that are used elsewhere too")
+        if name in self.miscounted:
+            raise _Cannot("is also called by code that cannot be traced")
+        if isinstance(module, PlacedBatchNorm):
+            kind, axis = Kind.NORM, 1
+            widths = (module.in_width, module.out_width)
+        elif isinstance(module, QuantizedLayer):
+            grouped = isinstance(module, _QuantConv) and module.grouped
+            kind = Kind.GROUPED if grouped else Kind.LAYER
+            axis = len(fact.sizes) + module.channel_dim
+            widths = (module.in_width, module.out_width)
+        elif type(module) in FLOAT_LAYERS and getattr(module, "groups", 1) == 1:
+            kind = Kind.LAYER
+            space = 0 if isinstance(module, nn.Linear) else module.weight.dim() - 2
+            axis = len(fact.sizes) - 1 - space
+            widths = _float_widths(module)
+        else:
+            raise _Cannot("is a grouped layer left in float, or of a type that is not known")
+        value = inputs[0]
+        source = self._along(value, axis, widths[0])
+        ids_read = value.ids[source]
+        if name in self.made:
+            self._unite(self.made[name][0], ids_read)
+        else:
+            self.made[name] = (ids_read, self._new(widths[1]))
+        grid = tuple(widths[1] if dim == axis else 1 for dim in range(len(fact.sizes)))
+        result = _Value(self._name(node), self.made[name][1], Layout(fact.sizes, grid))
+        self._emit(node, kind, inputs, result, (source,))
+        return kind, result
+
+    def _along(self, value: _Value, axis: int, width: int) -> np.ndarray:
+        """(width,) the positions of `value` along one of its dimensions."""
+        if value.shape[axis] != width:
+            raise _Cannot(f"has another number of channels than dimension {axis} of its input")
+        if any(size > 1 for dim, size in enumerate(value.grid) if dim != axis):
+            raise _Cannot(f"mixes another dimension than the channels, which are not in {axis}")
+        return np.arange(width) if value.grid[axis] > 1 else np.zeros(width, np.int64)
+
+    def _spatial(
+        self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value], fact: Shape
+    ) -> _Value:
+        if len(inputs) != 1:
+            raise _Cannot("reads several tensors")
+        value, rank = inputs[0], len(inputs[0].shape)
+        plain = self._plain_arguments(node)
+        worked = worked_on(node, module, rank, plain)
+        if worked is None or any(value.grid[dim] > 1 for dim in worked):
+            raise _Cannot("works on the dimension of the channels")
+        if len(fact.sizes) == rank:
+            grid = value.grid
+        else:
+            grid = tuple(size for dim, size in enumerate(value.grid) if dim not in worked)
+        if len(grid) != len(fact.sizes) or any(
+            size > 1 and size != now for size, now in zip(grid, fact.sizes, strict=True)
+        ):
+            raise _Cannot("changes the number of channels")
+        result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid))
+        self._emit(node, Kind.SPATIAL, inputs, result, (np.arange(len(value.ids)),))
+        return result
+
+    def _combine(
+        self,
+        node: torch.fx.Node,
+        kind: Kind,
+        module: nn.Module | None,
+        inputs: list[_Value],
+        fact: Shape,
+    ) -> _Value:
+        """Element by element, of one tensor or several that are broadcast against each other."""
+        rank = len(fact.sizes)
+        grids = [(1,) * (rank - len(v.grid)) + v.grid for v in inputs]
+        shapes = [(1,) * (rank - len(v.shape)) + v.shape for v in inputs]
+        grid = np.broadcast_shapes(*grids)
+        long = {dim for dim, size in enumerate(grid) if size > 1}
+        sources, tied = [], []
+        for value, own_grid, shape in zip(inputs, grids, shapes, strict=True):
+            if any(size not in (1, fact.sizes[dim]) for dim, size in enumerate(shape)):
+                raise _Cannot("combines tensors of shapes that do not fit")
+            numbers = np.arange(len(value.ids)).reshape(own_grid)
+            sources.append(np.broadcast_to(numbers, grid).ravel())
+            has = {dim for dim in long if shape[dim] > 1}
+            if has == long:
+                tied.append(value.ids[sources[-1]])
+            elif has:
+                raise _Cannot("combines tensors that share only some dimensions of channels")
+        tensor = ""
+        if isinstance(module, nn.PReLU) and module.weight.numel() > 1:
+            tensor = f"{self.prefix}{node.target}.weight"
+            if long != {1} or self.calls[self.prefix + str(node.target)] > 1:
+                raise _Cannot("has its channels elsewhere, or is called more than once")
+        elif module is not None and (module._parameters or module._buffers):
+            if any(p is not None and p.numel() > 1 for p in module._parameters.values()):
+                raise _Cannot("has parameters of its own")
+        for ids in tied[1:]:
+            self._unite(tied[0], ids)
+        result = _Value(self._name(node), tied[0], Layout(fact.sizes, tuple(grid)))
+        evaluate = self._evaluate(node, module, inputs)
+        self._emit(node, kind, inputs, result, tuple(sources), evaluate=evaluate, tensor=tensor)
+        return result
+
+    def _move(self, node: torch.fx.Node, inputs: list[_Value], fact: Any) -> Any:
+        """Run the move on the numbers of positions; one graph node for each tensor it makes."""
+        starts = np.cumsum([0, *(len(v.ids) for v in inputs)])
+        numbered = {
+            value.name: value.layout.spread(np.arange(start, start + len(value.ids)))
+            for value, start in zip(inputs, starts, strict=False)
+        }
+        values = {
+            n: pytree.tree_map_only(_Value, lambda v: numbered[v.name], self.values[n])
+            for n in node.all_input_nodes
+        }
+        try:
+            moved = call(node, values, self._module(node))
+        except Exception as error:
+            raise _Cannot(f"cannot be run on channel numbers ({error})") from error
+        results = pytree.tree_leaves(moved)
+        shapes = pytree.tree_leaves(fact)
+        if [tuple(r.shape) for r in results] != [s.sizes for s in shapes]:
+            raise _Cannot("gives another shape on channel numbers")
+        every = np.concatenate([v.ids for v in inputs])
+        made = []
+        for index, result in enumerate(results):
+            table = _collapse(result)
+            numbers = table.ravel()
+            layout = Layout(tuple(result.shape), tuple(table.shape))
+            name = self._name(node) + (f".{index}" if len(results) > 1 else "")
+            value = _Value(name, every[numbers], layout)
+            sources = tuple(
+                np.where((numbers >= start) & (numbers < start + len(v.ids)), numbers - start, -1)
+                for v, start in zip(inputs, starts, strict=False)
+            )
+            self._emit(node, Kind.MOVE, inputs, value, sources)
+            made.append(value)
+        return pytree.tree_unflatten(made, pytree.tree_structure(fact))
+
+    def _is_pick(self, node: torch.fx.Node) -> bool:
+        """Whether the node picks one of several tensors: result[0]."""
+        first = node.args[0] if node.args else None
+        return (
+            node.op == "call_function"
+            and getattr(node.target, "__name__", "") in ("getitem", "getattr")
+            and isinstance(first, torch.fx.Node)
+            and not isinstance(self.values[first], _Value)
+        )
+
+    def _pick(self, node: torch.fx.Node) -> Any:
+        # Of what is not understood, all tensors have the same single, frozen id.
+        return call(node, self.values)
+
+    def _opaque(
+        self, node: torch.fx.Node, inputs: list[_Value], why: str, kind: Kind = Kind.OPAQUE
+    ) -> Any:
+        """Freeze what the node reads and makes; all that it makes is one frozen channel."""
+        reason = f"{self._label(node)} {why}"
+        for value in inputs:
+            self._freeze(value.ids, reason)
+        fact, made = self.facts[node], self._new(1)
+        self._freeze(made, reason)
+        leaves, structure = pytree.tree_flatten(fact)
+        values = []
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Shape):
+                name = self._name(node) + (f".{index}" if len(leaves) > 1 else "")
+                layout = Layout(leaf.sizes, (1,) * len(leaf.sizes))
+                leaf = _Value(name, made, layout)
+                self._emit(node, kind, inputs, leaf, (np.zeros(1, np.int64),) * len(inputs))
+            values.append(leaf)
+        if not any(isinstance(leaf, Shape) for leaf in leaves):
+            self._emit(node, kind, inputs)
+        return pytree.tree_unflatten(values, structure)
+
+    # Helpers.
+
+    def _emit(
+        self,
+        node: torch.fx.Node,
+        kind: Kind,
+        inputs: list[_Value],
+        value: _Value | None = None,
+        sources: tuple[np.ndarray, ...] = (),
+        *,
+        evaluate: Callable[..., Tensor] | None = None,
+        tensor: str = "",
+        tensor_dim: int = 0,
+    ) -> None:
+        """Add a node to the graph."""
+        name = value.name if value is not None else self._name(node)
+        module = self.prefix + str(node.target) if node.op == "call_module" else ""
+        pixels = 1
+        if value is not None:
+            batch_and_grid = max(1, value.shape[0]) * int(np.prod(value.grid)) if value.shape else 1
+            pixels = int(np.prod(value.shape)) // batch_and_grid
+            self.result.ids[name] = value.ids
+            self.result.layouts[name] = value.layout
+            self.result.sources[name] = sources
+        names = tuple(v.name for v in inputs)
+        self.result.nodes.append(
+            Node(name, kind, names, module, pixels, evaluate, tensor, tensor_dim)
+        )
+
+    def _label(self, node: torch.fx.Node) -> str:
+        """What a user knows the node as: "stem.norm (GroupNorm)", "softmax in block1.attention"."""
+        if node.op == "call_module":
+            return f"{self.prefix}{node.target} ({type(self._module(node)).__name__})"
+        return _label(node)
+
+    def _name(self, node: torch.fx.Node) -> str:
+        return self.prefix + node.name
+
+    def _module(self, node: torch.fx.Node) -> nn.Module | None:
+        return self.modules[self.prefix + str(node.target)] if node.op == "call_module" else None
+
+    def _tensors(self, node: torch.fx.Node) -> list[_Value]:
+        return [v for v in pytree.tree_leaves(self.values[node]) if isinstance(v, _Value)]
+
+    def _reads_sizes(self, node: torch.fx.Node) -> bool:
+        if node.op == "call_method":
+            return str(node.target) in SIZE_METHODS
+        return node.op == "call_function" and (
+            (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES)
+            or node.target in (len, isinstance)
+        )
+
+    def _plain_arguments(self, node: torch.fx.Node) -> tuple[Any, dict[str, Any]]:
+        args, kwargs = torch.fx.node.map_arg(
+            (node.args[1:], dict(node.kwargs)), lambda n: self.values[n]
+        )
+        return args, kwargs
+
+    def _evaluate(
+        self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value]
+    ) -> Callable[..., Tensor]:
+        """The node's function of its tensors, with its other arguments as they were traced."""
+        if module is not None:
+            return _with_dtype_of(module)
+        tensors = [n for n in node.all_input_nodes if self._tensors(n)]
+        if any(not isinstance(self.values[n], _Value) for n in tensors):
+            raise _Cannot("reads several tensors at once")
+        numbers = {n: self.values[n] for n in node.all_input_nodes if n not in tensors}
+        which = {n: inputs.index(self.values[n]) for n in tensors}
+
+        def evaluate(*constants: Tensor) -> Tensor:
+            given = {n: constants[index] for n, index in which.items()}
+            result: Tensor = call(node, numbers | given)
+            return result
+
+        return evaluate
+
+    def _new(self, count: int) -> Ids:
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+    def _unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        self.unions.append((a, b))
+
+    def _freeze(self, ids: np.ndarray, why: str) -> None:
+        self.freezes.append((ids, why))
+
+    def graph(self) -> ChannelGraph:
+        """All that was followed, with equal ids where channels are the same."""
+        graph, count = self.result, self.count
+        for name in self.spoiled.keys() & self.made.keys():
+            for ids in self.made[name]:
+                self._freeze(ids, f"{name}, in one of its calls, {self.spoiled[name]}")
+        graph.nodes = [
+            replace(node, kind=Kind.OPAQUE) if node.module in self.spoiled else node
+            for node in graph.nodes
+        ]
+        graph.untraceable = self.untraceable
+        a = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in self.unions)])
+        b = np.concatenate([np.zeros(0, np.int64), *(b for _, b in self.unions)])
+        pairs = coo_array((np.ones(len(a), bool), (a, b)), shape=(count, count))
+        root = connected_components(pairs, directed=False)[1].astype(np.int64)
+        graph.ids = {name: root[ids] for name, ids in graph.ids.items()}
+        graph.frozen = np.zeros(root.max(initial=-1) + 1, bool)
+        graph.removed, graph.silent = np.zeros_like(graph.frozen), np.zeros_like(graph.frozen)
+        for ids, why in self.freezes:
+            for i in np.unique(root[ids]).tolist():
+                graph.frozen[i] = True
+                graph.reasons.setdefault(i, why)
+        graph.origin = self._origin()
+        graph.spoiled = self.spoiled
+        return graph
+
+    def _origin(self) -> dict[str, np.ndarray]:
+        """Rows can go from every quantised layer, of norms from those that were followed."""
+        norms = {node.module for node in self.result.of_kind(Kind.NORM)}
+        return {
+            name: np.arange(len(module.rows))
+            for name, module in self.model.named_modules()
+            if isinstance(module, QuantizedLayer)
+            or (isinstance(module, PlacedBatchNorm) and name in norms)
+            if name not in self.read
+        }
+
+
+def _redirect_in_place(part: Part, module_of: Any) -> None:
+    """After x is changed in place, whoever reads x reads the result of that change."""
+    order = {node: index for index, node in enumerate(part.nodes)}
+    for node in part.nodes:
+        target = node.args[0] if node.args else None
+        if not isinstance(target, torch.fx.Node) or not is_in_place(node, module_of(node)):
+            continue
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+
+
+def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
+    """Nodes that change in place what other nodes see under another name; and those nodes."""
+    order = {node: index for index, node in enumerate(part.nodes)}
+    root: dict[torch.fx.Node, torch.fx.Node] = {}
+    hazards: set[torch.fx.Node] = set()
+    for node in part.nodes:
+        target = node.args[0] if node.args else None
+        root[node] = node
+        if not isinstance(target, torch.fx.Node):
+            continue
+        module = module_of(node)
+        in_place = is_in_place(node, module)
+        tensors = [n for n in node.all_input_nodes if n in root]
+        kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
+        if in_place or may_alias(node, kind, module):
+            root[node] = root[target]
+        if in_place:
+            same = [n for n in root if root[n] is root[target] and n not in (node, target)]
+            read_later = [n for n in same if any(order[u] > order[node] for u in n.users)]
+            if read_later:
+                hazards |= {node, *read_later}
+    return hazards
+
+
+def _collapse(numbers: Tensor) -> np.ndarray:
+    """Narrow every dimension along which nothing changes to 1."""
+    for dim in range(numbers.dim()):
+        if numbers.shape[dim] > 1:
+            first = numbers.narrow(dim, 0, 1)
+            if numbers.stride(dim) == 0:
+                numbers = first
+    for dim in range(numbers.dim()):
+        first = numbers.narrow(dim, 0, 1)
+        if numbers.shape[dim] > 1 and bool((numbers == first).all()):
+            numbers = first
+    table: np.ndarray = numbers.contiguous().numpy()
+    return table
+
+
+def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:
+    def evaluate(constants: Tensor) -> Tensor:
+        own = next(module.parameters(), constants)
+        # A copy, as the module may work in place.
+        result: Tensor = module(constants.to(own, copy=True))
+        return result.to(constants)
+
+    return evaluate
+
+
+def _float_widths(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
+def _label(node: torch.fx.Node) -> str:
+    """The function of a node, and the module in whose forward() it is called."""
+    what = str(getattr(node.target, "__name__", node.target))
+    if node.op in ("placeholder", "get_attr"):
+        return what
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+    return f"{what}{where} [{node.name}]"
