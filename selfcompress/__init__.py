@@ -2,7 +2,19 @@
 
 from selfcompress.compressor import Compressor
 from selfcompress.quantizer import fake_quantize
+from selfcompress.report import LayerReport, Report
 from selfcompress.size import LayerSize, Size
+from selfcompress.surgery import Plan, apply_plan
 from selfcompress.verify import CutError
 
-__all__ = ["Compressor", "CutError", "LayerSize", "Size", "fake_quantize"]
+__all__ = [
+    "Compressor",
+    "CutError",
+    "LayerReport",
+    "LayerSize",
+    "Plan",
+    "Report",
+    "Size",
+    "apply_plan",
+    "fake_quantize",
+]

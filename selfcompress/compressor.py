@@ -12,6 +12,7 @@ compressor.finish(loader)
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,20 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
+from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
-from selfcompress.layers import quantize_layers, quantized_layers
+from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.modes import kept_modes
 from selfcompress.quantizer import MAX_BITS, fit_exponent
+from selfcompress.report import Report, make_report
 from selfcompress.size import Size, measure, q_bits, starting_weights
-from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
+from selfcompress.surgery import Plan, apply_plan, check_fits, check_optimizer, make_plan, plan_cut
 from selfcompress.trace import reads_elsewhere
 from selfcompress.verify import compare, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
+_WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
@@ -41,19 +45,22 @@ class Compressor:
     """Quantises a model in place and shrinks it while somebody else's loop trains it.
 
     Args:
-        model: the network; its convolutions and linear layers are replaced by quantised twins
-            that hold the same parameter objects.
+        model: the network; its convolutions, linear layers and attention are replaced by
+            quantised twins that hold the same parameter objects. It may be trained already:
+            with `bits=8` it starts as good as it was.
         example_input: a batch the model accepts, on its device, to trace it and to check cuts
             with; a few real images serve best.
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
-            any time (`compressor.gamma = ...`), for a schedule. Loss scaling, as of a GradScaler,
-            is not undone.
+            any time (`compressor.gamma = ...`), for a schedule.
         bits: the bit depth that every channel starts at.
         integer_bits: round bit depths up in the forward pass, so that sizes can be stored. False
             is the paper's fractional bit depth.
         exclude: names of layers (or of modules that contain layers) to leave in float. They
             count at 32 bits a weight.
-        interval: steps between two cuts.
+        min_channels: rows that every layer keeps at the least (all, if it has fewer). 0 lets a
+            residual branch vanish whole; a layer that the output hangs on keeps one row.
+        interval: steps between two cuts. Where something was compiled with torch.compile, a cut
+            waits until it removes 5 % of the parameters: it makes torch compile everything anew.
         bit_step: the largest step of a bit depth, in bits: 0.01 lets an unneeded channel of 4
             bits go within about 200 steps (a row whose integer depth changes moves on by half).
 
@@ -72,6 +79,7 @@ class Compressor:
         bits: float = 4,
         integer_bits: bool = True,
         exclude: Iterable[str] = (),
+        min_channels: int = 0,
         interval: int = 50,
         bit_step: float = 0.01,
     ) -> None:
@@ -79,14 +87,18 @@ class Compressor:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
         if integer_bits and bits != int(bits):
             raise ValueError(f"bits must be a whole number unless integer_bits=False, not {bits}")
+        if min_channels < 0:
+            raise ValueError(f"min_channels must be at least 0, not {min_channels}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         self.gamma = gamma
-        self.model = model
+        self.model = model = _without_compile(model)
         self.example_input = example_input
+        self.min_channels = min_channels
         self.interval = interval
         self.frozen = False
         self.steps = 0
+        self.cuts = 0
         if quantized_layers(model):
             raise ValueError("the model is compressed already: build a fresh one")
         read_elsewhere = _reads_elsewhere(model, example_input)
@@ -127,19 +139,26 @@ class Compressor:
         """
         bits = q_bits(self.model)
         pressed = bits.detach() + (bits - bits.detach()) / TASK_SHARE
-        return self.gamma / self.starting_weights * pressed
+        penalty = self.gamma / self.starting_weights * pressed
+        if penalty.requires_grad:
+            penalty.register_hook(self.formats.note_loss_scale)
+        return penalty
 
-    def step(self, optimizer: Optimizer) -> Plan | None:
+    def step(self, optimizer: Optimizer, averages: Iterable[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
 
         Call it after `optimizer.step()`.
+
+        Args:
+            averages: copies of the model to be cut along, such as an `AveragedModel` of it.
 
         Returns:
             The plan that was applied, if something was cut.
 
         Raises:
             TypeError: the optimiser's state cannot be cut; nothing has been changed.
-            ValueError: it does not hold all trainable weights; nothing has been changed.
+            ValueError: it does not hold all trainable weights, or an average is of another shape
+                than the model; nothing has been changed.
             CutError: a cut changed what the network computes; the model stays cut.
             FloatingPointError: a weight or its format is no longer finite.
         """
@@ -154,17 +173,34 @@ class Compressor:
         self._update_idle()
         if self.steps % self.interval:
             return None
-        return self.cut(optimizer)
+        return self._cut(optimizer, averages, patient=_compiled_anything())
 
-    @torch.no_grad()
-    def cut(self, optimizer: Optimizer | None = None) -> Plan | None:
+    def cut(
+        self, optimizer: Optimizer | None = None, averages: Iterable[nn.Module] = ()
+    ) -> Plan | None:
         """Cut what is dead now out of the model and the optimiser's state.
 
         Rows that quantised to zero at every step since the last cut lose their bits first.
 
+        Args:
+            averages: copies of the model to be cut along, such as an `AveragedModel` of it.
+
         Returns:
             The plan that was applied, or None if there was nothing to cut.
+
+        Raises:
+            As `step`.
         """
+        return self._cut(optimizer, averages)
+
+    @torch.no_grad()
+    def _cut(
+        self,
+        optimizer: Optimizer | None,
+        averages: Iterable[nn.Module],
+        patient: bool = False,
+    ) -> Plan | None:
+        """Cut; if `patient`, only what is worth to be compiled anew."""
         if optimizer is not None:
             check_optimizer(optimizer)
         self._require_finite()
@@ -173,9 +209,19 @@ class Compressor:
         self._keep_connected()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model))
-        if plan:
+        worth_it = not patient or _worth_recompiling(plan, self.model)
+        if plan and worth_it:
+            copies = [_averaged(model) for model in averages]
+            for model in copies:
+                check_fits(plan, model)
             before = snapshot(self.model, self.example_input)
             self._apply(plan, optimizer)
+            for model in copies:
+                apply_plan(plan, model)
+            self.cuts += 1
+            # Past its limit of recompilations torch would silently go on without compiling.
+            if _compiled_anything():
+                torch.compiler.reset()
             compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
         device = self.example_input.device
         self._lingering = {
@@ -183,7 +229,7 @@ class Compressor:
             for name, positions in analyse(self.graph, self.model).lingering.items()
         }
         self._idle = self._zero_rows()
-        return plan or None
+        return plan if plan and worth_it else None
 
     def freeze(self) -> None:
         """Bit depths and exponents stay as they are from now on; dead channels still go."""
@@ -192,7 +238,12 @@ class Compressor:
             layer.bit_depth.requires_grad_(False)
             layer.exponent.requires_grad_(False)
 
-    def finish(self, loader: Iterable[Any], optimizer: Optimizer | None = None) -> None:
+    def finish(
+        self,
+        loader: Iterable[Any],
+        optimizer: Optimizer | None = None,
+        averages: Iterable[nn.Module] = (),
+    ) -> None:
         """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
         While formats move, running statistics lag behind; those of the final network are
@@ -201,10 +252,17 @@ class Compressor:
         """
         self.freeze()
         self._idle = self._zero_rows()
-        self.cut(optimizer)
+        self.cut(optimizer, averages)
         with kept_modes(self.model):
             update_bn(loader, self.model, device=self.example_input.device)
         settle_statistics(self.graph, self.model)
+
+    def report(self) -> Report:
+        """By layer: is it quantised, how many of its channels can leave, and if not, why."""
+        return make_report(self.model, self.graph, self.left_in_float)
+
+    def __str__(self) -> str:
+        return str(self.report())
 
     def size(self) -> Size:
         """All the sizes of the model as it is now."""
@@ -306,22 +364,21 @@ class Compressor:
 
     @torch.no_grad()
     def _keep_connected(self) -> None:
-        """Let no layer die whole without which the output would not depend on the input."""
-        alive = [layer.live_rows().any() for layer in self.layers.values()]
+        """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
+        alive = [layer.live_rows().sum() for layer in self.layers.values()]
         dead: set[str] = set()
-        for (name, layer), is_alive in zip(
+        for (name, layer), count in zip(
             self.layers.items(), torch.stack(alive).tolist(), strict=True
         ):
+            least = min(self.min_channels, len(layer.rows))
             # An empty layer lost its rows in a cut, so the network is connected without it.
-            if not is_alive and len(layer.rows):
+            if count == 0 and least == 0 and len(layer.rows):
                 if self.graph.connected(dead | {name} | self._empty()):
                     dead.add(name)
                 else:
-                    strongest = layer.weight_by_row().flatten(1).norm(dim=1).argmax()
-                    layer.bit_depth[strongest] = 2  # one bit has no level above zero
-                    one = slice(int(strongest), int(strongest) + 1)
-                    weight = layer.weight_by_row()[one]
-                    layer.exponent[one] = fit_exponent(weight, layer.bit_depth[one])
+                    least = 1
+            if count < least:
+                _revive(layer, least - int(count))
 
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}
@@ -365,6 +422,43 @@ class Compressor:
                 raise FloatingPointError(
                     f"the weights or formats of layer {name} are not finite: training has diverged"
                 )
+
+
+def _revive(layer: QuantizedLayer, count: int) -> None:
+    """Give bits again to those dead rows of a layer that have the largest weights."""
+    norms = layer.weight_by_row().flatten(1).norm(dim=1)
+    strongest = norms.masked_fill(layer.live_rows(), -1).topk(count).indices
+    layer.bit_depth[strongest] = 2  # one bit has no level above zero
+    weight = layer.weight_by_row()[strongest]
+    layer.exponent[strongest] = fit_exponent(weight, layer.bit_depth[strongest])
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    """The user's own module inside of what torch.compile(model) returned."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _averaged(model: nn.Module) -> nn.Module:
+    """What an AveragedModel, or another copy of the model, holds."""
+    return model.module if isinstance(model, AveragedModel) else _without_compile(model)
+
+
+def _compiled_anything() -> bool:
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and dynamo.utils.counters["frames"]["total"] > 0
+
+
+def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
+    """Whether `plan` cuts enough parameters to pay for compiling the model anew."""
+    before = after = 0
+    for name, parameter in model.named_parameters():
+        size, kept = parameter.numel(), 1.0
+        for dim, indices in plan.keep.get(name, []):
+            kept *= len(indices) / parameter.shape[dim]
+        before, after = before + size, after + round(size * kept)
+    return after <= (1 - _WORTH_RECOMPILING) * before
 
 
 def _reads_elsewhere(model: nn.Module, example_input: Tensor) -> set[str]:

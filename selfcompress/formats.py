@@ -69,12 +69,14 @@ class FormatStepper:
             betas=BETAS,
         )
         self._collected: dict[nn.Parameter, Tensor] = {}
+        self._loss_scale: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
         self.watch()
 
     def watch(self) -> None:
         """Collect from the parameters that the layers have now; call again after a cut."""
         self._collected.clear()
+        self._loss_scale = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
@@ -93,9 +95,24 @@ class FormatStepper:
             gradient = gradient + self._collected[parameter]
         self._collected[parameter] = gradient
 
+    def note_loss_scale(self, gradient: Tensor) -> None:
+        """Remember the gradient that came back to the penalty: what the loss was multiplied with.
+
+        It is 1 unless a GradScaler or the averaging of accumulated batches multiplied the loss.
+        """
+        self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
+
+    def _undo_loss_scale(self) -> None:
+        if self._loss_scale is not None:
+            usable = self._loss_scale.isfinite() & (self._loss_scale > 0)
+            scale = torch.where(usable, self._loss_scale, 1.0)
+            self._collected = {p: g / scale.to(g) for p, g in self._collected.items()}
+        self._loss_scale = None
+
     @torch.no_grad()
     def step(self, *, fit: bool) -> None:
         """Step all formats from what was collected since the last step; maybe `fit` exponents."""
+        self._undo_loss_scale()
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
         for layer in self.layers.values():
             exponent_grad = self._collected.pop(layer.exponent, None)

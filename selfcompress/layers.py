@@ -1,4 +1,4 @@
-"""Torch layers that quantise their own weight, and how to put them into a model and take them out.
+"""Torch layers that quantise their own weight, and batch norms that can lose channels.
 
 A quantised layer keeps only the rows that still have bits. Rows that were cut leave a gap in the
 output, so each layer remembers which output channels its rows compute (`rows`) and places them
@@ -7,8 +7,6 @@ input channels it reads (`columns`). Batch norms get the same abilities: in a re
 channel can be gone while the trunk it is added to still carries it.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -103,6 +101,11 @@ class QuantizedLayer(nn.Module):
         )
         return weight.transpose(0, 1) if self.row_dim else weight
 
+    def dense_weight(self) -> Tensor:
+        """The quantised weight at the layer's full width, zeros where rows or columns are gone."""
+        weight = place(self.quantized_weight(), self.rows, self.out_width, self.row_dim)
+        return place(weight, self.columns, self.in_width, self.fan_in_dim)
+
     def zero_rows(self, among: Tensor | slice = slice(None)) -> Tensor:
         """(rows in `among`,) bool: the rows that quantise to nothing but zeros."""
         quantized = fake_quantize(
@@ -174,11 +177,25 @@ class _QuantConv(QuantizedLayer):
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
-        new = cls(**_conv_options(layer), device="meta").adopt(layer, bits, integer_bits)
+        new = cls(**conv_options(layer), device="meta").adopt(layer, bits, integer_bits)
         if new.groups > 1:
             new.register_buffer("slots", torch.arange(new.out_channels, device=new.weight.device))
             new.group_width = new.out_channels // new.groups
         return new
+
+    def dense_weight(self) -> Tensor:
+        """See `QuantizedLayer`; of a grouped convolution that lost any, as if it had no groups."""
+        if not self.grouped:
+            return super().dense_weight()
+        weight = self.quantized_weight()
+        if len(self.rows) == self.out_width and len(self.columns) == self.in_width:
+            return weight
+        if not len(self.rows):
+            return weight.new_zeros(self.out_width, self.in_width, *weight.shape[2:])
+        read = self.columns.view(self.groups, -1)[self.slots // self.group_width]  # of each row
+        index = read.view(*read.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
+        wide = weight.new_zeros(len(weight), self.in_width, *weight.shape[2:])
+        return place(wide.scatter(1, index, weight), self.rows, self.out_width, 0)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         slots = self.groups * self.group_width if self.grouped else 0
@@ -288,7 +305,7 @@ class PlacedBatchNorm(_BatchNorm):
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:
         """A placed batch norm that takes over the parameters and statistics of `norm`."""
-        new = cls(**_norm_options(norm), device="meta")
+        new = cls(**norm_options(norm), device="meta")
         new._parameters.update(norm._parameters)
         new._buffers.update(norm._buffers)
         every = norm.running_mean if norm.running_mean is not None else norm.weight
@@ -321,156 +338,14 @@ class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` that can lose channels."""
 
 
-_TWINS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-    nn.ConvTranspose1d: QuantConvTranspose1d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
-    nn.ConvTranspose3d: QuantConvTranspose3d,
-    nn.Linear: QuantLinear,
-    nn.BatchNorm1d: PlacedBatchNorm1d,
-    nn.BatchNorm2d: PlacedBatchNorm2d,
-    nn.BatchNorm3d: PlacedBatchNorm3d,
-}
-"""Layer type → its twin here. Subclasses are left as they are: what else they do is not known."""
-
 PLACEMENT = ("rows", "columns", "slots")
 """The buffers that say where rows and columns are."""
 
-FLOAT_LAYERS = tuple(kind for kind in _TWINS if not issubclass(kind, _BatchNorm))
-"""The types of layers whose weights make up N of eq. (3)."""
-
-
-def quantize_layers(
-    model: nn.Module,
-    *,
-    bits: float,
-    integer_bits: bool = True,
-    exclude: Iterable[str] = (),
-    read_elsewhere: Iterable[str] = (),
-) -> dict[str, str]:
-    """Replace, in place, convolutions, linear layers and batch norms by their twins here.
-
-    The parameters stay the same objects, so an optimiser that holds them goes on holding them.
-
-    Args:
-        model: the network; not itself a single layer (wrap that in `nn.Sequential`).
-        bits: the bit depth every channel starts at.
-        integer_bits: see `fake_quantize`.
-        exclude: names of layers, or of modules that contain layers, to leave in float.
-        read_elsewhere: names of layers whose weight is read past their own forward(), where a
-            quantiser inside of the layer would not be seen.
-
-    Returns:
-        name → why, for every convolution and linear layer that was left in float.
-
-    Raises:
-        ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
-    """
-    excluded, read_elsewhere = tuple(exclude), set(read_elsewhere)
-    names = {name for name, _ in model.named_modules()}
-    for name in excluded:
-        if name not in names:
-            raise ValueError(f"exclude: the model has no module named {name!r}")
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    left: dict[str, str] = {}
-    twins: dict[nn.Module, nn.Module] = {}
-    replacements: list[tuple[str, nn.Module]] = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        twin = _TWINS.get(type(module))
-        if module not in twins:
-            if isinstance(module, FLOAT_LAYERS):
-                why = _why_in_float(name, module, excluded, read_elsewhere, owners)
-                if why:
-                    left[name] = why
-                    continue
-                twins[module] = twin.from_float(module, bits, integer_bits)
-            elif twin is not None:
-                twins[module] = twin.from_float(module)
-            else:
-                continue
-        replacements.append((name, twins[module]))
-    if not any(isinstance(new, QuantizedLayer) for new in twins.values()):
-        raise ValueError("nothing to compress: the model has no layer to quantise")
-    for name, new in replacements:
-        _replace(model, name, new)
-    _without_fast_paths(model)
-    return left
-
-
-def _why_in_float(
-    name: str,
-    module: nn.Module,
-    excluded: tuple[str, ...],
-    read_elsewhere: set[str],
-    owners: Counter[int],
-) -> str:
-    if any(name == e or name.startswith(e + ".") for e in excluded):
-        return "it is excluded"
-    if type(module) not in _TWINS:
-        return f"its type {type(module).__name__} is not known"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
-        return "it is a grouped transposed convolution"
-    if name in read_elsewhere:
-        return "its weight is read past its own forward()"
-    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-        return "it shares a parameter with another module"
-    return ""
-
-
-def _without_fast_paths(model: nn.Module) -> None:
-    """Keep torch's transformer layers off their fused inference, which reads weights raw."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(part, QuantizedLayer) for part in module.modules()
-        ):
-            module.activation_relu_or_gelu = 0
-
-
-@torch.no_grad()
-def restore_layers(model: nn.Module) -> None:
-    """Take the quantised layers out again, in place: ordinary layers, quantised weights baked in.
-
-    Output channels without a row come back as rows of zeros. Batch norms that have lost channels
-    stay `PlacedBatchNorm`; grouped convolutions that have lost rows come back ungrouped.
-    """
-    kinds = {twin: kind for kind, twin in _TWINS.items()}
-    for name, module in list(model.named_modules()):
-        new: nn.Module
-        if isinstance(module, _QuantConv | QuantLinear):
-            new = _dense(module, kinds[type(module)])
-        elif isinstance(module, PlacedBatchNorm) and (
-            module.num_features == module.in_width == module.out_width
-        ):
-            new = kinds[type(module)](**_norm_options(module), device="meta")
-            new._parameters.update(module._parameters)
-            new._buffers.update({k: module._buffers[k] for k in new._buffers})
-        else:
-            continue
-        _replace(model, name, new.train(module.training))
-
-
-def _dense(layer: _QuantConv | QuantLinear, kind: Any) -> nn.Module:
-    values = layer.quantized_weight()
-    if isinstance(layer, QuantLinear):
-        options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
-        options["bias"] = layer.bias is not None
-    else:
-        options = _conv_options(layer)
-        if layer.grouped and len(layer.rows) < layer.out_width:
-            options["groups"] = 1
-            per_group = layer.columns.view(layer.groups, -1)
-            read = per_group[layer.slots // layer.group_width]  # (rows, input channels per group)
-            index = read.view(*read.shape, *[1] * (values.dim() - 2)).expand_as(values)
-            wide = values.new_zeros(len(values), layer.in_width, *values.shape[2:])
-            values = wide.scatter(1, index, values)
-    if not getattr(layer, "grouped", False):
-        values = place(values, layer.columns, layer.in_width, layer.fan_in_dim)
-    new: nn.Module = kind(**options, device="meta")
-    new.weight = nn.Parameter(place(values, layer.rows, layer.out_width, layer.row_dim))
-    new.bias = layer.bias
-    return new
+FLOAT_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
+"""The types of layers that can be quantised, beside attention."""
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -478,7 +353,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
-def _conv_options(layer: Any) -> dict[str, Any]:
+def conv_options(layer: Any) -> dict[str, Any]:
     """The constructor's arguments of a convolution like `layer`."""
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
     names += ["groups", "padding_mode"]
@@ -487,14 +362,7 @@ def _conv_options(layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
-def _norm_options(norm: _BatchNorm) -> dict[str, Any]:
+def norm_options(norm: _BatchNorm) -> dict[str, Any]:
     """The constructor's arguments of a batch norm like `norm`."""
     names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
     return {name: getattr(norm, name) for name in names}
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    if not name:
-        raise ValueError("the model is itself a single layer: wrap it in nn.Sequential(...)")
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)

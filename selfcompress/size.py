@@ -4,9 +4,10 @@ Three sizes are kept apart and named apart:
 
 *Q bits* is what training penalises, eq. (3) + (4): Σ_l I·H·W·Σ_i b_i over the quantised layers,
 with I the input channels the layer has now and b_i its integer bit depths (fractional ones where
-`integer_bits=False`), plus 32 bits for every weight of a convolution or linear layer that was
-left in float. N, the number it is divided by to give Q, counts the weights of all convolutions
-and linear layers of the *starting* network, quantised or not; `float_bits` is 32·N.
+`integer_bits=False`), plus 32 bits for every weight of a convolution, linear layer or attention
+that was left in float. N, the number it is divided by to give Q, counts the weights of all
+convolutions, linear layers and attentions of the *starting* network, quantised or not;
+`float_bits` is 32·N. MACs are those of layers that the channel graph follows.
 
 *Stored bits* is all that running the network needs, at the width it is stored in:
 
@@ -137,8 +138,17 @@ def _counts(size: LayerSize | Size) -> tuple[str, ...]:
 
 
 def starting_weights(model: nn.Module) -> int:
-    """N: the weights of all convolutions and linear layers of `model`, quantised or not."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, FLOAT_LAYERS))
+    """N: the weights of all convolutions, linear layers and attention, quantised or not."""
+    return sum(_weights(module) for module in model.modules())
+
+
+def _weights(module: nn.Module) -> int:
+    """The weights that are a module's own; of attention, its output projection is a layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        tensors = [getattr(module, name) for name in names]
+        return sum(tensor.numel() for tensor in tensors if tensor is not None)
+    return int(module.weight.numel()) if isinstance(module, FLOAT_LAYERS) else 0
 
 
 def q_bits(model: nn.Module) -> Tensor:
@@ -211,18 +221,22 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
         stored += module.in_width if module.num_features < module.in_width else 0
-    if not isinstance(module, FLOAT_LAYERS):
+    weights = _weights(module)
+    if weights == 0:
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
-    weight = module.weight
+    if isinstance(module, nn.MultiheadAttention):
+        width = 3 * module.embed_dim
+    else:
+        width = int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
     return LayerSize(
         name=name,
-        channels=weight.shape[0],
-        out_width=weight.shape[0],
+        channels=width,
+        out_width=width,
         mean_bits=32.0,
-        weights=weight.numel(),
-        q_bits=32.0 * weight.numel(),
+        weights=weights,
+        q_bits=32.0 * weights,
         stored_bits=stored,
-        macs=weight.numel() * pixels,
+        macs=weights * pixels if isinstance(module, FLOAT_LAYERS) else 0,
     )
 
 

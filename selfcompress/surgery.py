@@ -12,7 +12,17 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import (
+    SGD,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import FLOAT_LAYERS, PLACEMENT, PlacedBatchNorm, QuantizedLayer, _QuantConv
@@ -20,6 +30,9 @@ from selfcompress.liveness import Liveness
 from selfcompress.ops import Kind
 
 Index = list[int]
+
+OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad)
+"""Those whose state is known to be one number, or one for each element of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +215,21 @@ class _Planner:
 def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
     """Cut `model` and the state of its optimisers down to what `plan` keeps.
 
+    The model may be another than the plan was made for: a fresh one that is quantised, or an
+    average of the weights, as long as it has the shape that the other one had.
+
     Parameters get new tensors (gradients indexed along); in the optimisers the new parameter
     takes the old one's place in its group and inherits its state, indexed the same way.
 
     Raises:
         TypeError: an optimiser is not supported, or has state of an unknown shape; nothing has
             been changed then.
+        ValueError: the model does not have the tensors of the plan; nothing has been changed.
     """
     optimizers = list(optimizers)
     for optimizer in optimizers:
         check_optimizer(optimizer)
+    check_fits(plan, model)
     renewed: dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, Index]]]] = {}
     for full_name, cuts in plan.keep.items():
         module_name, _, name = full_name.rpartition(".")
@@ -232,17 +250,31 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
         _rewire(model.get_submodule(module_name), wiring)
 
 
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model that `plan` was not made for.
+
+    Raises:
+        ValueError: a tensor of the plan is missing, or too small.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, cuts in plan.keep.items():
+        shape = tensors[name].shape if name in tensors else ()
+        if any(dim >= len(shape) or max(kept, default=-1) >= shape[dim] for dim, kept in cuts):
+            raise ValueError(f"the plan does not fit the model: {name} is missing or too small")
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse, by name, an optimiser whose state we do not know how to cut.
 
     Raises:
-        TypeError: it is not SGD, Adam or AdamW, or holds a tensor of unknown shape.
+        TypeError: it is not one of `OPTIMIZERS`, or holds a tensor of unknown shape.
     """
     kind = type(optimizer)
-    if kind not in (SGD, Adam, AdamW):
+    if kind not in OPTIMIZERS:
+        known = ", ".join(k.__name__ for k in OPTIMIZERS)
         raise TypeError(
             f"{kind.__module__}.{kind.__qualname__} is not supported: channels are cut out of the "
-            "state of torch.optim.SGD, Adam and AdamW only"
+            f"state of these of torch.optim only: {known}"
         )
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from selfcompress.attention import QuantAttention
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
 from selfcompress.modes import kept_modes
 
@@ -107,7 +108,7 @@ def _undisturbed(model: nn.Module, example_input: Tensor) -> Iterator[None]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLayer | PlacedBatchNorm)
+    return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
 
 
 class _Tracer(torch.fx.Tracer):

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
 from selfcompress.follow import channel_graph
-from selfcompress.layers import PlacedBatchNorm, quantize_layers, quantized_layers
+from selfcompress.convert import quantize_layers
+from selfcompress.layers import PlacedBatchNorm, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.surgery import Plan, apply_plan, plan_cut
 

@@ -15,7 +15,8 @@ from torchvision.ops import stochastic_depth
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
 from selfcompress.follow import channel_graph
-from selfcompress.layers import QuantConv2d, QuantizedLayer, quantize_layers, quantized_layers
+from selfcompress.convert import quantize_layers
+from selfcompress.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from selfcompress.liveness import settle_statistics
 from selfcompress.ops import Kind
 

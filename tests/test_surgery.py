@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from selfcompress.layers import PlacedBatchNorm, quantized_layers, restore_layers
+from selfcompress.convert import restore_layers
+from selfcompress.layers import PlacedBatchNorm, quantized_layers
 from selfcompress.ops import Kind
 from selfcompress.size import measure, starting_weights
 from selfcompress.surgery import Plan
@@ -309,7 +310,7 @@ def test_one_batch_norm_for_two_tensors_is_left_whole() -> None:
     from test_channels import Twice
 
     from selfcompress.follow import channel_graph
-    from selfcompress.layers import quantize_layers
+    from selfcompress.convert import quantize_layers
 
     torch.manual_seed(0)
     model = Twice(nn.BatchNorm2d(6, affine=False))

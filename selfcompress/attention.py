@@ -1,0 +1,91 @@
+"""`nn.MultiheadAttention` with quantised projections.
+
+Rows of its projections lose their bits and are stored no more, but attention computes at its full
+width: which channels its heads mix is not followed.
+"""
+
+from typing import Any, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfcompress.layers import QuantLinear
+
+
+class QuantAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose `in_proj` and `out_proj` are `QuantLinear` layers.
+
+    Attributes:
+        in_proj: (embedding → 3 · embedding) what query, key and value are multiplied with.
+    """
+
+    in_proj: QuantLinear
+
+    @classmethod
+    def from_float(cls, layer: nn.MultiheadAttention, bits: float, integer_bits: bool) -> Self:
+        """A quantised attention that takes over the parameters of `layer`."""
+        options: dict[str, Any] = {"batch_first": layer.batch_first, "device": "meta"}
+        options["add_zero_attn"] = layer.add_zero_attn
+        new = cls(layer.embed_dim, layer.num_heads, layer.dropout, **options)
+        projection = nn.Linear(layer.embed_dim, 3 * layer.embed_dim, bias=False, device="meta")
+        projection.weight, projection.bias = layer.in_proj_weight, layer.in_proj_bias
+        new.in_proj = QuantLinear.from_float(projection, bits, integer_bits)
+        new.out_proj = QuantLinear.from_float(layer.out_proj, bits, integer_bits)
+        new.in_proj_weight = new.in_proj_bias = None  # type: ignore[assignment]
+        new.bias_k, new.bias_v = layer.bias_k, layer.bias_v
+        return new.train(layer.training)
+
+    def to_float(self) -> nn.MultiheadAttention:
+        """An ordinary attention with the quantised weights baked in."""
+        options: dict[str, Any] = {"batch_first": self.batch_first, "device": "meta"}
+        options["add_zero_attn"] = self.add_zero_attn
+        new = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, **options)
+        new.in_proj_weight = nn.Parameter(self.in_proj.dense_weight())
+        new.out_proj.weight = nn.Parameter(self.out_proj.dense_weight())
+        new.in_proj_bias, new.out_proj.bias = self.in_proj.bias, self.out_proj.bias
+        new.bias_k, new.bias_v = self.bias_k, self.bias_v
+        return new.train(self.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_first = self.batch_first and query.dim() == 3
+        if batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        mask = F._canonical_mask(
+            key_padding_mask,
+            "key_padding_mask",
+            F._none_or_dtype(attn_mask),
+            "attn_mask",
+            query.dtype,
+        )
+        out, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj.dense_weight(),
+            self.in_proj.bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.dense_weight(),
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (out.transpose(0, 1) if batch_first else out), weights

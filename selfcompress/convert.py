@@ -1,0 +1,169 @@
+"""Put quantised layers into a model, and take them out again."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from selfcompress import layers
+from selfcompress.attention import QuantAttention
+from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+
+_TWINS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: layers.QuantConv1d,
+    nn.Conv2d: layers.QuantConv2d,
+    nn.Conv3d: layers.QuantConv3d,
+    nn.ConvTranspose1d: layers.QuantConvTranspose1d,
+    nn.ConvTranspose2d: layers.QuantConvTranspose2d,
+    nn.ConvTranspose3d: layers.QuantConvTranspose3d,
+    nn.Linear: layers.QuantLinear,
+    nn.MultiheadAttention: QuantAttention,
+    nn.BatchNorm1d: layers.PlacedBatchNorm1d,
+    nn.BatchNorm2d: layers.PlacedBatchNorm2d,
+    nn.BatchNorm3d: layers.PlacedBatchNorm3d,
+}
+"""Layer type → its twin. Subclasses are left as they are: what else they do is not known."""
+
+
+def quantize_layers(
+    model: nn.Module,
+    *,
+    bits: float,
+    integer_bits: bool = True,
+    exclude: Iterable[str] = (),
+    read_elsewhere: Iterable[str] = (),
+) -> dict[str, str]:
+    """Replace, in place, convolutions, linear layers, attention and batch norms by their twins.
+
+    The parameters stay the same objects, so an optimiser that holds them goes on holding them.
+
+    Args:
+        model: the network; not itself a single layer (wrap that in `nn.Sequential`).
+        bits: the bit depth every channel starts at.
+        integer_bits: see `fake_quantize`.
+        exclude: names of layers, or of modules that contain layers, to leave in float.
+        read_elsewhere: names of layers whose weight is read past their own forward(), where a
+            quantiser inside of the layer would not be seen.
+
+    Returns:
+        name → why, for every convolution and linear layer that was left in float.
+
+    Raises:
+        ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
+    """
+    excluded, read_elsewhere = tuple(exclude), set(read_elsewhere)
+    names = {name for name, _ in model.named_modules()}
+    for name in excluded:
+        if name not in names:
+            raise ValueError(f"exclude: the model has no module named {name!r}")
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    left: dict[str, str] = {}
+    attentions: set[str] = set()
+    twins: dict[nn.Module, nn.Module] = {}
+    replacements: list[tuple[str, nn.Module]] = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if any(name == f"{attention}.out_proj" for attention in attentions):
+            continue  # goes with its attention
+        if module not in twins:
+            twin = _TWINS.get(type(module))
+            if isinstance(module, _BatchNorm) and twin is not None:
+                twins[module] = twin.from_float(module)
+            elif isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)):
+                why = _why_in_float(name, module, excluded, read_elsewhere, owners)
+                if why:
+                    left[name] = why
+                    continue
+                twins[module] = twin.from_float(module, bits, integer_bits)
+            else:
+                continue
+        if isinstance(module, nn.MultiheadAttention):
+            attentions.add(name)
+        replacements.append((name, twins[module]))
+    if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
+        raise ValueError("nothing to compress: the model has no layer to quantise")
+    for name, new in replacements:
+        _replace(model, name, new)
+    _without_fast_paths(model)
+    return left
+
+
+def _why_in_float(
+    name: str,
+    module: nn.Module,
+    excluded: tuple[str, ...],
+    read_elsewhere: set[str],
+    owners: Counter[int],
+) -> str:
+    if any(name == e or name.startswith(e + ".") for e in excluded):
+        return "it is excluded"
+    if type(module) not in _TWINS:
+        return f"its type {type(module).__name__} is not known"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
+        return "it is a grouped transposed convolution"
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        return "its keys or values are of another width than its queries"
+    if name in read_elsewhere:
+        return "its weight is read past its own forward()"
+    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        return "it shares a parameter with another module"
+    return ""
+
+
+def _without_fast_paths(model: nn.Module) -> None:
+    """Keep torch's transformer layers off their fused inference, which reads weights raw."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(part, QuantizedLayer) for part in module.modules()
+        ):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+@torch.no_grad()
+def restore_layers(model: nn.Module) -> None:
+    """Take the quantised layers out again, in place: ordinary layers, quantised weights baked in.
+
+    Output channels without a row come back as rows of zeros. Batch norms that have lost channels
+    stay `PlacedBatchNorm`; grouped convolutions that have lost rows come back ungrouped.
+    """
+    kinds = {twin: kind for kind, twin in _TWINS.items()}
+    for name, module in list(model.named_modules()):
+        new: nn.Module
+        if isinstance(module, QuantAttention):
+            new = module.to_float()
+        elif isinstance(module, QuantizedLayer) and not name.endswith((".in_proj", ".out_proj")):
+            new = _dense(module, kinds[type(module)])
+        elif isinstance(module, PlacedBatchNorm) and (
+            module.num_features == module.in_width == module.out_width
+        ):
+            new = kinds[type(module)](**layers.norm_options(module), device="meta")
+            new._parameters.update(module._parameters)
+            new._buffers.update({k: module._buffers[k] for k in new._buffers})
+        else:
+            continue
+        _replace(model, name, new.train(module.training))
+
+
+def _dense(layer: QuantizedLayer, kind: Any) -> nn.Module:
+    weight = layer.dense_weight()
+    if isinstance(layer, layers.QuantLinear):
+        options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
+        options["bias"] = layer.bias is not None
+    else:
+        options = layers.conv_options(layer)
+        if weight.shape[layer.fan_in_dim] == layer.in_width:
+            options["groups"] = 1
+    new: nn.Module = kind(**options, device="meta")
+    new.weight, new.bias = nn.Parameter(weight), layer.bias
+    return new
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    if not name:
+        raise ValueError("the model is itself a single layer: wrap it in nn.Sequential(...)")
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

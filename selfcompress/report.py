@@ -1,0 +1,112 @@
+"""Which layers are quantised, which of their channels can leave the network, and if not, why."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from selfcompress.channels import ChannelGraph
+from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
+from selfcompress.ops import Kind
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution, linear layer, or attention.
+
+    Attributes:
+        kind: its type.
+        quantized: whether it has a quantiser; if so, every row that loses its bits is cut out of
+            its weight, whatever `removable` says.
+        rows: channels of its output now.
+        removable: how many of them can leave the network altogether, with all that reads them.
+            The others keep their places, as zeros or biases.
+        why: why it is in float, or why channels have to keep their places; else empty.
+    """
+
+    name: str
+    kind: str
+    quantized: bool
+    rows: int
+    removable: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What self-compression can do to a network; `str()` is a table by layer."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "bits", "removable", "why not all")]
+        for layer in self.layers:
+            bits = "learned" if layer.quantized else "float"
+            count = f"{layer.removable:,} of {layer.rows:,}"
+            rows.append((layer.name, layer.kind, bits, count, layer.why))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        quantized = [layer for layer in self.layers if layer.quantized]
+        total, removable = (
+            sum(layer.rows for layer in self.layers),
+            sum(layer.removable for layer in self.layers),
+        )
+        lines.append(
+            f"{len(quantized)} of {len(self.layers)} layers are quantised; {removable:,} of "
+            f"{total:,} channels can leave the network. Other rows of quantised layers can be cut "
+            "too, but their channels keep their places."
+        )
+        return "\n".join(lines)
+
+
+def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, str]) -> Report:
+    """Look at every layer of `model`.
+
+    Args:
+        left_in_float: name → why, of layers that were not quantised.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            width = module.out_width
+        elif name in left_in_float and isinstance(module, FLOAT_LAYERS):
+            width = module.weight.shape[1 if hasattr(module, "output_padding") else 0]
+            if isinstance(module, nn.modules.conv._ConvNd):
+                width = module.out_channels
+        elif name in left_in_float:
+            assert isinstance(module, nn.MultiheadAttention)
+            width = module.embed_dim
+        else:
+            continue
+        removable, why = _removable(graph, name)
+        if name in left_in_float:
+            why = f"in float: {left_in_float[name]}" + (f"; {why}" if why else "")
+        kind = type(module).__name__.removeprefix("Quant")
+        quantized = isinstance(module, QuantizedLayer)
+        found.append(LayerReport(name, kind, quantized, width, removable, why))
+    return Report(tuple(found))
+
+
+def _removable(graph: ChannelGraph, name: str) -> tuple[int, str]:
+    """How many channels of a layer's output can leave, and why not all."""
+    for node in graph.nodes:
+        if node.module == name and node.kind in (Kind.LAYER, Kind.GROUPED):
+            ids = graph.ids[node.name]
+            stuck = ids[graph.frozen[ids]]
+            reasons = dict.fromkeys(graph.reasons[i] for i in stuck.tolist())
+            return len(ids) - len(stuck), "; ".join(reasons)
+    if name in graph.spoiled:
+        return 0, f"{name} {graph.spoiled[name]}"
+    for outside in sorted(graph.untraceable, key=len, reverse=True):
+        if not outside or name.startswith(f"{outside}."):
+            what = f"{outside}.forward()" if outside else "the model's forward()"
+            return 0, f"it is called by {what}, which torch.fx cannot trace: " + (
+                graph.untraceable[outside]
+            )
+    owner = name.rpartition(".")[0]
+    for node in graph.nodes:
+        if node.module == owner:
+            return 0, f"it is a part of {owner}, whose inside is not followed"
+    return 0, "it is not called when the model runs"
