@@ -20,6 +20,7 @@ class QuantAttention(nn.MultiheadAttention):
     """
 
     in_proj: QuantLinear
+    out_proj: QuantLinear  # type: ignore[assignment]
 
     @classmethod
     def from_float(cls, layer: nn.MultiheadAttention, bits: float, integer_bits: bool) -> Self:
@@ -42,7 +43,7 @@ class QuantAttention(nn.MultiheadAttention):
         new = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, **options)
         new.in_proj_weight = nn.Parameter(self.in_proj.dense_weight())
         new.out_proj.weight = nn.Parameter(self.out_proj.dense_weight())
-        new.in_proj_bias, new.out_proj.bias = self.in_proj.bias, self.out_proj.bias
+        new.in_proj_bias, new.out_proj.bias = self.in_proj.bias, self.out_proj.bias  # type: ignore[assignment]
         new.bias_k, new.bias_v = self.bias_k, self.bias_v
         return new.train(self.training)
 

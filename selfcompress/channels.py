@@ -130,7 +130,8 @@ class ChannelGraph:
 
     def reads(self, node: Node) -> Ids:
         """(input channels,): the ids that a LAYER, GROUPED or NORM reads, in order."""
-        return self.ids[node.inputs[0]][self.sources[node.name][0]]
+        ids: Ids = self.ids[node.inputs[0]][self.sources[node.name][0]]
+        return ids
 
     def connected(self, without: set[str]) -> bool:
         """Whether the output still depends on the input when these modules' outputs don't.

@@ -342,8 +342,8 @@ class Compressor:
         fits = all((kept < len(self.graph.origin[name])).all() for name, kept in rows.items())
         if not fits or state["model"].keys() != self.model.state_dict().keys():
             raise ValueError("the saved state is of another model: its layers do not match")
-        kept = {name: r.numpy() for name, r in rows.items()}
-        plan = make_plan(self.graph, self.model, removed, silent, kept)
+        by_layer = {name: r.numpy() for name, r in rows.items()}
+        plan = make_plan(self.graph, self.model, removed, silent, by_layer)
         for name, tensor in self.model.state_dict().items():
             shape = list(tensor.shape)
             for dim, kept in plan.keep.get(name, []):

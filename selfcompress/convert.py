@@ -68,7 +68,7 @@ def quantize_layers(
         if any(name == f"{attention}.out_proj" for attention in attentions):
             continue  # goes with its attention
         if module not in twins:
-            twin = _TWINS.get(type(module))
+            twin: Any = _TWINS.get(type(module))
             if isinstance(module, _BatchNorm) and twin is not None:
                 twins[module] = twin.from_float(module)
             elif isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)):
@@ -157,8 +157,9 @@ def _dense(layer: QuantizedLayer, kind: Any) -> nn.Module:
         options = layers.conv_options(layer)
         if weight.shape[layer.fan_in_dim] == layer.in_width:
             options["groups"] = 1
-    new: nn.Module = kind(**options, device="meta")
+    new = kind(**options, device="meta")
     new.weight, new.bias = nn.Parameter(weight), layer.bias
+    assert isinstance(new, nn.Module)
     return new
 
 

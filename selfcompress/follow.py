@@ -78,7 +78,7 @@ class _Value:
         return self.layout.shape
 
 
-class _Cannot(Exception):
+class _CannotFollowError(Exception):
     """The operation cannot be followed, for this reason."""
 
 
@@ -138,9 +138,11 @@ class _Builder:
             return
         try:
             if node in hazards:
-                raise _Cannot("changes in place what is read elsewhere under another name")
+                raise _CannotFollowError(
+                    "changes in place what is read elsewhere under another name"
+                )
             kind, result = self._dispatch(node, inputs, fact)
-        except _Cannot as why:
+        except _CannotFollowError as why:
             kind, result = Kind.OPAQUE, self._opaque(node, inputs, str(why))
             if node.op == "call_module":
                 self.spoiled.setdefault(self.prefix + str(node.target), str(why))
@@ -167,20 +169,20 @@ class _Builder:
         if self._is_pick(node):
             return Kind.MOVE, self._pick(node)
         if kind is Kind.OPAQUE:
-            raise _Cannot("is not an operation that channels can be followed through")
+            raise _CannotFollowError("is not an operation that channels can be followed through")
         if kind is Kind.MOVE:
             return kind, self._move(node, inputs, fact)
         if not isinstance(fact, Shape):
-            raise _Cannot("gives something else than one tensor")
+            raise _CannotFollowError("gives something else than one tensor")
         if module is not None and len(inputs) != 1:
-            raise _Cannot("reads something other than one tensor")
+            raise _CannotFollowError("reads something other than one tensor")
         if kind is Kind.SPATIAL:
             return kind, self._spatial(node, module, inputs, fact)
         return kind, self._combine(node, kind, module, inputs, fact)
 
     # The kinds of operations.
 
-    def _parameter(self, node: torch.fx.Node, fact: Any) -> _Value:
+    def _parameter(self, node: torch.fx.Node, fact: Any) -> Any:
         name = self.prefix + str(node.target)
         if name in self.parameters:
             return self.parameters[name]
@@ -192,7 +194,9 @@ class _Builder:
         hidden = bool(self.untraceable) and owner in self.read_elsewhere
         layer = isinstance(self.modules[owner], (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
         if id(tensor) in self.shared or len(long) > 1 or layer or hidden:
-            raise _Cannot("is a tensor of the model that is not indexed by channel alone")
+            raise _CannotFollowError(
+                "is a tensor of the model that is not indexed by channel alone"
+            )
         if not long:  # one number for all channels
             return self._opaque(node, [], "is a single number", Kind.PARAMETER)
         grid = tuple(size if dim in long else 1 for dim, size in enumerate(fact.sizes))
@@ -206,13 +210,13 @@ class _Builder:
     ) -> tuple[Kind, _Value]:
         name = self.prefix + str(node.target)
         if len(inputs) != 1 or not isinstance(fact, Shape):
-            raise _Cannot("reads something other than one tensor")
+            raise _CannotFollowError("reads something other than one tensor")
         if name in self.read | self.read_elsewhere or any(
             id(p) in self.shared for p in module.parameters(False)
         ):
-            raise _Cannot("has parameters that are used elsewhere too")
+            raise _CannotFollowError("has parameters that are used elsewhere too")
         if name in self.miscounted:
-            raise _Cannot("is also called by code that cannot be traced")
+            raise _CannotFollowError("is also called by code that cannot be traced")
         if isinstance(module, PlacedBatchNorm):
             kind, axis = Kind.NORM, 1
             widths = (module.in_width, module.out_width)
@@ -223,11 +227,14 @@ class _Builder:
             widths = (module.in_width, module.out_width)
         elif type(module) in FLOAT_LAYERS and getattr(module, "groups", 1) == 1:
             kind = Kind.LAYER
+            assert isinstance(module.weight, Tensor)
             space = 0 if isinstance(module, nn.Linear) else module.weight.dim() - 2
             axis = len(fact.sizes) - 1 - space
             widths = _float_widths(module)
         else:
-            raise _Cannot("is a grouped layer left in float, or of a type that is not known")
+            raise _CannotFollowError(
+                "is a grouped layer left in float, or of a type that is not known"
+            )
         value = inputs[0]
         source = self._along(value, axis, widths[0])
         ids_read = value.ids[source]
@@ -243,21 +250,25 @@ class _Builder:
     def _along(self, value: _Value, axis: int, width: int) -> np.ndarray:
         """(width,) the positions of `value` along one of its dimensions."""
         if value.shape[axis] != width:
-            raise _Cannot(f"has another number of channels than dimension {axis} of its input")
+            raise _CannotFollowError(
+                f"has another number of channels than dimension {axis} of its input"
+            )
         if any(size > 1 for dim, size in enumerate(value.grid) if dim != axis):
-            raise _Cannot(f"mixes another dimension than the channels, which are not in {axis}")
+            raise _CannotFollowError(
+                f"mixes another dimension than the channels, which are not in {axis}"
+            )
         return np.arange(width) if value.grid[axis] > 1 else np.zeros(width, np.int64)
 
     def _spatial(
         self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value], fact: Shape
     ) -> _Value:
         if len(inputs) != 1:
-            raise _Cannot("reads several tensors")
+            raise _CannotFollowError("reads several tensors")
         value, rank = inputs[0], len(inputs[0].shape)
         plain = self._plain_arguments(node)
         worked = worked_on(node, module, rank, plain)
         if worked is None or any(value.grid[dim] > 1 for dim in worked):
-            raise _Cannot("works on the dimension of the channels")
+            raise _CannotFollowError("works on the dimension of the channels")
         if len(fact.sizes) == rank:
             grid = value.grid
         else:
@@ -265,7 +276,7 @@ class _Builder:
         if len(grid) != len(fact.sizes) or any(
             size > 1 and size != now for size, now in zip(grid, fact.sizes, strict=True)
         ):
-            raise _Cannot("changes the number of channels")
+            raise _CannotFollowError("changes the number of channels")
         result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid))
         self._emit(node, Kind.SPATIAL, inputs, result, (np.arange(len(value.ids)),))
         return result
@@ -287,22 +298,21 @@ class _Builder:
         sources, tied = [], []
         for value, own_grid, shape in zip(inputs, grids, shapes, strict=True):
             if any(size not in (1, fact.sizes[dim]) for dim, size in enumerate(shape)):
-                raise _Cannot("combines tensors of shapes that do not fit")
+                raise _CannotFollowError("combines tensors of shapes that do not fit")
             numbers = np.arange(len(value.ids)).reshape(own_grid)
             sources.append(np.broadcast_to(numbers, grid).ravel())
             has = {dim for dim in long if shape[dim] > 1}
             if has == long:
                 tied.append(value.ids[sources[-1]])
             elif has:
-                raise _Cannot("combines tensors that share only some dimensions of channels")
+                raise _CannotFollowError(
+                    "combines tensors that share only some dimensions of channels"
+                )
         tensor = ""
         if isinstance(module, nn.PReLU) and module.weight.numel() > 1:
             tensor = f"{self.prefix}{node.target}.weight"
             if long != {1} or self.calls[self.prefix + str(node.target)] > 1:
-                raise _Cannot("has its channels elsewhere, or is called more than once")
-        elif module is not None and (module._parameters or module._buffers):
-            if any(p is not None and p.numel() > 1 for p in module._parameters.values()):
-                raise _Cannot("has parameters of its own")
+                raise _CannotFollowError("has its channels elsewhere, or is called more than once")
         for ids in tied[1:]:
             self._unite(tied[0], ids)
         result = _Value(self._name(node), tied[0], Layout(fact.sizes, tuple(grid)))
@@ -324,11 +334,11 @@ class _Builder:
         try:
             moved = call(node, values, self._module(node))
         except Exception as error:
-            raise _Cannot(f"cannot be run on channel numbers ({error})") from error
+            raise _CannotFollowError(f"cannot be run on channel numbers ({error})") from error
         results = pytree.tree_leaves(moved)
         shapes = pytree.tree_leaves(fact)
         if [tuple(r.shape) for r in results] != [s.sizes for s in shapes]:
-            raise _Cannot("gives another shape on channel numbers")
+            raise _CannotFollowError("gives another shape on channel numbers")
         every = np.concatenate([v.ids for v in inputs])
         made = []
         for index, result in enumerate(results):
@@ -447,7 +457,7 @@ class _Builder:
             return _with_dtype_of(module)
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
         if any(not isinstance(self.values[n], _Value) for n in tensors):
-            raise _Cannot("reads several tensors at once")
+            raise _CannotFollowError("reads several tensors at once")
         numbers = {n: self.values[n] for n in node.all_input_nodes if n not in tensors}
         which = {n: inputs.index(self.values[n]) for n in tensors}
 

@@ -137,7 +137,8 @@ class _Analysis:
             return np.full(len(self._live(node)), (read[self._columns(node)] == 0).all())
         conv = self._grouped(node)
         silent = (read[_numpy(conv.columns)] == 0).reshape(conv.groups, -1).all(1)
-        return silent[_numpy(conv.slots) // conv.group_width]
+        starved: np.ndarray = silent[_numpy(conv.slots) // conv.group_width]
+        return starved
 
     def _look_back(self) -> None:
         """From the outputs to the inputs, for every position of every tensor:

@@ -1,4 +1,4 @@
-"""What each operation does to channels: the tables of all modules and functions that are understood.
+"""What each operation does to channels: tables of the modules and functions that are understood.
 
 An operation that is in no table freezes the channels it touches.
 """

@@ -18,8 +18,8 @@ class LayerReport:
         quantized: whether it has a quantiser; if so, every row that loses its bits is cut out of
             its weight, whatever `removable` says.
         rows: channels of its output now.
-        removable: how many of them can leave the network altogether, with all that reads them.
-            The others keep their places, as zeros or biases.
+        removable: how many of them can leave the network together with all the weights that read
+            them. Of the others only the row can go.
         why: why it is in float, or why channels have to keep their places; else empty.
     """
 
@@ -55,8 +55,8 @@ class Report:
         )
         lines.append(
             f"{len(quantized)} of {len(self.layers)} layers are quantised; {removable:,} of "
-            f"{total:,} channels can leave the network. Other rows of quantised layers can be cut "
-            "too, but their channels keep their places."
+            f"{total:,} channels can go with all that reads them. Of the others in quantised layers "
+            "the row can go, and a constant keeps its place."
         )
         return "\n".join(lines)
 

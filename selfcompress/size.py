@@ -227,7 +227,7 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     if isinstance(module, nn.MultiheadAttention):
         width = 3 * module.embed_dim
     else:
-        width = int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels  # type: ignore[assignment]
     return LayerSize(
         name=name,
         channels=width,

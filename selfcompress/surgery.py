@@ -161,7 +161,7 @@ class _Planner:
     def _wire(
         self, name: str, in_stays: np.ndarray, in_sounds: np.ndarray, out_stays: np.ndarray
     ) -> None:
-        """Plan one layer or norm: which channels of its input stay, are not silent, of its output."""
+        """Plan one layer or norm, by which channels stay or are silent."""
         module = self.modules[name]
         new_in, new_out = np.cumsum(in_stays) - 1, np.cumsum(out_stays) - 1
         ins, outs = np.flatnonzero(in_stays), np.flatnonzero(out_stays)
@@ -319,8 +319,9 @@ def _rewire(module: nn.Module, wiring: Wiring) -> None:
     if isinstance(module, QuantizedLayer | PlacedBatchNorm):
         module.rows = torch.tensor(wiring.rows, dtype=torch.int64).to(module.rows.device)
     if wiring.columns is not None:
-        where = module.columns.device
-        module.columns = torch.tensor(wiring.columns, dtype=torch.int64).to(where)
+        assert isinstance(module, QuantizedLayer | PlacedBatchNorm)
+        columns = torch.tensor(wiring.columns, dtype=torch.int64)
+        module.columns = columns.to(module.columns.device)
     if isinstance(module, _QuantConv) and wiring.groups is not None:
         counts = np.bincount(wiring.groups) if wiring.groups else np.ones(1, np.int64)
         module.groups, module.group_width = len(counts), int(counts.max())

@@ -95,7 +95,8 @@ def reads_elsewhere(model: nn.Module, example_input: Tensor) -> set[str]:
     """
     with _undisturbed(model, example_input):
         model.eval()
-        with _ForeignReads(model) as mode:
+        mode = _ForeignReads(model)
+        with mode:
             model(example_input)
     return mode.found
 
@@ -246,17 +247,17 @@ class _ForeignReads(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:
             hook.remove()
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         for value in pytree.tree_leaves((args, kwargs)):
             owners = self.owners.get(id(value), [])
-            if self.running and all(module is not self.running[-1] for _, module in owners):
-                # Plain attributes (.shape, .device) reach this place as functions named __get__.
-                if getattr(func, "__name__", "") != "__get__":
-                    self.found |= {name for name, _ in owners}
+            foreign = self.running and all(m is not self.running[-1] for _, m in owners)
+            # Plain attributes (.shape, .device) reach this place as functions named __get__.
+            if foreign and getattr(func, "__name__", "") != "__get__":
+                self.found |= {name for name, _ in owners}
         return func(*args, **(kwargs or {}))
 
 
