@@ -28,7 +28,7 @@ from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.modes import kept_modes
+from selfcompress.look import Inputs, device_of, kept_modes
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
 from selfcompress.size import Size, measure, q_bits, starting_weights
@@ -49,7 +49,7 @@ class Compressor:
             quantised twins that hold the same parameter objects. It may be trained already:
             with `bits=8` it starts as good as it was.
         example_input: a batch the model accepts, on its device, to trace it and to check cuts
-            with; a few real images serve best.
+            with; a few real images serve best. A tuple holds several positional arguments.
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
             any time (`compressor.gamma = ...`), for a schedule.
         bits: the bit depth that every channel starts at.
@@ -73,7 +73,7 @@ class Compressor:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor,
+        example_input: Inputs,
         gamma: float,
         *,
         bits: float = 4,
@@ -223,7 +223,7 @@ class Compressor:
             if _compiled_anything():
                 torch.compiler.reset()
             compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
-        device = self.example_input.device
+        device = device_of(self.example_input)
         self._lingering = {
             name: torch.from_numpy(positions).to(device)
             for name, positions in analyse(self.graph, self.model).lingering.items()
@@ -254,7 +254,7 @@ class Compressor:
         self._idle = self._zero_rows()
         self.cut(optimizer, averages)
         with kept_modes(self.model):
-            update_bn(loader, self.model, device=self.example_input.device)
+            update_bn(loader, self.model, device=device_of(self.example_input))
         settle_statistics(self.graph, self.model)
 
     def report(self) -> Report:
@@ -317,7 +317,7 @@ class Compressor:
         self.formats.adam.load_state_dict(state["formats"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-        device = self.example_input.device
+        device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
         self._idle = {n: t.to(device) for n, t in state["idle"].items()}
         self.gamma = state["gamma"]
@@ -461,7 +461,7 @@ def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
     return after <= (1 - _WORTH_RECOMPILING) * before
 
 
-def _reads_elsewhere(model: nn.Module, example_input: Tensor) -> set[str]:
+def _reads_elsewhere(model: nn.Module, example_input: Inputs) -> set[str]:
     """Run the float model once; a wrong input is told apart here from one we cannot trace."""
     try:
         return reads_elsewhere(model, example_input)

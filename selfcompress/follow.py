@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.look import Inputs
 from selfcompress.ops import (
     SIZE_ATTRIBUTES,
     SIZE_METHODS,
@@ -35,7 +36,7 @@ from selfcompress.trace import Part, Shape, Trace, trace
 
 
 def channel_graph(
-    model: nn.Module, example_input: Tensor, read_elsewhere: Iterable[str] = ()
+    model: nn.Module, example_input: Inputs, read_elsewhere: Iterable[str] = ()
 ) -> ChannelGraph:
     """The channel graph of `model`, whose layers are quantised already.
 

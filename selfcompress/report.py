@@ -55,8 +55,8 @@ class Report:
         )
         lines.append(
             f"{len(quantized)} of {len(self.layers)} layers are quantised; {removable:,} of "
-            f"{total:,} channels can go with all that reads them. Of the others in quantised layers "
-            "the row can go, and a constant keeps its place."
+            f"{total:,} channels can go with all that reads them. Of the others, in quantised "
+            "layers, the row can go, and a constant keeps its place."
         )
         return "\n".join(lines)
 

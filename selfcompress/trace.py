@@ -7,8 +7,6 @@ runs is always the user's own eager module: the traces are only read.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
-from selfcompress.modes import kept_modes
+from selfcompress.look import Inputs, kept_modes, positional, undisturbed
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,14 @@ class Trace:
     miscounted: set[str] = field(default_factory=set)
 
 
-def trace(model: nn.Module, example_input: Tensor) -> Trace:
+def trace(model: nn.Module, example_input: Inputs) -> Trace:
     """Trace `model`, whose layers are quantised already; leaves its modes and buffers alone.
 
     The way is that of training mode, followed once in eval mode to learn the shapes.
     """
-    with _undisturbed(model, example_input):
+    with undisturbed(model, example_input):
         result = Trace()
-        pending = _trace_part(model, "", (example_input,), {}, result)
+        pending = _trace_part(model, "", positional(example_input), {}, result)
         if not result.untraceable:
             return result
         model.eval()
@@ -87,25 +85,18 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
         return result
 
 
-def reads_elsewhere(model: nn.Module, example_input: Tensor) -> set[str]:
+def reads_elsewhere(model: nn.Module, example_input: Inputs) -> set[str]:
     """Run the model once: names of modules whose parameters are read outside their forward().
 
     Raises:
         Whatever the model raises when it does not accept `example_input`.
     """
-    with _undisturbed(model, example_input):
+    with undisturbed(model, example_input):
         model.eval()
         mode = _ForeignReads(model)
         with mode:
-            model(example_input)
+            model(*positional(example_input))
     return mode.found
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, example_input: Tensor) -> Iterator[None]:
-    devices = [example_input.device] if example_input.is_cuda else []
-    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices):
-        yield
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -196,7 +187,7 @@ class _Calls:
         counts: module name → number of calls.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, example_input: Inputs) -> None:
         self.arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.counts: Counter[str] = Counter()
         hooks = [
@@ -204,7 +195,7 @@ class _Calls:
             for name, module in model.named_modules()
         ]
         try:
-            model(example_input)
+            model(*positional(example_input))
         finally:
             for hook in hooks:
                 hook.remove()

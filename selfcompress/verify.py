@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.layers import QuantizedLayer, quantized_layers
-from selfcompress.modes import kept_modes
+from selfcompress.look import Inputs, device_of, kept_modes, positional
 from selfcompress.surgery import Plan
 
 
@@ -35,8 +35,8 @@ class Snapshot:
 
 
 @torch.no_grad()
-def snapshot(model: nn.Module, batch: Tensor) -> Snapshot:
-    """Run `model` on `batch` in eval mode and full precision; modes, buffers and RNG stay."""
+def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
+    """Run `model` on `inputs` in eval mode and full precision; modes, buffers and RNG stay."""
     rows: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
@@ -48,12 +48,15 @@ def snapshot(model: nn.Module, batch: Tensor) -> Snapshot:
 
     hooks = [m.register_forward_hook(record(n)) for n, m in quantized_layers(model).items()]
     try:
-        with kept_modes(model), _full_precision(batch):
+        with kept_modes(model), _full_precision(device_of(inputs)):
             model.eval()
-            outputs = [o for o in pytree.tree_leaves(model(batch)) if isinstance(o, Tensor)]
+            outputs = [
+                o for o in pytree.tree_leaves(model(*positional(inputs))) if isinstance(o, Tensor)
+            ]
     finally:
         for handle in hooks:
             handle.remove()
+    outputs = [value for value in returned if isinstance(value, Tensor)]
     return Snapshot(outputs, rows, {n: m.channel_dim for n, m in quantized_layers(model).items()})
 
 
@@ -95,16 +98,14 @@ def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
 
 
 @contextmanager
-def _full_precision(batch: Tensor) -> Iterator[None]:
-    devices = [batch.device] if batch.is_cuda else []
+def _full_precision(device: torch.device) -> Iterator[None]:
+    cuda = device.type == "cuda"
     without_tf32 = (
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        if batch.is_cuda
-        else nullcontext()
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else nullcontext()
     )
     with (
-        torch.random.fork_rng(devices),
-        torch.autocast(batch.device.type, enabled=False),
+        torch.random.fork_rng([device] if cuda else []),
+        torch.autocast(device.type, enabled=False),
         without_tf32,
     ):
         yield
