@@ -50,9 +50,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
     try:
         with kept_modes(model), _full_precision(device_of(inputs)):
             model.eval()
-            outputs = [
-                o for o in pytree.tree_leaves(model(*positional(inputs))) if isinstance(o, Tensor)
-            ]
+            returned = pytree.tree_leaves(model(*positional(inputs)))
     finally:
         for handle in hooks:
             handle.remove()
