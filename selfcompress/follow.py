@@ -23,9 +23,11 @@ from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorN
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
 from selfcompress.look import Inputs
 from selfcompress.ops import (
+    JOINS,
     SIZE_ATTRIBUTES,
     SIZE_METHODS,
     Kind,
+    function_of,
     is_in_place,
     kind_of_call,
     kind_of_module,
@@ -188,12 +190,13 @@ class _Builder:
         if name in self.parameters:
             return self.parameters[name]
         owner, _, key = name.rpartition(".")
-        tensor = getattr(self.modules[owner], key)
-        long = (
-            [dim for dim, size in enumerate(fact.sizes) if size > 1] if tensor is not None else []
-        )
+        module = self.modules[owner]
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        if tensor is None:
+            raise _CannotFollowError("is a constant written into the code")
+        long = [dim for dim, size in enumerate(fact.sizes) if size > 1]
         hidden = bool(self.untraceable) and owner in self.read_elsewhere
-        layer = isinstance(self.modules[owner], (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
+        layer = isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
         if id(tensor) in self.shared or len(long) > 1 or layer or hidden:
             raise _CannotFollowError(
                 "is a tensor of the model that is not indexed by channel alone"
@@ -323,6 +326,8 @@ class _Builder:
 
     def _move(self, node: torch.fx.Node, inputs: list[_Value], fact: Any) -> Any:
         """Run the move on the numbers of positions; one graph node for each tensor it makes."""
+        if len(inputs) > 1 and function_of(node) not in JOINS:
+            raise _CannotFollowError("moves elements by what is in another tensor")
         starts = np.cumsum([0, *(len(v.ids) for v in inputs)])
         numbered = {
             value.name: value.layout.spread(np.arange(start, start + len(value.ids)))

@@ -79,11 +79,12 @@ _ADDS: set[Any] = {
 _MULS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply}
 _DIVISIONS: set[Any] = {operator.truediv, operator.itruediv, torch.div, torch.true_divide}
 
-_MOVES: set[Any] = {
+JOINS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+"""Moves that read several tensors."""
+_MOVES: set[Any] = JOINS | {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims,
     torch.movedim, torch.moveaxis, torch.chunk, torch.split, torch.tensor_split, torch.unbind,
-    torch.squeeze, torch.unsqueeze, torch.narrow, torch.select, torch.cat, torch.concat,
-    torch.concatenate, torch.stack, torch.roll, torch.flip, torch.unflatten, torch.tile,
+    torch.squeeze, torch.unsqueeze, torch.narrow, torch.select, torch.roll, torch.flip, torch.unflatten, torch.tile,
     torch.repeat_interleave, torch.t, torch.broadcast_to, torch.pixel_shuffle,
     torch.pixel_unshuffle, torch.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle,
     operator.getitem,

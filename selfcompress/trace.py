@@ -141,6 +141,7 @@ def _trace_part(
     """Add a part to `result`; the names of modules inside of it that are to be traced alone."""
     tracer = _Tracer()
     name = prefix[:-1]
+    before = set(vars(module))
     try:
         with kept_modes(module):
             traced = torch.fx.GraphModule(module.train(), tracer.trace(module))
@@ -151,6 +152,10 @@ def _trace_part(
     except Exception as error:
         result.untraceable[name] = _first_line(error)
         return [f"{prefix}{child}" for child, _ in module.named_children()]
+    finally:
+        # Constants that forward() makes are left on the module by torch.fx.
+        for constant in set(vars(module)) - before:
+            delattr(module, constant)
     result.parts.append(Part(prefix, list(traced.graph.nodes), facts.facts))
     alone = []
     for failed, why in tracer.failed.items():

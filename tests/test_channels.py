@@ -114,6 +114,7 @@ def test_channels_are_followed_through(function: Callable[[Tensor], Tensor]) -> 
         (lambda x: F.pad(x, (1, 1), value=1.0), "pad"),
         (lambda x: (x.flatten(2) @ x.flatten(2).mT @ x.flatten(2)).view_as(x), "matmul"),
         (lambda x: x * x.amax(1, keepdim=True), "amax"),
+        (lambda x: x[:, torch.arange(6)], "getitem"),
         (lambda x: x.transpose(1, 2), "b (QuantConv2d) mixes another dimension"),
     ],
 )
@@ -273,7 +274,7 @@ class Random(nn.Module):
         self.a, self.b = block(3, 6), Chain()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = 0 * F.dropout(self.a(x)).sum() + self.b(x) * (1 + 0 * torch.rand(()))
+        y: Tensor = 0 * F.dropout(self.a(x)).sum() + self.b(x) * torch.ones(5)[torch.arange(5)]
         return y
 
 
@@ -286,12 +287,14 @@ def test_tracing_leaves_no_trace(build: Callable[[], nn.Module]) -> None:
     norm.eval()
     modes = {name: m.training for name, m in model.named_modules()}
     state = {name: t.clone() for name, t in model.state_dict().items()}
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
     random = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         channel_graph(model, X)
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), random)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
