@@ -2,6 +2,7 @@
 
     python train.py --gamma 0.01                        CIFAR-10 (downloaded), ResNet-9
     python train.py --gamma 0.01 --dataset digits       small real images, no network needed
+    python train.py --model resnet20                    another network; --help lists them
     python train.py --float                             the uncompressed baseline
     python train.py --dataset folder --data-dir DIR     DIR/train/CLASS/* and DIR/test/CLASS/*
     tensorboard --logdir runs                           watch it shrink
@@ -14,7 +15,7 @@ import sys
 
 import tyro
 
-from models.resnet9 import ResNet9
+from models import UnknownModelError, build, default_width
 from selfcompress import CutError
 from selfcompress.training.config import Config
 from selfcompress.training.errors import UserError
@@ -26,8 +27,8 @@ def main() -> int:
     try:
         if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
             raise UserError("WORLD_SIZE is not 1: training on several devices is not supported")
-        run(config, "resnet9", lambda classes: ResNet9(classes, config.width))
-    except UserError as error:
+        run(config, default_width(config.model), build)
+    except (UserError, UnknownModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CutError, FloatingPointError) as error:

@@ -228,13 +228,13 @@ class _Builder:
             grouped = isinstance(module, _QuantConv) and module.grouped
             kind = Kind.GROUPED if grouped else Kind.LAYER
             axis = len(fact.sizes) + module.channel_dim
-            widths = (module.in_width, module.out_width)
+            widths = _widths(module)
         elif type(module) in FLOAT_LAYERS and getattr(module, "groups", 1) == 1:
             kind = Kind.LAYER
             assert isinstance(module.weight, Tensor)
             space = 0 if isinstance(module, nn.Linear) else module.weight.dim() - 2
             axis = len(fact.sizes) - 1 - space
-            widths = _float_widths(module)
+            widths = _widths(module)
         else:
             raise _CannotFollowError(
                 "is a grouped layer left in float, or of a type that is not known"
@@ -416,8 +416,12 @@ class _Builder:
         module = self.prefix + str(node.target) if node.op == "call_module" else ""
         pixels = 1
         if value is not None:
-            batch_and_grid = max(1, value.shape[0]) * int(np.prod(value.grid)) if value.shape else 1
-            pixels = int(np.prod(value.shape)) // batch_and_grid
+            layer = self._module(node)
+            width = (
+                _widths(layer)[1] if isinstance(layer, FLOAT_LAYERS) else int(np.prod(value.grid))
+            )
+            batch = max(1, value.shape[0]) if value.shape else 1
+            pixels = int(np.prod(value.shape)) // (batch * width)
             self.result.ids[name] = value.ids
             self.result.layouts[name] = value.layout
             self.result.sources[name] = sources
@@ -583,7 +587,8 @@ def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:
     return evaluate
 
 
-def _float_widths(layer: nn.Module) -> tuple[int, int]:
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """Channels of a layer's input and output."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]

@@ -14,7 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10
 
 import train
+from models import NAMES, default_width
 from selfcompress.training import loop, runs
+from selfcompress.training.config import Config
+from selfcompress.training.data import load as load_dataset
 
 TINY = (
     "--dataset digits --width 4 --image-size 8 --epochs 4 --batch-size 128 --device cpu "
@@ -169,6 +172,65 @@ def test_finished_runs_are_skipped_and_others_refused(cli: Cli, tmp_path: Path) 
     assert json.loads((tmp_path / "run" / runs.SUMMARY).read_text())["seed"] == 1
 
 
+def test_every_model_has_runs_of_its_own(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY, "--model", "resnet20", "--epochs", "2", "--batch-size", "400"]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        assert cli(*args)[0] == 130
+    code, out, _ = cli(*args)
+    assert code == 0
+    assert "resnet20 of width 4 at γ = 0.1" in out
+    assert "going on after epoch 1 of 2" in out
+    folder = Path("runs/digits-resnet20-w4-gamma0.1-seed0")
+    assert "is finished" in cli(*args)[1]
+    config = json.loads((folder / runs.CONFIG).read_text())
+    assert (config["model"], config["width"]) == ("resnet20", 4)
+    assert json.loads((folder / runs.SUMMARY).read_text())["model"] == "resnet20"
+
+    other = cli(*args, "--model", "resnet9", "--run-dir", folder)
+    assert_refused(other, "model is resnet20 there and resnet9 here")
+
+
+def test_torchvision_models_have_no_width(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "torchvision:squeezenet1_1"
+    args = [*TINY, "--model", name]
+    for how in ([], ["--float"]):
+        refused = cli(*args, *how)
+        assert_refused(refused, f"{name} does not accept images of 8 pixels", "--image-size")
+    assert not (tmp_path / "runs").exists()
+
+    args += ["--image-size", "20", "--epochs", "1", "--batch-size", "700", "--float"]
+    code, out, err = cli(*args)
+    assert code == 0
+    assert f"warning: --width has no effect with --model {name}" in err
+    assert f"{name} in float" in out
+    folder = Path("runs/digits-torchvision-squeezenet1_1-float-seed0")
+    assert json.loads((folder / runs.CONFIG).read_text())["width"] is None
+    at = args.index("--width")
+    del args[at : at + 2]
+    _, out, err = cli(*args)
+    assert "is finished" in out  # the width made no other run
+    assert "--width" not in err
+
+
+def test_default_width_is_the_models(tmp_path: Path) -> None:
+    dataset = load_dataset("digits", tmp_path, 8, torch.device("cpu"))
+    for model, width, name in (
+        ("resnet9", 64, "digits-resnet9-w64-gamma0.01-seed0"),
+        ("vit", 192, "digits-vit-w192-gamma0.01-seed0"),
+        ("torchvision:resnet18", None, "digits-torchvision-resnet18-gamma0.01-seed0"),
+    ):
+        config = Config(model=model).resolved("digits", 8, default_width(model))
+        assert config.width == width
+        assert loop._run_dir(config, dataset) == Path("runs") / name
+
+
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     """Non-zero exit and one line on stderr (after warnings) that has all `parts`."""
     code, _, err = result
@@ -206,6 +268,26 @@ def test_unknown_dataset_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]
         cli("--dataset", "imagenet")
     assert stop.value.code not in (0, None)
     assert "imagenet" in capsys.readouterr().err
+
+
+def test_unknown_model_is_refused_before_anything_is_loaded(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*_: object) -> None:
+        raise AssertionError("the dataset was loaded")
+
+    monkeypatch.setattr(loop, "load", unwanted)
+    result = cli(*TINY, "--model", "resnet19")
+    assert result[0] == 2
+    assert_refused(result, "'resnet19'", "resnet9, resnet20", "torchvision:resnet18")
+
+
+def test_help_lists_the_models(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli("--help")
+    shown = capsys.readouterr().out
+    for name in (*NAMES, "torchvision:NAME"):
+        assert name in shown
 
 
 def test_several_processes_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from selfcompress.layers import quantized_layers
 from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 
+LISTED_LAYERS = 16  # whose channels an epoch's line has room for
+
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
 
 
@@ -74,6 +76,7 @@ def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) ->
             text += f", {layer.mean_bits:.1f} bits"
         axes.text(before[name] + 0.01 * room, at, text, va="center", fontsize=9)
     axes.set_yticks(place, names)
+    axes.margins(y=0.5 / len(names))  # half a bar, however many there are
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * room)
     axes.set_xlabel("output channels")
@@ -86,9 +89,9 @@ def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) ->
 
 
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
-    """One epoch in one line; live channels in the layers' order."""
-    size, epoch = metrics["size"], metrics["epoch"]
-    channels = " ".join(str(count) for count in metrics["channels"].values())
+    """One epoch in one line; live channels in the layers' order, or their sum for many layers."""
+    size, epoch, counts = metrics["size"], metrics["epoch"], metrics["channels"].values()
+    channels = " ".join(map(str, counts)) if len(counts) <= LISTED_LAYERS else f"{sum(counts):,}"
     return (
         f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
         f"  loss {metrics['train']['loss']:.3f}"

@@ -19,29 +19,32 @@ COMPRESSION = ("gamma", "bits", "fractional_bits", "exclude", "penalty_from", "p
 
 @dataclass(frozen=True)
 class Config:
-    """Train a ResNet-9 that compresses itself while it trains.
+    """Train a network that compresses itself while it trains.
 
-    Options left at None take the default of their dataset, which is printed when the run starts.
+    Options left at None take the default of their dataset or model, which is printed when the run
+    starts.
     """
 
     gamma: float = 0.01
     """The price of size: larger is smaller and less accurate. 0 quantises without any penalty."""
     float_baseline: Annotated[bool, tyro.conf.arg(name="float")] = False
     """Train the uncompressed float network instead, by the same schedule."""
+    model: str = "resnet9"
+    """resnet9, resnet20, resnet56, vgg16, mobilenetv2, vit, or torchvision:NAME."""
     dataset: DatasetName | None = None
     """Images to train on. None is cifar10, or digits where that cannot be had."""
     data_dir: Path = Path("data")
     """Where cifar10 is or is downloaded to; for folder, the folder with train/ and test/."""
     image_size: int | None = None
     """Resize images to this many pixels square (digits: 16; others: as they are)."""
-    width: int = 64
-    """Channels of the first layer; the others have 2, 4 and 8 times as many."""
+    width: int | None = None
+    """Channels of the first layer (resnet20 and 56: 16; mobilenetv2: 32; vit: 192; others: 64)."""
     epochs: int | None = None
     """Passes over the training images (digits: 40; others: 24)."""
     batch_size: int | None = None
     """Images per step (digits: 64; others: 512)."""
     lr: float = 0.4
-    """Peak learning rate of the weights (Nesterov SGD, one cycle)."""
+    """Peak learning rate of the weights (Nesterov SGD, one cycle); vit wants less, such as 0.1."""
     weight_decay: float = 5e-4
     """L2 on the weights; bit depths and exponents are not decayed."""
     flip: bool | None = None
@@ -73,7 +76,7 @@ class Config:
         """Raise UserError, in one line, for what cannot be run."""
         checks: list[tuple[bool, str]] = [
             (math.isfinite(self.gamma) and self.gamma >= 0, "--gamma must be a number ≥ 0"),
-            (self.width >= 1, "--width must be at least 1"),
+            (self.width is None or self.width >= 1, "--width must be at least 1"),
             (self.image_size is None or self.image_size >= 8, "--image-size must be at least 8"),
             (self.epochs is None or self.epochs >= 1, "--epochs must be at least 1"),
             (self.batch_size is None or self.batch_size >= 2, "--batch-size must be at least 2"),
@@ -103,6 +106,8 @@ class Config:
             warnings.append(("penalty_from", "with --gamma 0"))
         elif self.gamma > 0 and self.penalty_from in (self.penalty_until, 1):
             warnings.append(("gamma", "with nothing between --penalty-from and --penalty-until"))
+        if self.model.startswith("torchvision:") and self._changed("width"):
+            warnings.append(("width", f"with --model {self.model}"))
         if self.dataset == "digits" and self._changed("data_dir"):
             warnings.append(("data_dir", "with --dataset digits"))
         return [f"--{name.replace('_', '-')} has no effect {why}" for name, why in warnings]
@@ -111,13 +116,19 @@ class Config:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return bool(getattr(self, name) != defaults[name])
 
-    def resolved(self, dataset: DatasetName, image_size: int) -> "Config":
-        """This configuration with the defaults of its dataset filled in."""
+    def resolved(
+        self, dataset: DatasetName, image_size: int, default_width: int | None
+    ) -> "Config":
+        """This configuration with the defaults of its dataset and its model filled in.
+
+        A `default_width` of None is that of a model that has no width to choose.
+        """
         digits = dataset == "digits"
         return dataclasses.replace(
             self,
             dataset=dataset,
             image_size=image_size,
+            width=None if default_width is None else (self.width or default_width),
             epochs=self.epochs or (40 if digits else 24),
             batch_size=self.batch_size or (64 if digits else 512),
             flip=(not digits) if self.flip is None else self.flip,

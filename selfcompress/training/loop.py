@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from selfcompress.channels import ChannelGraph
 from selfcompress.compressor import Compressor
+from selfcompress.follow import channel_graph
+from selfcompress.look import kept_modes
 from selfcompress.size import Size, measure, starting_weights
 from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
@@ -28,8 +29,8 @@ from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
 from selfcompress.training.errors import UserError
 
-BuildModel = Callable[[int], nn.Module]
-"""Number of classes → the network to train, float and at its full width."""
+BuildModel = Callable[[str, int, int | None, int], nn.Module]
+"""Name, number of classes, width, image size → the network to train, in float."""
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
 BIT_TRAVEL = 4.0  # the sum of all largest steps between --penalty-from and --penalty-until, in bits
@@ -39,8 +40,12 @@ STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final 
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
 
 
-def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, Any]:
+def run(config: Config, default_width: int | None, build_model: BuildModel) -> dict[str, Any]:
     """Train, or go on training, or find that it is done: the run's summary.
+
+    Args:
+        default_width: of the model `config` names; None if that has no width to choose.
+        build_model: makes it.
 
     Raises:
         UserError: something the user can mend.
@@ -49,14 +54,15 @@ def run(config: Config, model_name: str, build_model: BuildModel) -> dict[str, A
     for warning in config.without_effect():
         print(f"warning: {warning}", file=sys.stderr)
     device = _device(config)
-    config, dataset = _load(config, device)
-    folder = runs.RunFolder(_run_dir(config, dataset, model_name), config.as_json())
+    dataset_name, dataset = _load(config, device)
+    config = config.resolved(dataset_name, dataset.image_size, default_width)
+    folder = runs.RunFolder(_run_dir(config, dataset), config.as_json())
     summary = None if config.overwrite else folder.check()
     if summary is not None:
         print(f"{folder.path} is finished; --overwrite starts it over")
         return summary
     # Whatever is wrong with the options shows here, before anything on disk is touched.
-    one = Run(config, dataset, device, folder, model_name, build_model)
+    one = Run(config, dataset, device, folder, build_model)
     folder.claim(config.overwrite)
     return one.train()
 
@@ -70,12 +76,11 @@ class Run:
         dataset: Dataset,
         device: torch.device,
         folder: runs.RunFolder,
-        model_name: str,
         build_model: BuildModel,
     ) -> None:
         assert config.epochs and config.batch_size and config.flip is not None
         self.config, self.dataset, self.device = config, dataset, device
-        self.folder, self.model_name = folder, model_name
+        self.folder = folder
         self.epochs, self.batch_size = config.epochs, config.batch_size
         self.augment = Augment.for_size(
             dataset.image_size, dataset.mean, dataset.std, config.flip, config.augment
@@ -88,17 +93,14 @@ class Run:
             )
         self.autocast = _autocast(config, device)
 
-        torch.manual_seed(config.seed)
-        self.model = build_model(len(dataset.classes)).to(device)
-        self.model.to(memory_format=torch.channels_last)
         examples = next(dataset.train.batches(EXAMPLES))[0]
         self.examples = normalise(examples, dataset.mean, dataset.std)
+        torch.manual_seed(config.seed)
+        self.model = self._build(build_model)
         self.starting_weights = starting_weights(self.model)
         self.compressor = None if config.float_baseline else self._compressor()
         self.graph = (
-            self.compressor.graph
-            if self.compressor
-            else ChannelGraph.trace(self.model, self.examples)
+            self.compressor.graph if self.compressor else channel_graph(self.model, self.examples)
         )
         self.start = self.size()
         weights = self.compressor.weights() if self.compressor else self.model.parameters()
@@ -106,6 +108,22 @@ class Run:
             weights, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
         )
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
+
+    def _build(self, build_model: BuildModel) -> nn.Module:
+        """The network, after it has shown that it accepts the images."""
+        config, size = self.config, self.dataset.image_size
+        try:
+            model = build_model(config.model, len(self.dataset.classes), config.width, size)
+            model.to(self.device).to(memory_format=torch.channels_last)
+            with kept_modes(model), torch.no_grad():
+                model.eval()(self.examples)
+        except (AssertionError, RuntimeError, ValueError) as error:  # what torchvision's raise
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise UserError(
+                f"{config.model} does not accept images of {size} pixels ({reason}); give another "
+                "--image-size (many of torchvision's are made for 224)"
+            ) from error
+        return model
 
     def _compressor(self) -> Compressor:
         config = self.config
@@ -292,7 +310,7 @@ class Run:
         seconds = [row["time"]["epoch_seconds"] for row in history]
         return {
             "dataset": self.dataset.name,
-            "model": self.model_name,
+            "model": self.config.model,
             "gamma": None if self.config.float_baseline else self.config.gamma,
             "seed": self.config.seed,
             "epochs": self.epochs,
@@ -326,8 +344,9 @@ class Run:
     def _headline(self) -> str:
         config, data = self.config, self.dataset
         how = "in float" if config.float_baseline else f"at γ = {config.gamma:g}"
+        width = "" if config.width is None else f" of width {config.width}"
         return (
-            f"{self.model_name} of width {config.width} {how} on {data.name}: "
+            f"{config.model}{width} {how} on {data.name}: "
             f"{len(data.train):,} + {len(data.test):,} images of {data.image_size} pixels, "
             f"{len(data.classes)} classes; {self.epochs} epochs, batch {self.batch_size}, "
             f"{'with' if config.flip else 'no'} flip; {_device_name(self.device)}; "
@@ -336,7 +355,8 @@ class Run:
 
     def _title(self) -> str:
         how = "float" if self.config.float_baseline else f"γ = {self.config.gamma:g}"
-        return f"{self.model_name}, width {self.config.width}, {self.dataset.name}, {how}"
+        width = "" if self.config.width is None else f", width {self.config.width}"
+        return f"{self.config.model}{width}, {self.dataset.name}, {how}"
 
     def _result(self, summary: dict[str, Any]) -> str:
         seconds = summary["seconds_per_epoch"]
@@ -364,7 +384,7 @@ def evaluate(
     return loss / len(split), correct / len(split)
 
 
-def _load(config: Config, device: torch.device) -> tuple[Config, Dataset]:
+def _load(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
     """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
     name: DatasetName = config.dataset or "cifar10"
     try:
@@ -383,14 +403,16 @@ def _load(config: Config, device: torch.device) -> tuple[Config, Dataset]:
         raise UserError(
             f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"
         )
-    return config.resolved(name, dataset.image_size), dataset
+    return name, dataset
 
 
-def _run_dir(config: Config, dataset: Dataset, model_name: str) -> Path:
+def _run_dir(config: Config, dataset: Dataset) -> Path:
     if config.run_dir is not None:
         return config.run_dir
     how = "float" if config.float_baseline else f"gamma{config.gamma:g}"
-    return Path("runs") / f"{dataset.name}-{model_name}-w{config.width}-{how}-seed{config.seed}"
+    model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
+    width = "" if config.width is None else f"-w{config.width}"
+    return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"
 
 
 def _device(config: Config) -> torch.device:
