@@ -61,12 +61,10 @@ class QuantAttention(nn.MultiheadAttention):
         batch_first = self.batch_first and query.dim() == 3
         if batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        mask = F._canonical_mask(
-            key_padding_mask,
-            "key_padding_mask",
-            F._none_or_dtype(attn_mask),
-            "attn_mask",
-            query.dtype,
+        # torch wants both masks of the same type.
+        key_padding_mask, attn_mask = (
+            F._canonical_mask(mask, "mask", None, "", query.dtype, check_other=False)
+            for mask in (key_padding_mask, attn_mask)
         )
         out, weights = F.multi_head_attention_forward(
             query,
@@ -83,7 +81,7 @@ class QuantAttention(nn.MultiheadAttention):
             self.out_proj.dense_weight(),
             self.out_proj.bias,
             training=self.training,
-            key_padding_mask=mask,
+            key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
             average_attn_weights=average_attn_weights,

@@ -13,7 +13,7 @@ compressor.finish(loader)
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,11 @@ from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import Inputs, device_of, kept_modes
+from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
 from selfcompress.size import Size, measure, q_bits, starting_weights
-from selfcompress.surgery import Plan, apply_plan, check_fits, check_optimizer, make_plan, plan_cut
-from selfcompress.trace import reads_elsewhere
+from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
 from selfcompress.verify import compare, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
@@ -57,8 +57,8 @@ class Compressor:
             is the paper's fractional bit depth.
         exclude: names of layers (or of modules that contain layers) to leave in float. They
             count at 32 bits a weight.
-        min_channels: rows that every layer keeps at the least (all, if it has fewer). 0 lets a
-            residual branch vanish whole; a layer that the output hangs on keeps one row.
+        min_channels: rows of every layer that keep bits at the least (all, if it has fewer). 0 lets
+            a residual branch vanish whole; a layer that the output hangs on keeps one row.
         interval: steps between two cuts. Where something was compiled with torch.compile, a cut
             waits until it removes 5 % of the parameters: it makes torch compile everything anew.
         bit_step: the largest step of a bit depth, in bits: 0.01 lets an unneeded channel of 4
@@ -101,17 +101,17 @@ class Compressor:
         self.cuts = 0
         if quantized_layers(model):
             raise ValueError("the model is compressed already: build a fresh one")
-        read_elsewhere = _reads_elsewhere(model, example_input)
+        observed = _observe(model, example_input)
         self.starting_weights = starting_weights(model)
         self.left_in_float = quantize_layers(
             model,
             bits=bits,
             integer_bits=integer_bits,
             exclude=exclude,
-            read_elsewhere=read_elsewhere,
+            read_elsewhere=observed.read_elsewhere,
         )
         self.layers = quantized_layers(model)
-        self.graph = channel_graph(model, example_input, read_elsewhere)
+        self.graph = channel_graph(model, example_input, observed)
         self.formats = FormatStepper(self.layers, self.starting_weights, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
@@ -144,7 +144,7 @@ class Compressor:
             penalty.register_hook(self.formats.note_loss_scale)
         return penalty
 
-    def step(self, optimizer: Optimizer, averages: Iterable[nn.Module] = ()) -> Plan | None:
+    def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
 
         Call it after `optimizer.step()`.
@@ -162,8 +162,10 @@ class Compressor:
             CutError: a cut changed what the network computes; the model stays cut.
             FloatingPointError: a weight or its format is no longer finite.
         """
+        due = (self.steps + 1) % self.interval == 0
+        if self.steps == 0 or due:
+            self._require_cuttable(optimizer, averages)
         if self.steps == 0:
-            check_optimizer(optimizer)
             self._require_all_weights(optimizer)
         self.steps += 1
         if not self.frozen:
@@ -171,12 +173,12 @@ class Compressor:
             self._keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()
-        if self.steps % self.interval:
+        if not due:
             return None
         return self._cut(optimizer, averages, patient=_compiled_anything())
 
     def cut(
-        self, optimizer: Optimizer | None = None, averages: Iterable[nn.Module] = ()
+        self, optimizer: Optimizer | None = None, averages: Sequence[nn.Module] = ()
     ) -> Plan | None:
         """Cut what is dead now out of the model and the optimiser's state.
 
@@ -197,12 +199,11 @@ class Compressor:
     def _cut(
         self,
         optimizer: Optimizer | None,
-        averages: Iterable[nn.Module],
+        averages: Sequence[nn.Module],
         patient: bool = False,
     ) -> Plan | None:
         """Cut; if `patient`, only what is worth to be compiled anew."""
-        if optimizer is not None:
-            check_optimizer(optimizer)
+        self._require_cuttable(optimizer, averages)
         self._require_finite()
         for name, idle in self._idle.items():
             self.layers[name].bit_depth[idle] = 0
@@ -211,13 +212,10 @@ class Compressor:
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model))
         worth_it = not patient or _worth_recompiling(plan, self.model)
         if plan and worth_it:
-            copies = [_averaged(model) for model in averages]
-            for model in copies:
-                check_fits(plan, model)
             before = snapshot(self.model, self.example_input)
             self._apply(plan, optimizer)
-            for model in copies:
-                apply_plan(plan, model)
+            for average in averages:
+                apply_plan(plan, _averaged(average))
             self.cuts += 1
             # Past its limit of recompilations torch would silently go on without compiling.
             if _compiled_anything():
@@ -242,7 +240,7 @@ class Compressor:
         self,
         loader: Iterable[Any],
         optimizer: Optimizer | None = None,
-        averages: Iterable[nn.Module] = (),
+        averages: Sequence[nn.Module] = (),
     ) -> None:
         """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
@@ -405,6 +403,17 @@ class Compressor:
             if len(idle):
                 self._idle[name] = idle[self.layers[name].zero_rows(among=idle)]
 
+    def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        for average in averages:
+            if {n: p.shape for n, p in _averaged(average).named_parameters()} != shapes:
+                raise ValueError(
+                    "an average has other parameters than the model: make it after the "
+                    "Compressor, and give it to every step, cut and finish"
+                )
+
     def _require_all_weights(self, optimizer: Optimizer) -> None:
         """A parameter in another optimiser would stop learning, silently, at its first cut."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -447,7 +456,7 @@ def _averaged(model: nn.Module) -> nn.Module:
 
 def _compiled_anything() -> bool:
     dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and dynamo.utils.counters["frames"]["total"] > 0
+    return dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
@@ -461,10 +470,10 @@ def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
     return after <= (1 - _WORTH_RECOMPILING) * before
 
 
-def _reads_elsewhere(model: nn.Module, example_input: Inputs) -> set[str]:
+def _observe(model: nn.Module, example_input: Inputs) -> Observed:
     """Run the float model once; a wrong input is told apart here from one we cannot trace."""
     try:
-        return reads_elsewhere(model, example_input)
+        return observe(model, example_input)
     except Exception as error:  # whatever the user's forward() does
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"the model does not accept example_input: {reason}") from error

@@ -65,8 +65,11 @@ def quantize_layers(
     twins: dict[nn.Module, nn.Module] = {}
     replacements: list[tuple[str, nn.Module]] = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if any(name == f"{attention}.out_proj" for attention in attentions):
-            continue  # goes with its attention
+        attention, _, last = name.rpartition(".")
+        if last == "out_proj" and attention in attentions:
+            if name in excluded:
+                raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
+            continue
         if module not in twins:
             twin: Any = _TWINS.get(type(module))
             if isinstance(module, _BatchNorm) and twin is not None:
@@ -84,6 +87,8 @@ def quantize_layers(
         replacements.append((name, twins[module]))
     if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
         raise ValueError("nothing to compress: the model has no layer to quantise")
+    for old, new in twins.items():
+        _keep_hooks(old, new)
     for name, new in replacements:
         _replace(model, name, new)
     _without_fast_paths(model)
@@ -110,6 +115,13 @@ def _why_in_float(
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "it shares a parameter with another module"
     return ""
+
+
+def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have the user's hooks on a layer called for its twin."""
+    for key, value in vars(old).items():
+        if "_hooks" in key:
+            vars(new)[key] = value
 
 
 def _without_fast_paths(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ each one goes; what is not understood has its ids frozen.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
 from selfcompress.look import Inputs
+from selfcompress.observe import Observed, observe
 from selfcompress.ops import (
     JOINS,
     SIZE_ATTRIBUTES,
@@ -38,27 +39,27 @@ from selfcompress.trace import Part, Shape, Trace, trace
 
 
 def channel_graph(
-    model: nn.Module, example_input: Inputs, read_elsewhere: Iterable[str] = ()
+    model: nn.Module, example_input: Inputs, observed: Observed | None = None
 ) -> ChannelGraph:
     """The channel graph of `model`, whose layers are quantised already.
 
     Args:
-        read_elsewhere: names of modules whose parameters are read outside of their forward(), see
-            `trace.reads_elsewhere`.
+        observed: a run of the model on `example_input`; None makes one.
 
     Of a model that torch.fx cannot trace whole, the parts that it can trace are followed. With
     nothing to follow the graph is empty: channels can still lose all their bits, but they keep
     their places.
     """
-    traced = trace(model, example_input)
+    observed = observed or observe(model, example_input)
+    traced = trace(model, example_input, observed)
     if "" in traced.untraceable:
-        parts = ", ".join(part.prefix[:-1] for part in traced.parts) or "none"
+        parts = ", ".join(part.name for part in traced.parts) or "none"
         warnings.warn(
             f"torch.fx cannot trace {type(model).__name__} ({traced.untraceable['']}): channels "
             f"are only removed inside of those of its modules that it can trace ({parts})",
             stacklevel=3,
         )
-    builder = _Builder(model, traced, set(read_elsewhere))
+    builder = _Builder(model, traced, observed.read_elsewhere)
     for part in traced.parts:
         builder.follow(part)
     return builder.graph()
@@ -120,7 +121,7 @@ class _Builder:
         for node in part.nodes:
             if node.op == "call_module":
                 self.calls[self.prefix + str(node.target)] += 1
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and not all(self._reads_sizes(u) for u in node.users):
                 self.read.add((self.prefix + str(node.target)).rpartition(".")[0])
         for node in part.nodes:
             self._visit(node, hazards)

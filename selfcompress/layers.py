@@ -28,7 +28,30 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
     return wide.zero_().index_copy(dim, rows, values)
 
 
-class QuantizedLayer(nn.Module):
+class Placed(nn.Module):
+    """A module that knows which channels it reads and makes.
+
+    The indices are no buffers: an average of the model would average them too. They follow from
+    the plans that were applied, so checkpoints do without them.
+
+    Attributes:
+        columns: (columns,) int64, the input channel that each column or entry reads.
+        rows: (rows,) int64, the output channel that each row or entry computes.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Have the indices follow the parameters to another device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("rows", "columns", "slots"):
+            if name in vars(self):
+                setattr(self, name, fn(getattr(self, name)))
+        return self
+
+
+class QuantizedLayer(Placed):
     """What all quantised layers share: a weight of live rows with learnable formats.
 
     Attributes:
@@ -37,9 +60,9 @@ class QuantizedLayer(nn.Module):
         bias: (output channels,) or None; a channel without a row outputs exactly its bias.
         bit_depth, exponent: (live rows,) the format of each row. They are parameters, but belong
             to the compressor: it collects their gradients as they arrive and steps them itself.
-        rows: (live rows,) int64, the output channel that each row computes.
-        columns: (columns,) int64, the input channel that each column of the weight reads; of a
-            grouped convolution, what its groups read, one after the other.
+        rows: (live rows,) the output channel that each row computes.
+        columns: (columns,) the input channel that each column of the weight reads; of a grouped
+            convolution, what its groups read, one after the other.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
     """
@@ -48,8 +71,6 @@ class QuantizedLayer(nn.Module):
     bias: nn.Parameter | None
     bit_depth: nn.Parameter
     exponent: nn.Parameter
-    rows: Tensor
-    columns: Tensor
     integer_bits: bool
     row_dim = 0
     fan_in_dim = 1
@@ -66,8 +87,8 @@ class QuantizedLayer(nn.Module):
         bit_depth = torch.full((self.out_width,), float(start), device=weight.device)
         self.bit_depth = nn.Parameter(bit_depth)
         self.exponent = nn.Parameter(fit_exponent(self.weight_by_row(), bit_depth))
-        self.register_buffer("rows", torch.arange(self.out_width, device=weight.device))
-        self.register_buffer("columns", torch.arange(self.in_width, device=weight.device))
+        self.rows = torch.arange(self.out_width, device=weight.device)
+        self.columns = torch.arange(self.in_width, device=weight.device)
         self.integer_bits = integer_bits
         return self.train(layer.training)
 
@@ -130,8 +151,11 @@ class QuantizedLayer(nn.Module):
             out = place(values, self.rows, self.out_width, self.channel_dim)
         else:
             out = self._nothing(x, *args)
-        if self.bias is None:
-            return out
+        return out if self.bias is None else self.add_bias(out)
+
+    def add_bias(self, out: Tensor) -> Tensor:
+        """`out` plus the bias of each channel."""
+        assert self.bias is not None
         over_space = (1,) * (-1 - self.channel_dim)
         return out + self.bias.to(out.dtype).view(-1, *over_space)
 
@@ -172,14 +196,14 @@ class _QuantConv(QuantizedLayer):
     @property
     def grouped(self) -> bool:
         """Whether the convolution was grouped at the start."""
-        return "slots" in self._buffers
+        return hasattr(self, "slots")
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
         new = cls(**conv_options(layer), device="meta").adopt(layer, bits, integer_bits)
         if new.groups > 1:
-            new.register_buffer("slots", torch.arange(new.out_channels, device=new.weight.device))
+            new.slots = torch.arange(new.out_channels, device=new.weight.device)
             new.group_width = new.out_channels // new.groups
         return new
 
@@ -202,9 +226,9 @@ class _QuantConv(QuantizedLayer):
         if not 0 < self.rows.numel() < slots:
             return self._conv_forward(x, weight, bias)
         # torch wants groups of equal width: the missing rows are zeros, and taken out again.
-        assert bias is None
         out = self._conv_forward(x, place(weight, self.slots, slots, 0), None)
-        return out.index_select(self.channel_dim, self.slots)
+        out = out.index_select(self.channel_dim, self.slots)
+        return out if bias is None else self.add_bias(out)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = super()._conv_forward(x, weight, bias)  # type: ignore[misc]
@@ -288,17 +312,15 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return new.adopt(layer, bits, integer_bits)
 
 
-class PlacedBatchNorm(_BatchNorm):
+class PlacedBatchNorm(Placed, _BatchNorm):
     """A batch norm over some channels of its input, placed among zeros in its output.
 
     Attributes:
-        columns: (entries,) int64, the input channel that each entry normalises.
-        rows: (entries,) int64, the output channel that each entry computes.
+        columns: (entries,) the input channel that each entry normalises.
+        rows: (entries,) the output channel that each entry computes.
         in_width, out_width: channels of the input and the output.
     """
 
-    columns: Tensor
-    rows: Tensor
     in_width: int
     out_width: int
 
@@ -310,8 +332,8 @@ class PlacedBatchNorm(_BatchNorm):
         new._buffers.update(norm._buffers)
         every = norm.running_mean if norm.running_mean is not None else norm.weight
         where = every.device if every is not None else None
-        new.register_buffer("columns", torch.arange(norm.num_features, device=where))
-        new.register_buffer("rows", torch.arange(norm.num_features, device=where))
+        new.columns = torch.arange(norm.num_features, device=where)
+        new.rows = torch.arange(norm.num_features, device=where)
         new.in_width = new.out_width = norm.num_features
         return new.train(norm.training)
 
@@ -337,9 +359,6 @@ class PlacedBatchNorm2d(PlacedBatchNorm, nn.BatchNorm2d):
 class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` that can lose channels."""
 
-
-PLACEMENT = ("rows", "columns", "slots")
-"""The buffers that say where rows and columns are."""
 
 FLOAT_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

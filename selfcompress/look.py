@@ -1,5 +1,6 @@
 """Run a model to have a look at it, and leave it as it was found."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,5 +39,15 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """The same, without gradients, and random numbers go on afterwards as if nothing had run."""
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
-    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with kept_modes(model), eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it is written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; and its import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield

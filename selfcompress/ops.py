@@ -84,7 +84,8 @@ JOINS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 _MOVES: set[Any] = JOINS | {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims,
     torch.movedim, torch.moveaxis, torch.chunk, torch.split, torch.tensor_split, torch.unbind,
-    torch.squeeze, torch.unsqueeze, torch.narrow, torch.select, torch.roll, torch.flip, torch.unflatten, torch.tile,
+    torch.squeeze, torch.unsqueeze, torch.narrow, torch.select, torch.roll, torch.flip,
+    torch.unflatten, torch.tile,
     torch.repeat_interleave, torch.t, torch.broadcast_to, torch.pixel_shuffle,
     torch.pixel_unshuffle, torch.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle,
     operator.getitem,

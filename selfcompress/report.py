@@ -107,6 +107,6 @@ def _removable(graph: ChannelGraph, name: str) -> tuple[int, str]:
             )
     owner = name.rpartition(".")[0]
     for node in graph.nodes:
-        if node.module == owner:
+        if owner and node.module == owner:
             return 0, f"it is a part of {owner}, whose inside is not followed"
     return 0, "it is not called when the model runs"

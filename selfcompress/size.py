@@ -4,10 +4,10 @@ Three sizes are kept apart and named apart:
 
 *Q bits* is what training penalises, eq. (3) + (4): Σ_l I·H·W·Σ_i b_i over the quantised layers,
 with I the input channels the layer has now and b_i its integer bit depths (fractional ones where
-`integer_bits=False`), plus 32 bits for every weight of a convolution, linear layer or attention
-that was left in float. N, the number it is divided by to give Q, counts the weights of all
-convolutions, linear layers and attentions of the *starting* network, quantised or not;
-`float_bits` is 32·N. MACs are those of layers that the channel graph follows.
+`integer_bits=False`), plus 32 bits for every weight in float. N, the number it is divided by to
+give Q, counts the weights of the *starting* network, quantised or not: those of convolutions,
+linear layers, attention, embeddings and recurrent layers. `float_bits` is 32·N. MACs are those of
+layers that the channel graph follows.
 
 *Stored bits* is all that running the network needs, at the width it is stored in:
 
@@ -31,11 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, PLACEMENT, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
 from selfcompress.quantizer import integer_depth
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
+_WEIGHTED = (
+    *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
+    nn.RNNCellBase,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,17 +142,15 @@ def _counts(size: LayerSize | Size) -> tuple[str, ...]:
 
 
 def starting_weights(model: nn.Module) -> int:
-    """N: the weights of all convolutions, linear layers and attention, quantised or not."""
+    """N: the weights of all modules that have weights, quantised or not."""
     return sum(_weights(module) for module in model.modules())
 
 
 def _weights(module: nn.Module) -> int:
-    """The weights that are a module's own; of attention, its output projection is a layer."""
-    if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        tensors = [getattr(module, name) for name in names]
-        return sum(tensor.numel() for tensor in tensors if tensor is not None)
-    return int(module.weight.numel()) if isinstance(module, FLOAT_LAYERS) else 0
+    """The weights that are a module's own: parameters of at least two dimensions."""
+    if not isinstance(module, _WEIGHTED):
+        return 0
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
 def q_bits(model: nn.Module) -> Tensor:
@@ -216,7 +218,7 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     stored += sum(
         _as_held(buffer)
         for key, buffer in module.named_buffers(recurse=False)
-        if key not in (*PLACEMENT, "num_batches_tracked")
+        if key != "num_batches_tracked"
     )
     if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
@@ -224,10 +226,9 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     weights = _weights(module)
     if weights == 0:
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
-    if isinstance(module, nn.MultiheadAttention):
-        width = 3 * module.embed_dim
-    else:
-        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels  # type: ignore[assignment]
+    width = getattr(module, "out_channels", 0) or next(
+        p.shape[0] for p in module.parameters(recurse=False) if p.dim() > 1
+    )
     return LayerSize(
         name=name,
         channels=width,

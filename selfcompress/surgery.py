@@ -25,7 +25,7 @@ from torch.optim import (
 )
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, PLACEMENT, PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
 from selfcompress.liveness import Liveness
 from selfcompress.ops import Kind
 
@@ -60,6 +60,7 @@ class Plan:
 
     Attributes:
         keep: name of a parameter or buffer → [(dim, kept indices)].
+        shapes: the shapes of these tensors before the cut.
         wiring: module name → how it is wired afterwards.
         rows: module name → kept row indices, to bring the channel graph up to date.
         removed: the channel ids that go with this plan, in the numbering of the channel graph.
@@ -67,6 +68,7 @@ class Plan:
     """
 
     keep: dict[str, list[tuple[int, Index]]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     wiring: dict[str, Wiring] = field(default_factory=dict)
     rows: dict[str, Index] = field(default_factory=dict)
     removed: Index = field(default_factory=list)
@@ -92,7 +94,7 @@ class Plan:
         data = json.loads(text)
         keep = {n: [(dim, kept) for dim, kept in cuts] for n, cuts in data["keep"].items()}
         wiring = {name: Wiring(**values) for name, values in data["wiring"].items()}
-        return cls(keep, wiring, data["rows"], data["removed"], data["silent"])
+        return cls(**(data | {"keep": keep, "wiring": wiring}))
 
 
 def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness) -> Plan:
@@ -177,12 +179,12 @@ class _Planner:
         rows = np.array(self.plan.rows[name], np.int64)
         placed = new_out[_numpy(module.rows)[rows]].tolist()
         if isinstance(module, PlacedBatchNorm):
-            for tensor in ("weight", "bias", "running_mean", "running_var", *PLACEMENT):
+            for tensor in ("weight", "bias", "running_mean", "running_var"):
                 self._keep(f"{name}.{tensor}", 0, rows)
             columns = new_in[_numpy(module.columns)[rows]].tolist()
             self.plan.wiring[name] = Wiring(*widths, placed, columns)
             return
-        for tensor in ("bit_depth", "exponent", "rows"):
+        for tensor in ("bit_depth", "exponent"):
             self._keep(f"{name}.{tensor}", 0, rows)
         self._keep(f"{name}.weight", module.row_dim, rows)
         self._keep(f"{name}.bias", 0, outs)
@@ -190,25 +192,23 @@ class _Planner:
         if not (isinstance(module, _QuantConv) and module.grouped):
             read = np.flatnonzero((in_stays & in_sounds)[columns])
             self._keep(f"{name}.weight", module.fan_in_dim, read)
-            self._keep(f"{name}.columns", 0, read)
             self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())
             return
-        self._keep(f"{name}.slots", 0, rows)
         of_row = _numpy(module.slots)[rows] // module.group_width
         live, groups = np.unique(of_row, return_inverse=True)
         table = np.arange(len(columns)).reshape(-1, module.weight.shape[1])[live]
         # All groups lose the same columns; a convolution without rows keeps the shape of them.
         stays = in_stays[columns[table]].all(0)
         self._keep(f"{name}.weight", 1, np.flatnonzero(stays))
-        self._keep(f"{name}.columns", 0, table[:, stays].ravel())
         columns = new_in[columns[table[:, stays]]].ravel().tolist()
         self.plan.wiring[name] = Wiring(*widths, placed, columns, groups.tolist())
 
     def _keep(self, name: str, dim: int, kept: np.ndarray) -> None:
         owner, _, key = name.rpartition(".")
-        tensor = getattr(self.modules[owner], key, None)
+        tensor = getattr(self.modules[owner], key)
         if tensor is not None and len(kept) < tensor.shape[dim]:
             self.plan.keep.setdefault(name, []).append((dim, kept.tolist()))
+            self.plan.shapes[name] = list(tensor.shape)
 
 
 @torch.no_grad()
@@ -254,13 +254,12 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
     """Refuse a model that `plan` was not made for.
 
     Raises:
-        ValueError: a tensor of the plan is missing, or too small.
+        ValueError: a tensor of the plan is missing, or of another shape.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, cuts in plan.keep.items():
-        shape = tensors[name].shape if name in tensors else ()
-        if any(dim >= len(shape) or max(kept, default=-1) >= shape[dim] for dim, kept in cuts):
-            raise ValueError(f"the plan does not fit the model: {name} is missing or too small")
+    for name, shape in plan.shapes.items():
+        if name not in tensors or list(tensors[name].shape) != shape:
+            raise ValueError(f"the plan does not fit the model: {name} is not of shape {shape}")
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

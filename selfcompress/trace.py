@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
-from selfcompress.look import Inputs, kept_modes, positional, undisturbed
+from selfcompress.look import Inputs, device_of, positional, undisturbed
+from selfcompress.observe import Observed, zeros_like_observed
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,21 @@ class Part:
     """One module that was traced as a whole, with all that it calls.
 
     Attributes:
-        prefix: what comes before the names of its submodules: "" or "features.".
+        name: the module, "" for the model.
         nodes: its operations in order; `facts[node]` is what each gave on the example, with a
             `Shape` in place of every tensor.
+        inside: names of the submodules that are leaves because they cannot be traced.
     """
 
-    prefix: str
+    name: str
     nodes: list[torch.fx.Node]
     facts: dict[torch.fx.Node, Any]
+    inside: list[str]
+
+    @property
+    def prefix(self) -> str:
+        """What comes before the names of its submodules: "" or "features."."""
+        return f"{self.name}." if self.name else ""
 
 
 @dataclass
@@ -49,7 +56,8 @@ class Trace:
 
     Attributes:
         untraceable: name of a module whose own forward() cannot be traced ("" is the model) → why.
-        miscounted: names of modules that run more or less often than their part says.
+        miscounted: names of modules that run more often than the part they are in says, called by
+            something that cannot be traced.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -57,46 +65,44 @@ class Trace:
     miscounted: set[str] = field(default_factory=set)
 
 
-def trace(model: nn.Module, example_input: Inputs) -> Trace:
+def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
     """Trace `model`, whose layers are quantised already; leaves its modes and buffers alone.
 
     The way is that of training mode, followed once in eval mode to learn the shapes.
+
+    Args:
+        observed: a run of the model on `example_input`.
     """
+    result = Trace()
+    pending = [""]
     with undisturbed(model, example_input):
-        result = Trace()
-        pending = _trace_part(model, "", positional(example_input), {}, result)
-        if not result.untraceable:
-            return result
-        model.eval()
-        calls = _Calls(model, example_input)
         while pending:
             name = pending.pop()
             module = model.get_submodule(name)
             if _is_leaf(module) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
                 continue
-            if name not in calls.arguments:  # a ModuleList, say
-                pending += [f"{name}.{child}" for child, _ in module.named_children()]
+            if name and name not in observed.arguments:  # a ModuleList, say
+                pending += _children(name, module)
                 continue
-            args, kwargs = calls.arguments[name]
-            known = len(result.parts)
-            pending += _trace_part(module, f"{name}.", args, kwargs, result)
-            for part in result.parts[known:]:
-                _compare_counts(part, calls.counts, calls.counts[name], result.miscounted)
-        return result
+            args, kwargs = positional(example_input), {}
+            if name:
+                where = device_of(example_input)
+                args, kwargs = zeros_like_observed(observed.arguments[name], where)
+            try:
+                part = _trace_part(name, module, args, kwargs, result.untraceable)
+                result.miscounted |= _compare(part, model, observed.counts)
+            except Exception as error:  # whatever the user's forward() does under the tracer
+                result.untraceable[name] = _first_line(error)
+                pending += _children(name, module)
+                continue
+            result.parts.append(part)
+            for failed in part.inside:
+                pending += _children(failed, model.get_submodule(failed))
+    return result
 
 
-def reads_elsewhere(model: nn.Module, example_input: Inputs) -> set[str]:
-    """Run the model once: names of modules whose parameters are read outside their forward().
-
-    Raises:
-        Whatever the model raises when it does not accept `example_input`.
-    """
-    with undisturbed(model, example_input):
-        model.eval()
-        mode = _ForeignReads(model)
-        with mode:
-            model(*positional(example_input))
-    return mode.found
+def _children(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -136,39 +142,72 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _trace_part(
-    module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Trace
-) -> list[str]:
-    """Add a part to `result`; the names of modules inside of it that are to be traced alone."""
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    untraceable: dict[str, str],
+) -> Part:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    kinds = {key: parameter.kind for key, parameter in bound.signature.parameters.items()}
+    # Flags and missing optional arguments are what they are, so that forward() can ask for them.
+    plain = {
+        key: value
+        for key, value in bound.arguments.items()
+        if kinds[key] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    }
     tracer = _Tracer()
-    name = prefix[:-1]
     before = set(vars(module))
     try:
-        with kept_modes(module):
-            traced = torch.fx.GraphModule(module.train(), tracer.trace(module))
-        given = _by_placeholder(module, args, kwargs)
+        graph = tracer.trace(module.train(), concrete_args=plain or None)
+        traced = torch.fx.GraphModule(module, graph)
         facts = _Facts(traced)
         traced.eval()
-        facts.run(*given)
-    except Exception as error:
-        result.untraceable[name] = _first_line(error)
-        return [f"{prefix}{child}" for child, _ in module.named_children()]
+        facts.run(*bound.arguments.values(), enable_io_processing=False)
     finally:
         # Constants that forward() makes are left on the module by torch.fx.
         for constant in set(vars(module)) - before:
             delattr(module, constant)
-    result.parts.append(Part(prefix, list(traced.graph.nodes), facts.facts))
-    alone = []
-    for failed, why in tracer.failed.items():
-        result.untraceable[prefix + failed] = why
-        inside = module.get_submodule(failed)
-        alone += [f"{prefix}{failed}.{child}" for child, _ in inside.named_children()]
-    return alone
+    prefix = f"{name}." if name else ""
+    untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
+    inside = [prefix + failed for failed in tracer.failed]
+    return Part(name, list(graph.nodes), facts.facts, inside)
 
 
-def _by_placeholder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return list(bound.arguments.values())
+def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
+    """Compare how often a part's layers run with how often its trace says they do.
+
+    Returns:
+        The layers that somebody else calls as well.
+
+    Raises:
+        RuntimeError: the module goes another way than its trace.
+    """
+    first = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    traced = Counter(
+        first[modules[part.prefix + str(n.target)]] for n in part.nodes if n.op == "call_module"
+    )
+    hidden = {
+        first[m] for name in part.inside for m in model.get_submodule(name).modules() if m in first
+    }
+    runs = real[part.name] if part.name else 1
+    more = set()
+    for module in model.get_submodule(part.name).modules():
+        name = first[module]
+        # A layer of training alone, such as an auxiliary head, does not run here at all.
+        if not _is_leaf(module) or real[name] in (0, runs * traced[name]):
+            continue
+        if traced[name] > 0 and real[name] > runs * traced[name]:
+            more.add(name)
+        elif name not in hidden:
+            raise RuntimeError(
+                f"its calls do not all go the same way: {name} runs {real[name]} times in "
+                f"evaluation, and {runs * traced[name]} by the trace"
+            )
+    return more
 
 
 class _Facts(torch.fx.Interpreter):
@@ -182,79 +221,6 @@ class _Facts(torch.fx.Interpreter):
         result = super().run_node(n)
         self.facts[n] = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), result)
         return result
-
-
-class _Calls:
-    """How often each module runs, and what it is given the first time.
-
-    Attributes:
-        arguments: module name → its first (args, kwargs).
-        counts: module name → number of calls.
-    """
-
-    def __init__(self, model: nn.Module, example_input: Inputs) -> None:
-        self.arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.counts: Counter[str] = Counter()
-        hooks = [
-            module.register_forward_pre_hook(self._record(name), with_kwargs=True)
-            for name, module in model.named_modules()
-        ]
-        try:
-            model(*positional(example_input))
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _record(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.counts[name] += 1
-            self.arguments.setdefault(name, (args, kwargs))
-
-        return hook
-
-
-def _compare_counts(part: Part, real: Counter[str], runs: int, miscounted: set[str]) -> None:
-    """A layer inside of `part` that somebody else calls as well is more than the part shows."""
-    traced = Counter(part.prefix + str(n.target) for n in part.nodes if n.op == "call_module")
-    miscounted |= {name for name, count in traced.items() if real[name] != runs * count}
-
-
-class _ForeignReads(TorchFunctionMode):
-    """Notices parameters that are used while another module than their owner is running."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self.running: list[nn.Module] = []
-        self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        self.hooks: list[Any] = []
-        for name, module in model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                self.owners.setdefault(id(parameter), []).append((name, module))
-            self.hooks.append(module.register_forward_pre_hook(self._enter))
-            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.running.append(module)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running.pop()
-
-    def __exit__(self, *exception: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for value in pytree.tree_leaves((args, kwargs)):
-            owners = self.owners.get(id(value), [])
-            foreign = self.running and all(m is not self.running[-1] for _, m in owners)
-            # Plain attributes (.shape, .device) reach this place as functions named __get__.
-            if foreign and getattr(func, "__name__", "") != "__get__":
-                self.found |= {name for name, _ in owners}
-        return func(*args, **(kwargs or {}))
 
 
 def _first_line(error: Exception) -> str:

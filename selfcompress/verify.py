@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.layers import QuantizedLayer, quantized_layers
-from selfcompress.look import Inputs, device_of, kept_modes, positional
+from selfcompress.look import Inputs, device_of, eagerly, kept_modes, positional
 from selfcompress.surgery import Plan
 
 
@@ -48,7 +48,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
 
     hooks = [m.register_forward_hook(record(n)) for n, m in quantized_layers(model).items()]
     try:
-        with kept_modes(model), _full_precision(device_of(inputs)):
+        with kept_modes(model), eagerly(), _full_precision(device_of(inputs)):
             model.eval()
             returned = pytree.tree_leaves(model(*positional(inputs)))
     finally:

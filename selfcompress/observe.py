@@ -1,0 +1,95 @@
+"""Watch one run of a model: which modules run, how often, with what, and whose weights are read."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from selfcompress.look import Inputs, positional, undisturbed
+
+
+@dataclass
+class Observed:
+    """What a run in eval mode showed. Modules go by their first names.
+
+    Attributes:
+        counts: module name → number of calls.
+        arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
+        read_elsewhere: names of modules whose parameters are read while they are not running.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    read_elsewhere: set[str] = field(default_factory=set)
+
+
+def observe(model: nn.Module, inputs: Inputs) -> Observed:
+    """Run `model` once in eval mode.
+
+    Raises:
+        Whatever the model raises when it does not accept `inputs`.
+    """
+    seen = Observed()
+    with undisturbed(model, inputs):
+        model.eval()
+        with _Watch(model, seen):
+            model(*positional(inputs))
+    return seen
+
+
+class _Watch(TorchFunctionMode):
+    """Notices parameters that are used while another module than their owner is running."""
+
+    def __init__(self, model: nn.Module, seen: Observed) -> None:
+        super().__init__()
+        self.seen = seen
+        self.running: list[nn.Module] = []
+        self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.hooks: list[Any] = []
+        for module, name in self.names.items():
+            for parameter in module.parameters(recurse=False):
+                self.owners.setdefault(id(parameter), []).append((name, module))
+            self.hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running.append(module)
+        name = self.names[module]
+        self.seen.counts[name] += 1
+        if name not in self.seen.arguments:
+            shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+            self.seen.arguments[name] = shapes
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running.pop()
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Attributes (.shape, .grad, .T) come along here too, as functions named __get__.
+        attribute = getattr(func, "__name__", "") == "__get__"
+        harmless = attribute and (
+            not isinstance(result, Tensor) or getattr(func.__self__, "__name__", "") == "grad"
+        )
+        if self.running and not harmless:
+            for value in pytree.tree_leaves((args, kwargs)):
+                owners = self.owners.get(id(value), [])
+                if all(module is not self.running[-1] for _, module in owners):
+                    self.seen.read_elsewhere |= {name for name, _ in owners}
+        return result
+
+
+def zeros_like_observed(observed: Any, device: torch.device) -> Any:
+    """Observed arguments again, zeros in place of the tensors."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), observed)

@@ -1,0 +1,810 @@
+"""Whatever the model is: what cannot be followed is not cut wrongly, and the report says why."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Chain, Residual, block, kill, randomise_norms
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils import _pytree as pytree
+
+from selfcompress import Compressor
+from selfcompress.attention import QuantAttention
+from selfcompress.convert import quantize_layers, restore_layers
+from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.liveness import settle_statistics
+from selfcompress.report import LayerReport
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def started(model: nn.Module, x: Any, **options: Any) -> Compressor:
+    """A compressor of `model` in double precision; that it cannot be traced is no surprise."""
+    torch.manual_seed(0)
+    model.double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.fx cannot trace")
+        compressor = Compressor(model, x, 0.01, **{"bits": 8} | options)
+    randomise_norms(model)
+    return compressor
+
+
+@torch.no_grad()
+def kill_some(compressor: Compressor, seed: int) -> None:
+    """Kill about a third of the rows of every layer; biases become 0 or negative."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in compressor.layers.items():
+        rows = len(layer.rows)
+        dead = torch.randperm(rows, generator=generator)[: (rows + 1) // 3]
+        kill(compressor.model, name, dead)
+        if layer.bias is not None:
+            layer.bias[torch.rand(len(layer.bias), generator=generator) < 0.6] = 0
+    for norm in compressor.model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.bias is not None:
+            norm.bias.copy_(-norm.bias.abs())
+
+
+def computed(model: nn.Module, x: Any, training: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = copy.deepcopy(model).train(training)(*(x if isinstance(x, tuple) else (x,)))
+    return [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+
+
+def check_exact(
+    compressor: Compressor, x: Any, modes: tuple[bool, ...] = (False, True), shrinks: bool = True
+) -> None:
+    """Kill rows and cut, twice: no output changes.
+
+    Args:
+        shrinks: whether every row that has died must be gone.
+    """
+    for seed in (1, 2):
+        kill_some(compressor, seed)
+        settle_statistics(compressor.graph, compressor.model)
+        before = [computed(compressor.model, x, mode) for mode in modes]
+        rows = {n: int(m.live_rows().sum()) for n, m in compressor.layers.items()}
+        assert compressor.cut()
+        for name, layer in compressor.layers.items():
+            assert len(layer.rows) <= max(1, rows[name]) or not shrinks, name
+        for mode, want in zip(modes, before, strict=True):
+            got = computed(compressor.model, x, mode)
+            for a, b in zip(got, want, strict=True):
+                scale = max(float(b.abs().max()), 0.1)
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * scale)
+    for layer_report in compressor.report().layers:
+        assert layer_report.why or layer_report.removable == layer_report.rows, layer_report.name
+
+
+def reported(compressor: Compressor) -> dict[str, LayerReport]:
+    return {layer.name: layer for layer in compressor.report().layers}
+
+
+def images(*shape: int) -> Tensor:
+    shape = shape or (4, 3, 8, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+TOKENS = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
+SEQUENCE = images(4, 6, 8)
+
+# --- attention ------------------------------------------------------------------------------------
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False, "batch_first": True},
+    "zero attention": {"add_zero_attn": True, "batch_first": True},
+    "bias of keys": {"add_bias_kv": True, "batch_first": True},
+    "bias of keys, zeros": {"add_bias_kv": True, "add_zero_attn": True},
+}
+
+CALLS: dict[str, dict[str, Any]] = {
+    "weights": {},
+    "no weights": {"need_weights": False},
+    "all weights": {"average_attn_weights": False},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 3 + [True] * 2] * 4)},
+    "bool mask": {"attn_mask": torch.ones(6, 5).triu(1).bool()},
+    "float mask": {"attn_mask": torch.linspace(-1, 1, 30).view(6, 5).double()},
+    "both masks": {
+        "attn_mask": torch.ones(6, 5).triu(3).bool(),
+        "key_padding_mask": torch.tensor([[False] * 4 + [True]] * 4),
+        "need_weights": False,
+    },
+}
+
+
+def attention(options: dict[str, Any]) -> tuple[nn.MultiheadAttention, QuantAttention]:
+    """A float attention and its quantised twin at 16 bits, of other parameter objects."""
+    torch.manual_seed(0)
+    both = nn.ModuleList([nn.MultiheadAttention(8, 2, **options)]).double()
+    for parameter in both.parameters():
+        parameter.data.uniform_(-0.5, 0.5)
+    twin = copy.deepcopy(both)
+    quantize_layers(twin, bits=16)
+    one, other = both[0], twin[0]
+    assert isinstance(one, nn.MultiheadAttention)
+    assert isinstance(other, QuantAttention)
+    return one, other
+
+
+def given(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """A query of 6, keys and values of 5, a batch of 4."""
+    shapes = ((4, 6, 8), (4, 5, 8), (4, 5, 8))
+    tensors = [images(*shape) + i for i, shape in enumerate(shapes)]
+    q, k, v = (t if options.get("batch_first") else t.transpose(0, 1) for t in tensors)
+    return q, k, v
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_at_16_bits_computes_what_torch_computes(kind: str, call: str) -> None:
+    one, other = attention(ATTENTIONS[kind])
+    inputs = given(ATTENTIONS[kind])
+    with warnings.catch_warnings(record=True) as wanted_warnings:
+        warnings.simplefilter("always")
+        want, want_weights = one(*inputs, **CALLS[call])
+    with warnings.catch_warnings(record=True) as got_warnings:
+        warnings.simplefilter("always")
+        got, got_weights = other(*inputs, **CALLS[call])
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+    assert (got_weights is None) == (want_weights is None)
+    if want_weights is not None:
+        torch.testing.assert_close(got_weights, want_weights, rtol=0, atol=2e-3)
+    assert [str(w.message) for w in got_warnings] == [str(w.message) for w in wanted_warnings]
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(*inputs, **CALLS[call])[0], got)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_one_sequence_without_a_batch(causal: bool) -> None:
+    one, other = attention({"batch_first": True})
+    x = images(6, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(6, dtype=x.dtype) if causal else None
+    want = one(x, x, x, attn_mask=mask, is_causal=causal, need_weights=False)[0]
+    got = other(x, x, x, attn_mask=mask, is_causal=causal, need_weights=False)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_rows_of_attention_die_and_are_cut_and_come_back_in_float(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, **ATTENTIONS[kind])
+            self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(self.norm(x + self.attention(x, x, x)[0]))
+            return y
+
+    compressor = started(Model(), SEQUENCE)
+    assert set(compressor.layers) == {"attention.in_proj", "attention.out_proj", "out"}
+    before = {n: len(m.rows) for n, m in compressor.layers.items()}
+    check_exact(compressor, SEQUENCE)
+    for name, layer in compressor.layers.items():
+        assert 0 < len(layer.rows) < before[name], name
+        assert layer.weight.shape[0] == len(layer.rows)
+    compressor.size()
+    want = computed(compressor.model, SEQUENCE, False)
+    restore_layers(compressor.model)
+    assert type(compressor.model.get_submodule("attention")) is nn.MultiheadAttention
+    assert not quantized_layers(compressor.model)
+    torch.testing.assert_close(computed(compressor.model, SEQUENCE, False), want)
+
+
+def test_attention_learns_and_is_cut_in_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(encoder, nn.Linear(8, 5))
+    x = SEQUENCE.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compressor = Compressor(model, x, 1.0, interval=10, bit_step=0.2)
+    optimizer = SGD(compressor.weights(), lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (model(x).square().mean() + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    assert compressor.cuts
+    assert all(len(layer.rows) >= 1 for layer in compressor.layers.values())
+    assert any(len(m.rows) < m.out_width for m in compressor.layers.values())
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "encoder"])
+def test_torchs_transformers_take_no_fast_path_past_the_quantisers(
+    kind: str, batch_first: bool
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    model = layer if kind == "layer" else nn.TransformerEncoder(layer, 2)
+    whole = nn.Sequential(model, nn.Linear(8, 5))
+    compressor = started(whole, SEQUENCE, bits=2)
+    whole.eval()
+    with_gradients = whole(SEQUENCE)
+    with torch.no_grad():
+        without = whole(SEQUENCE)
+    with torch.inference_mode():
+        inference = whole(SEQUENCE)
+    torch.testing.assert_close(without, with_gradients, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inference.clone(), with_gradients.detach(), rtol=1e-12, atol=1e-12)
+    padding = torch.tensor([[False] * 4 + [True] * 2] * (4 if batch_first else 6))[:, :6]
+    padding = padding if batch_first else padding[:, :4]
+    one = model(SEQUENCE, src_key_padding_mask=padding)
+    with torch.no_grad():
+        two = model(SEQUENCE, src_key_padding_mask=padding)
+    torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-12)
+    check_exact(compressor, SEQUENCE)
+    for name, entry in reported(compressor).items():
+        assert entry.quantized, name
+
+
+def test_attention_of_other_keys_stays_in_float() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=True)
+            self.narrow, self.out = nn.Linear(8, 4), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys = self.narrow(x)
+            y: Tensor = self.out(self.attention(x, keys, keys)[0])
+            return y
+
+    compressor = started(Model(), SEQUENCE)
+    entry = reported(compressor)["attention"]
+    assert not entry.quantized
+    assert "another width" in entry.why
+    check_exact(compressor, SEQUENCE)
+
+
+def test_a_part_of_attention_cannot_be_excluded_unnoticed() -> None:
+    """Excluding its out_proj leaves it in float, or is refused; it is never ignored."""
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)
+    ).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compressor = Compressor(model, SEQUENCE, 0.1, exclude=["0.self_attn.out_proj"])
+        except ValueError as error:
+            assert "out_proj" in str(error)  # noqa: PT017
+        else:
+            assert "0.self_attn.out_proj" not in compressor.layers
+
+
+# --- models that torch.fx cannot trace ------------------------------------------------------------
+
+
+class Wayward(nn.Module):
+    """Runs a module, by a way that depends on the data."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x if x.sum() < 1e9 else -x)
+        return y
+
+
+class WaywardSequence(nn.Sequential):
+    """Itself untraceable, with its own layers called one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for module in self:
+            x = module(x) if float(x.sum()) < 1e9 else x
+        return x
+
+
+def nested() -> nn.Module:
+    deep = nn.Sequential(block(3, 6), Wayward(nn.Sequential(block(6, 7), block(7, 6))))
+    return nn.Sequential(deep, block(6, 5), nn.Flatten(), nn.Linear(320, 5))
+
+
+class Mixed(nn.Module):
+    """Untraceable itself: calls a whole block, and a layer of that block once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(block(3, 6), block(6, 6), block(6, 6))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.sum() < 1e9:
+            x = self.stem[1](x)
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+class Borrower(nn.Module):
+    """Untraceable, and calls a layer that its parent calls too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else self.layer(x)
+
+
+class Lender(nn.Module):
+    """A traceable model, one layer of which an untraceable part of it calls once more.
+
+    Args:
+        first: whether that part is registered before the layer, and so names it.
+    """
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        layer = nn.Linear(6, 6, bias=False)
+        self.a = nn.Linear(8, 6, bias=False)
+        if first:
+            self.borrower = Borrower(layer)
+        self.layer = layer
+        if not first:
+            self.borrower = Borrower(layer)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layer(F.relu(self.a(x))))
+        y: Tensor = self.out(F.relu(self.borrower(x)))
+        return y
+
+
+class Optional(nn.Module):
+    """Goes another way when an argument is given that the training loop never gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pre = nn.Linear(8, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, done: Any = None) -> Tensor:
+        x = torch.relu(self.stem(x))
+        if done is None:
+            x = torch.relu(self.pre(x))
+        y: Tensor = self.head(x)
+        return y
+
+
+class InPart(nn.Module):
+    """An untraceable model around one with an optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.more = Optional(), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.more(self.part(x if x.sum() < 1e9 else -x))
+        return y
+
+
+class TwoWays(nn.Module):
+    """Untraceable: its part is called twice, with another flag each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.more = Optional(), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x if x.sum() < 1e9 else -x)
+        y = self.part(torch.relu(self.more(y)), True)
+        return y
+
+
+class OnlyInTraining(nn.Module):
+    """A branch of its own for training, and one for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.train_only, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.training:
+            x = x + torch.relu(self.train_only(x))
+        y: Tensor = self.head(x)
+        return y
+
+
+FLAT = images(4, 8)
+UNTRACEABLE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "the model": (lambda: Wayward(Chain(bias=True)), images()),
+    "the model's own layers": (
+        lambda: WaywardSequence(block(3, 6), block(6, 5), nn.Flatten(), nn.Linear(320, 5)),
+        images(),
+    ),
+    "a submodule": (
+        lambda: nn.Sequential(block(3, 6), Wayward(block(6, 7)), block(7, 5), nn.Flatten()),
+        images(),
+    ),
+    "a sub-submodule": (nested, images()),
+    "wayward in wayward": (
+        lambda: Wayward(nn.Sequential(block(3, 6), Wayward(Residual(False).one), block(5, 4))),
+        images(),
+    ),
+    "a layer of a part called directly": (Mixed, images()),
+    "a layer lent": (lambda: Lender(first=False), FLAT),
+    "a layer lent, named there": (lambda: Lender(first=True), FLAT),
+    "an optional argument": (Optional, FLAT),
+    "an optional argument in a part": (InPart, FLAT),
+    "a part called with another flag": (TwoWays, FLAT),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_models_that_cannot_be_traced_are_cut_exactly(name: str) -> None:
+    build, x = UNTRACEABLE[name]
+    torch.manual_seed(0)
+    check_exact(started(build(), x), x)
+
+
+def test_a_branch_for_training_alone_is_cut_exactly() -> None:
+    check_exact(started(OnlyInTraining(), FLAT), FLAT)
+
+
+def test_insides_are_followed_on_their_own() -> None:
+    compressor = started(Wayward(Chain(bias=True)), images())
+    assert reported(compressor)["inner.a.0"].removable == 6
+    compressor = started(nested(), images())
+    assert reported(compressor)["0.1.inner.0.0"].removable == 7
+    compressor = started(UNTRACEABLE["wayward in wayward"][0](), images())
+    assert all(e.why or e.removable for e in compressor.report().layers)
+
+
+def test_the_model_that_cannot_be_traced_is_named_with_the_reason() -> None:
+    with pytest.warns(UserWarning, match=r"cannot trace WaywardSequence \(.+\): channels are only"):
+        compressor = Compressor(WaywardSequence(block(3, 4), nn.Flatten()), images().float(), 0.1)
+    (entry,) = compressor.report().layers
+    assert entry.removable == 0 or not entry.why
+
+
+def test_an_optional_argument_does_not_hinder() -> None:
+    """Flags that are never given are what their defaults say."""
+
+    class Flagged(Chain):
+        def forward(self, x: Tensor, features: bool = False, mask: Any = None) -> Tensor:
+            x = self.b(self.a(x))
+            if mask is not None:
+                x = x * mask
+            if features:
+                return x
+            y: Tensor = self.head(x)
+            return y
+
+    compressor = started(Flagged(), images())
+    assert reported(compressor)["a.0"].removable == 6
+    assert reported(compressor)["b.0"].removable == 7
+    check_exact(compressor, images())
+
+
+# --- weights read past forward, shared, called twice ----------------------------------------------
+
+
+class ReadsWeight(nn.Module):
+    """Multiplies with a layer's weight itself, in one of many ways."""
+
+    def __init__(self, read: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.fc, self.last = nn.Linear(8, 6), nn.Linear(6, 7), nn.Linear(7, 5)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        y: Tensor = self.last(torch.relu(self.read(self.fc, x)))
+        return y
+
+
+READS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "F.linear": lambda fc, x: F.linear(x, fc.weight, fc.bias),
+    "t": lambda fc, x: x @ fc.weight.t(),
+    "T": lambda fc, x: x @ fc.weight.T,
+    "mT": lambda fc, x: x @ fc.weight.mT,
+    "data": lambda fc, x: F.linear(x, fc.weight.data),
+    "detach": lambda fc, x: F.linear(x, fc.weight.detach()),
+    "einsum": lambda fc, x: torch.einsum("bi,oi->bo", x, fc.weight),
+    "row": lambda fc, x: fc(x) * fc.weight[:, 0],
+    "norm": lambda fc, x: fc(x) / fc.weight.norm(),
+    "parameters": lambda fc, x: fc(x) + sum(p.mean() for p in fc.parameters()),
+}
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("how", READS)
+def test_a_weight_read_past_forward_leaves_its_layer_in_float(how: str, traced: bool) -> None:
+    model = ReadsWeight(READS[how])
+    compressor = started(model if traced else Wayward(model), FLAT)
+    entry = reported(compressor)["fc" if traced else "inner.fc"]
+    assert not entry.quantized
+    assert "read past its own forward" in entry.why
+    assert entry.why in str(compressor)
+    check_exact(compressor, FLAT)
+
+
+def test_shape_of_a_weight_may_be_read() -> None:
+    def read(fc: nn.Linear, x: Tensor) -> Tensor:
+        y: Tensor = fc(x.to(fc.weight.device, fc.weight.dtype)) / 7
+        return y
+
+    compressor = started(ReadsWeight(read), FLAT)
+    assert reported(compressor)["fc"].quantized
+    check_exact(compressor, FLAT, shrinks=False)
+
+
+class Tied(nn.Module):
+    """A language model whose output layer shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(10, 8), nn.Linear(8, 12)
+        self.back, self.out = nn.Linear(12, 8), nn.Linear(8, 10, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        y: Tensor = self.out(x + self.back(torch.relu(self.hidden(x))))
+        return y
+
+
+class TiedLayers(nn.Module):
+    """Two linear layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+        return y
+
+
+def test_tied_weights_stay_tied_and_in_float() -> None:
+    compressor = started(Tied(), TOKENS)
+    entries = reported(compressor)
+    assert not entries["out"].quantized
+    assert "shares a parameter" in entries["out"].why
+    assert entries["hidden"].removable == 12
+    check_exact(compressor, TOKENS)
+    model = compressor.model
+    assert model.get_parameter("out.weight") is model.get_parameter("embedding.weight")
+    compressor = started(TiedLayers(), FLAT)
+    assert {n for n, e in reported(compressor).items() if e.quantized} == {"c"}
+    check_exact(compressor, FLAT)
+    assert compressor.model.get_parameter("a.weight") is compressor.model.get_parameter("b.weight")
+
+
+class CalledTwice(nn.Module):
+    """One convolution twice in a row, under one name or two."""
+
+    def __init__(self, names: int) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = block(3, 6), block(6, 6, bias=True), nn.Linear(6, 5)
+        self.again = self.mid if names == 2 else nn.Identity()
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.stem(x))
+        x = self.again(x) if self.names == 2 else self.mid(x)
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_a_layer_called_twice_is_cut_exactly(names: int) -> None:
+    torch.manual_seed(0)
+    compressor = started(CalledTwice(names), images())
+    check_exact(compressor, images())
+
+
+# --- several inputs and outputs -------------------------------------------------------------------
+
+
+class ManyOutputs(Chain):
+    """Returns what it is told to: a tuple, a dict, something nested."""
+
+    def __init__(self, pack: Callable[..., Any]) -> None:
+        super().__init__(bias=True)
+        self.pack, self.side = pack, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        a = self.a(x)
+        b = self.b(a)
+        return self.pack(self.head(b), self.side(a.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda y, z: (y, z),
+        lambda y, z: {"out": y, "side": z},
+        lambda y, z: [{"out": y}, (z, None, 3)],
+    ],
+)
+@pytest.mark.parametrize("traced", [True, False])
+def test_several_outputs(pack: Callable[..., Any], traced: bool) -> None:
+    model: nn.Module = ManyOutputs(pack)
+    compressor = started(model if traced else Wayward(model), images())
+    prefix = "" if traced else "inner."
+    entries = reported(compressor)
+    assert entries[f"{prefix}a.0"].removable == 6
+    assert entries[f"{prefix}side"].removable == 0
+    check_exact(compressor, images())
+
+
+def test_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(8, 6), nn.Linear(3, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            z: Tensor = self.out(torch.relu(self.a(x) + self.b(y)))
+            return z
+
+    inputs = (images(4, 8), images(4, 3))
+    check_exact(started(Two(), inputs), inputs)
+
+
+# --- recurrent networks, embeddings, torchvision --------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """Embedding, LSTM or GRU, and linear layers behind it."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.embedding, self.project = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.rnn = kind(8, 6, batch_first=True, bidirectional=True)
+        self.hidden, self.out = nn.Linear(12, 7), nn.Linear(7, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, _ = self.rnn(torch.relu(self.project(self.embedding(tokens))))
+        y: Tensor = self.out(torch.relu(self.hidden(x)))
+        return y
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_networks(kind: Any) -> None:
+    compressor = started(Recurrent(kind), TOKENS)
+    entries = reported(compressor)
+    assert entries["hidden"].removable == 7
+    assert entries["project"].removable == 0
+    assert "rnn" in entries["project"].why
+    check_exact(compressor, TOKENS)
+
+
+def test_weights_of_embeddings_and_recurrent_layers_count_as_weights() -> None:
+    compressor = started(Recurrent(nn.LSTM), TOKENS)
+    weights = sum(p.numel() for p in compressor.model.parameters() if p.dim() > 1)
+    size = compressor.size()
+    assert size.float_bits == 32 * weights
+    quantized = sum(layer.weight.numel() for layer in compressor.layers.values())
+    assert size.q_bits == 32 * (weights - quantized) + 8 * quantized
+
+
+@pytest.mark.parametrize(
+    "name", ["lraspp_mobilenet_v3_large", pytest.param("fcn_resnet50", marks=pytest.mark.slow)]
+)
+def test_segmentation_networks(name: str) -> None:
+    segmentation = pytest.importorskip("torchvision.models.segmentation")
+    torch.manual_seed(0)
+    model = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
+    x = images(2, 3, 32, 32)
+    compressor = started(model, x)
+    stuck = [e.name for e in compressor.report().layers if e.removable < e.rows]
+    assert len(stuck) == (2 if "lraspp" in name else 1), stuck
+    parameters = compressor.size().parameters
+    check_exact(compressor, x, modes=(False,))
+    assert compressor.size().parameters < 0.6 * parameters
+
+
+# --- min_channels, exclude, report ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [Chain, lambda: Residual(False)])
+def test_min_channels_holds_for_every_layer(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(
+        build(), images().float(), 30.0, min_channels=3, interval=5, bit_step=0.5
+    )
+    optimizer = SGD(compressor.weights(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (compressor.model(images().float()).square().mean() + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    for name, layer in compressor.layers.items():
+        assert len(layer.rows) >= 3, name
+    assert sum(len(m.rows) for m in compressor.layers.values()) <= 4 * len(compressor.layers)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [(["a"], {"a.0"}), (["a.0", "head"], {"a.0", "head.linear"}), (["b.0"], {"b.0"})],
+)
+def test_excluded_layers_are_reported_in_float_and_cut_along(
+    exclude: list[str], left: set[str]
+) -> None:
+    compressor = started(Chain(bias=True), images(), exclude=exclude)
+    entries = reported(compressor)
+    assert {n for n, e in entries.items() if not e.quantized} == left
+    assert all("excluded" in entries[n].why for n in left)
+    check_exact(compressor, images())
+
+
+def test_the_report_reads_well() -> None:
+    model = nn.Sequential(
+        block(3, 6),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1)),
+        Wayward(block(6, 4)),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(256, 5),
+    )
+    compressor = started(model, images(), exclude=["3"])
+    text = str(compressor)
+    lines = text.splitlines()
+    entries = compressor.report().layers
+    assert lines[0].split() == "layer type bits removable why not all".split()
+    assert len(lines) == len(entries) + 2
+    for entry, line in zip(entries, lines[1:-1], strict=True):
+        words = line.split()
+        assert words[:3] == [entry.name, entry.kind, "learned" if entry.quantized else "float"]
+        assert f"{entry.removable:,} of {entry.rows:,}" in line
+        assert line.endswith(entry.why)
+        assert line == line.rstrip()
+        if entry.removable < entry.rows:
+            assert entry.why
+    assert {e.name: e.quantized for e in entries} == {
+        "0.0": True, "1": False, "2.inner.0": True, "3": False, "5": True,
+    }  # fmt: skip
+    whys = {e.name: e.why for e in entries}
+    assert "ParametrizedConv2d" in whys["1"]
+    assert "excluded" in whys["3"]
+    assert "output of the model" in whys["5"]
+    assert lines[-1].startswith("3 of 5 layers are quantised; ")
+    check_exact(compressor, images())
+
+
+def test_layers_that_nobody_calls_are_reported() -> None:
+    model = Chain()
+    model.spare = nn.Linear(3, 3)
+    entry = reported(started(model, images()))["spare"]
+    assert entry.removable == 0
+    assert "not called" in entry.why
+
+
+def test_hooks_that_a_user_has_put_on_a_layer_go_on_being_called() -> None:
+    model = Chain()
+    calls: list[str] = []
+    model.a[0].register_forward_hook(lambda *args: calls.append("conv"))
+    model.a[1].register_forward_pre_hook(lambda *args: calls.append("norm"))
+    started(model, images())
+    calls.clear()
+    model(images())
+    assert calls == ["conv", "norm"]
+
+
+def test_a_grouped_convolution_with_a_bias_can_lose_single_rows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 5, 1)
+    )
+    compressor = started(model, images())
+    kill(model, "2", [1])
+    model.get_parameter("2.bias").data[1] = -1.0
+    before = computed(model, images(), False)
+    assert compressor.cut()
+    torch.testing.assert_close(computed(model, images(), False), before)
+    assert isinstance(model[2], QuantizedLayer)
+    assert model[2].out_width == len(model[2].rows) == 5
