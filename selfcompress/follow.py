@@ -532,7 +532,9 @@ def _redirect_in_place(part: Part, module_of: Any) -> None:
     order = {node: index for index, node in enumerate(part.nodes)}
     for node in part.nodes:
         target = node.args[0] if node.args else None
-        if not isinstance(target, torch.fx.Node) or not is_in_place(node, module_of(node)):
+        if not isinstance(target, torch.fx.Node) or not isinstance(part.facts[target], Shape):
+            continue
+        if not is_in_place(node, module_of(node)):
             continue
         for user in list(target.users):
             if order[user] > order[node]:
@@ -547,7 +549,7 @@ def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
     for node in part.nodes:
         target = node.args[0] if node.args else None
         root[node] = node
-        if not isinstance(target, torch.fx.Node):
+        if not isinstance(target, torch.fx.Node) or not _is_tensor(part.facts[target]):
             continue
         module = module_of(node)
         in_place = is_in_place(node, module)
@@ -561,6 +563,10 @@ def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
             if read_later:
                 hazards |= {node, *read_later}
     return hazards
+
+
+def _is_tensor(fact: Any) -> bool:
+    return any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(fact))
 
 
 def _collapse(numbers: Tensor) -> np.ndarray:

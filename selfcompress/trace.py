@@ -6,6 +6,7 @@ runs is always the user's own eager module: the traces are only read.
 """
 
 import inspect
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,12 +110,40 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
 
 
+class _Proxy(torch.fx.Proxy):
+    """A proxy that can tell `x += y` from `x = x + y`."""
+
+
+def _in_place(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Tracer(torch.fx.Tracer):
     """Makes a leaf of every submodule that it fails to trace, and remembers why."""
 
     def __init__(self) -> None:
         super().__init__()
         self.failed: dict[str, str] = {}
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _is_leaf(m) or module_qualified_name in self.failed:

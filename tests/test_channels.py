@@ -14,8 +14,8 @@ from torchvision.ops import stochastic_depth
 
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
-from selfcompress.follow import channel_graph
 from selfcompress.convert import quantize_layers
+from selfcompress.follow import channel_graph
 from selfcompress.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from selfcompress.liveness import settle_statistics
 from selfcompress.ops import Kind
@@ -297,6 +297,40 @@ def test_tracing_leaves_no_trace(build: Callable[[], nn.Module]) -> None:
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+class InPlace(nn.Module):
+    """Changes a tensor in place that is read under another name afterwards."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(3, 6, 3, bias=False)
+        self.c, self.change = nn.Conv2d(6, 4, 3), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        view = a[:, :, 1:]
+        self.change(a, self.b(x))
+        y: Tensor = self.c(a) + self.c(view).mean((2, 3), keepdim=True)
+        return y
+
+
+def add_to(x: Tensor, y: Tensor) -> None:
+    x += y
+
+
+@pytest.mark.parametrize("change", [add_to, Tensor.add_, lambda x, y: F.relu(x, inplace=True)])
+def test_what_is_changed_in_place_is_seen_by_all_its_readers(
+    change: Callable[[Tensor, Tensor], object],
+) -> None:
+    model = InPlace(change)
+    compressor = Compressor(model, X, 0.01)
+    with torch.no_grad():
+        model.get_parameter("a.bit_depth")[:3] = 0  # what b adds there is still read
+    before = model.eval()(X)
+    compressor.cut()
+    torch.testing.assert_close(model(X), before)
+    assert len(model.a.rows) == 3
 
 
 def test_connected() -> None:
