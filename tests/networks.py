@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
-from selfcompress.follow import channel_graph
 from selfcompress.convert import quantize_layers
+from selfcompress.follow import channel_graph
 from selfcompress.layers import PlacedBatchNorm, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.surgery import Plan, apply_plan, plan_cut
