@@ -26,11 +26,13 @@ class Snapshot:
     Attributes:
         outputs: every tensor the model returned.
         rows: layer name → its output at the channels it has rows for, in the order layers ran.
+        largest: the largest magnitude that any quantised layer made.
         dims: layer name → the channel axis of that output.
     """
 
     outputs: list[Tensor]
     rows: dict[str, Tensor]
+    largest: float
     dims: dict[str, int]
 
 
@@ -38,11 +40,13 @@ class Snapshot:
 def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
     """Run `model` on `inputs` in eval mode and full precision; modes, buffers and RNG stay."""
     rows: dict[str, Tensor] = {}
+    largest = [0.0]
 
     def record(name: str) -> Any:
         def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
             assert isinstance(layer, QuantizedLayer)
             rows[name] = output.index_select(layer.channel_dim, layer.rows)
+            largest.append(float(output.abs().amax()) if output.numel() else 0.0)
 
         return hook
 
@@ -55,17 +59,16 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
         for handle in hooks:
             handle.remove()
     outputs = [value for value in returned if isinstance(value, Tensor)]
-    return Snapshot(outputs, rows, {n: m.channel_dim for n, m in quantized_layers(model).items()})
+    return Snapshot(
+        outputs, rows, max(largest), {n: m.channel_dim for n, m in quantized_layers(model).items()}
+    )
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
     """Raise CutError if any output differs by more than `tolerance` of its largest element."""
     # Rounding is relative to what was summed up, and an output can be a small difference of that.
-    floor = 0.01 * max(
-        (float(r.abs().amax()) for r in before.rows.values() if r.numel()), default=0
-    )
     pairs = zip(before.outputs, after.outputs, strict=True)
-    worst = max((_difference(a, b, floor) for a, b in pairs), default=0.0)
+    worst = max((_difference(a, b, 0.01 * before.largest) for a, b in pairs), default=0.0)
     if worst <= tolerance:
         return
     guilty = "no single layer"
