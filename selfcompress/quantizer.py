@@ -67,9 +67,11 @@ class _FakeQuantize(torch.autograd.Function):
         half_range = torch.exp2(bits - 1)
         step = torch.exp2(exponent.to(dtype).view(column))
         scaled = weight.to(dtype) / step
-        quantized = scaled.clamp(-half_range, half_range - 1).round_().mul_(step)
+        # Neither in place nor cast to the type it has: compiled by torch 2.11, both give wrong
+        # gradients, without a word.
+        quantized = scaled.clamp(-half_range, half_range - 1).round() * step
         ctx.save_for_backward(weight, step, half_range, quantized)
-        return quantized.to(weight.dtype)
+        return quantized if weight.dtype == dtype else quantized.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

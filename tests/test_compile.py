@@ -219,12 +219,13 @@ def test_looking_at_the_model_compiles_nothing(how: str) -> None:
     assert backend.compiled == 0
     optimizer = SGD(compressor.weights(), lr=0.01)
     step(compressor, run, optimizer, 0)
-    assert backend.compiled == 1
+    compiled = backend.compiled
+    assert compiled > 0
     drop_first(compressor)
     assert compressor.cut(optimizer)
     compressor.size()
     compressor.report()
-    assert backend.compiled == 1
+    assert backend.compiled == compiled
 
 
 @pytest.mark.parametrize("how", ["not at all", "before", "in one graph"])

@@ -110,7 +110,7 @@ def avoid_ties(compressor: Compressor) -> None:
 
     def before(norm: PlacedBatchNorm, x: Tensor, known: Tensor) -> None:
         if norm.affine:
-            variance = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).var(1)
+            variance = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).var(1, correction=0)
             norm.bias[(variance < 1e-12) & ~known[norm.columns] & (norm.bias == 0)] = 0.125
 
     with watched_norms(compressor, before):
