@@ -28,7 +28,7 @@ class Liveness:
             lose rows.
         gone: (number of ids at the start,) bool: channels nobody misses: silent (what their
             readers see is 0 and stays 0) or unread.
-        constant: node name → (positions,) the constant each channel is, NaN where it varies.
+        constant: node name → (positions,) the constant each channel is now, NaN where it varies.
         lingering: name of a bias → positions in it that are all that keeps their channels: driven
             to zero, they let the channels go.
     """
@@ -84,15 +84,17 @@ class _Analysis:
 
     def run(self) -> Liveness:
         # What dies can starve or strand its neighbours, so look again until nothing changes.
+        now: dict[str, np.ndarray] = {}
         while True:
             before = {name: live.copy() for name, live in self.rows.items()}
             self.constant = self._follow_constants()
+            now = now or self.constant
             self._look_back()
             self._drop()
             if all((live == before[name]).all() for name, live in self.rows.items()):
                 break
         gone = ~self._carried() & ~self.graph.frozen & ~self.graph.removed
-        return Liveness(self.rows, gone, self.constant, self._lingering(gone))
+        return Liveness(self.rows, gone, now, self._lingering(gone))
 
     def _follow_constants(self) -> dict[str, np.ndarray]:
         constant: dict[str, np.ndarray] = {}
@@ -114,10 +116,10 @@ class _Analysis:
                     read = inputs[0][self._columns(node)]
                     if self.calls[node.module] > 1:
                         read = np.full_like(read, np.nan)  # its statistics are of several tensors
-                    value[:] = 0
-                    value[self._positions(node)] = np.where(
-                        np.isnan(read), np.nan, self._bias(node)
-                    )
+                    value[:] = 0  # also of entries that this analysis has dropped
+                    made = np.where(np.isnan(read), np.nan, self._bias(node))
+                    live = self._live(node)
+                    value[self._positions(node)[live]] = made[live]
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
                     known = ~np.isnan(inputs).any(0)
                     value = np.where(known, _evaluate(node, inputs), np.nan)
@@ -193,10 +195,12 @@ class _Analysis:
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
         if node.kind is Kind.MUL:
             needs = needs.copy()
-            for other, name in enumerate(node.inputs):
+            sources = self.graph.sources[node.name]
+            zeros = [self.constant[n][s] == 0 for n, s in zip(node.inputs, sources, strict=True)]
+            for other, is_zero in enumerate(zeros):
+                # Of two zeros only the second is excused by the first: one has to stay.
                 if other != index:
-                    source = self.graph.sources[node.name][other]
-                    needs &= self.constant[name][source] != 0
+                    needs &= ~is_zero | (zeros[index] & (other > index))
         elif node.kind is Kind.ADD:
             zero[:] = False
         elif node.kind is Kind.ELEMENTWISE:

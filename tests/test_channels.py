@@ -94,6 +94,7 @@ def test_flatten_repeats() -> None:
         lambda x: x + x.mean((2, 3), keepdim=True), lambda x: x.flip(1), lambda x: x.roll(1, 1),
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         lambda x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1, x.size(1)).mT.unflatten(2, (6, 6)),
+        lambda x: x.view(x.size(0), -1).view(x.size(0), x.size(1), x.size(2), x.size(3)),
         lambda x: torch.cat(x.chunk(2, 1), 1), lambda x: F.interpolate(x, scale_factor=2),
         lambda x: x * torch.sigmoid(x.mean((2, 3)))[:, :, None, None], lambda x: 1 - x,
         lambda x: stochastic_depth(x, 0.0, "row"), lambda x: F.pad(x, (1, 1, 1, 1)),

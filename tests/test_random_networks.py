@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_networks import build, source
 from torch import Tensor, nn
@@ -110,8 +110,8 @@ def avoid_ties(compressor: Compressor) -> None:
 
     def before(norm: PlacedBatchNorm, x: Tensor, known: Tensor) -> None:
         if norm.affine:
-            variance = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).var(1, correction=0)
-            norm.bias[(variance < 1e-12) & ~known[norm.columns] & (norm.bias == 0)] = 0.125
+            low, high = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).aminmax(dim=1)
+            norm.bias[(high - low < 1e-6) & ~known[norm.columns] & (norm.bias == 0)] = 0.125
 
     with watched_norms(compressor, before):
         compute(compressor, training=True)
@@ -220,6 +220,8 @@ def check_cuts(seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
+@example(seed=2002)  # both operands of a product are zero
+@example(seed=2197)  # a norm's entry goes with the partner of a product
 def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
     check_cuts(seed)
 
