@@ -67,11 +67,17 @@ def channel_graph(
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """A tensor of the trace: the ids of its positions and how they lie in it."""
+    """A tensor of the trace: the ids of its positions and how they lie in it.
+
+    Attributes:
+        copies: (positions,) equal numbers for positions that a move made out of the same one, as
+            flattening does of a channel's pixels; they become one again when it is undone.
+    """
 
     name: str
     ids: Ids
     layout: Layout
+    copies: np.ndarray
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -205,7 +211,8 @@ class _Builder:
         if not long:  # one number for all channels
             return self._opaque(node, [], "is a single number", Kind.PARAMETER)
         grid = tuple(size if dim in long else 1 for dim, size in enumerate(fact.sizes))
-        value = _Value(self._name(node), self._new(fact.sizes[long[0]]), Layout(fact.sizes, grid))
+        ids, layout = self._new(fact.sizes[long[0]]), Layout(fact.sizes, grid)
+        value = _Value(self._name(node), ids, layout, np.arange(len(ids)))
         self._emit(node, Kind.PARAMETER, [], value, (), tensor=name, tensor_dim=long[0])
         self.parameters[name] = value
         return value
@@ -248,7 +255,8 @@ class _Builder:
         else:
             self.made[name] = (ids_read, self._new(widths[1]))
         grid = tuple(widths[1] if dim == axis else 1 for dim in range(len(fact.sizes)))
-        result = _Value(self._name(node), self.made[name][1], Layout(fact.sizes, grid))
+        layout, numbers = Layout(fact.sizes, grid), np.arange(widths[1])
+        result = _Value(self._name(node), self.made[name][1], layout, numbers)
         self._emit(node, kind, inputs, result, (source,))
         return kind, result
 
@@ -282,7 +290,7 @@ class _Builder:
             size > 1 and size != now for size, now in zip(grid, fact.sizes, strict=True)
         ):
             raise _CannotFollowError("changes the number of channels")
-        result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid))
+        result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid), value.copies)
         self._emit(node, Kind.SPATIAL, inputs, result, (np.arange(len(value.ids)),))
         return result
 
@@ -320,7 +328,9 @@ class _Builder:
                 raise _CannotFollowError("has its channels elsewhere, or is called more than once")
         for ids in tied[1:]:
             self._unite(tied[0], ids)
-        result = _Value(self._name(node), tied[0], Layout(fact.sizes, tuple(grid)))
+        alike = len(inputs) == 1 and not tensor
+        copies = inputs[0].copies if alike else np.arange(len(tied[0]))
+        result = _Value(self._name(node), tied[0], Layout(fact.sizes, tuple(grid)), copies)
         evaluate = self._evaluate(node, module, inputs)
         self._emit(node, kind, inputs, result, tuple(sources), evaluate=evaluate, tensor=tensor)
         return result
@@ -347,13 +357,14 @@ class _Builder:
         if [tuple(r.shape) for r in results] != [s.sizes for s in shapes]:
             raise _CannotFollowError("gives another shape on channel numbers")
         every = np.concatenate([v.ids for v in inputs])
+        copies = np.concatenate([v.copies + s for v, s in zip(inputs, starts, strict=False)])
         made = []
         for index, result in enumerate(results):
-            table = _collapse(result)
+            table = _collapse(result, torch.from_numpy(copies))
             numbers = table.ravel()
             layout = Layout(tuple(result.shape), tuple(table.shape))
             name = self._name(node) + (f".{index}" if len(results) > 1 else "")
-            value = _Value(name, every[numbers], layout)
+            value = _Value(name, every[numbers], layout, copies[numbers])
             sources = tuple(
                 np.where((numbers >= start) & (numbers < start + len(v.ids)), numbers - start, -1)
                 for v, start in zip(inputs, starts, strict=False)
@@ -391,7 +402,7 @@ class _Builder:
             if isinstance(leaf, Shape):
                 name = self._name(node) + (f".{index}" if len(leaves) > 1 else "")
                 layout = Layout(leaf.sizes, (1,) * len(leaf.sizes))
-                leaf = _Value(name, made, layout)
+                leaf = _Value(name, made, layout, np.zeros(1, np.int64))
                 self._emit(node, kind, inputs, leaf, (np.zeros(1, np.int64),) * len(inputs))
             values.append(leaf)
         if not any(isinstance(leaf, Shape) for leaf in leaves):
@@ -569,8 +580,8 @@ def _is_tensor(fact: Any) -> bool:
     return any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(fact))
 
 
-def _collapse(numbers: Tensor) -> np.ndarray:
-    """Narrow every dimension along which nothing changes to 1."""
+def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
+    """Narrow to 1 every dimension along which the numbers are those of copies."""
     for dim in range(numbers.dim()):
         if numbers.shape[dim] > 1:
             first = numbers.narrow(dim, 0, 1)
@@ -578,7 +589,7 @@ def _collapse(numbers: Tensor) -> np.ndarray:
                 numbers = first
     for dim in range(numbers.dim()):
         first = numbers.narrow(dim, 0, 1)
-        if numbers.shape[dim] > 1 and bool((numbers == first).all()):
+        if numbers.shape[dim] > 1 and bool((copies[numbers] == copies[first]).all()):
             numbers = first
     table: np.ndarray = numbers.contiguous().numpy()
     return table
