@@ -1,0 +1,1 @@
+"""Measurements over many models; not part of the package."""

@@ -1,0 +1,536 @@
+"""Cut every classification model of torchvision twice, and measure whether it stays the same.
+
+    python benchmarks/zoo.py                         every model up to 250 M parameters
+    python benchmarks/zoo.py resnet mnasnet0_5       those whose name contains one of these
+    python benchmarks/zoo.py --large vit_h           the largest ones too
+    python benchmarks/zoo.py --markdown --why        a table to paste; what keeps its place, and why
+
+Each model is built without trained weights, for small inputs in a batch of 2, with dropout and
+stochastic depth at 0; all its parameters and batch-norm statistics are drawn anew, so that every
+part of it is heard in its output (torchvision starts some heads and norms at zero). Then, twice:
+30 % of the rows of every quantised layer lose their bits, what is left of them (biases, and β of
+the batch norms that read nothing else) is set to 0, and compressor.cut() cuts them, SGD's momentum
+along. Half of the 30 % is the same choice for all layers of one width, so that residual streams
+lose channels too. The model is trained for a step before the first cut and for two between them.
+
+Columns:
+
+    px          height and width of the input
+    dtype       float64 where memory allows; float32 above 150 M parameters
+    traced      yes; parts: some of it is opaque to the tracer; no: nothing can be removed
+    quantised   weights in quantised layers, of all weights of convolutions, linear layers and
+                attention projections
+    removable   rows whose output channel may leave the network, of all rows of such layers
+    conv        the same, of convolutions alone
+    cut         parameters that two cuts removed
+    Δ eval      largest difference between the outputs before and after a cut, of their scale:
+    Δ train     in eval mode; in train mode, where models may return more outputs
+    trace s     CPU seconds to build the Compressor
+    cut s       CPU seconds for one cut, its own check included (mean of two)
+
+Exits with 1 if a model fails or differs by more than 1e-10 (float32: 1e-5, and in eval mode only,
+for batch norms over few numbers multiply its rounding too much).
+"""
+
+import argparse
+import gc
+import math
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import SGD
+from torch.utils import _pytree as pytree
+from torchvision import models, ops
+
+from selfcompress import Compressor
+from selfcompress.liveness import settle_statistics
+
+BATCH = 2
+DEAD = 0.3  # of the rows of every layer, at each of the two cuts
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+FLOAT64_LIMIT = 150e6  # parameters: up to here in float64
+BACKWARD_LIMIT = 100e6  # above, gradients are made up: autograd would need 10 times the weights
+LARGE = 250e6  # above, only with --large
+
+# Height and width of the input by family, at which a model works in both modes, and means
+# something in train mode: at 32 px many end in tensors of 1 × 1, and a batch norm over the two
+# numbers of a batch of 2 multiplies rounding up to 10⁹ times (measured with disturbed inputs).
+# (inception_v3's second head, which only train mode runs, asks for 299.)
+_PX: dict[str, int] = {
+    "vgg|squeezenet|convnext|swin|vit_._16": 32, "vit_h_14": 28, "maxvit": 224, "inception": 299,
+}  # fmt: skip
+_DEFAULT_PX = 64
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet|inception": {"init_weights": False},
+    "vit_._16": {"image_size": 32},
+    "vit_._32": {"image_size": 64},
+    "vit_h_14": {"image_size": 28},
+}
+_FORMATS = {"bit_depth", "exponent"}  # parameters of the compressor's, not the network's
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of the compressor's report, and what kind of layer it is.
+
+    Attributes:
+        mlp: the first linear layer of an MLP block, whose rows are its hidden channels.
+    """
+
+    name: str
+    conv: bool
+    mlp: bool
+    quantized: bool
+    rows: int
+    removable: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on one model; see the module's docstring."""
+
+    name: str
+    px: int
+    dtype: torch.dtype
+    traced: str
+    parameters: int
+    left: int
+    quantized_percent: float
+    layers: tuple[Layer, ...]
+    difference_eval: float
+    difference_train: float
+    trace_seconds: float
+    cut_seconds: float
+    warned: tuple[str, ...] = field(default=())
+
+    @property
+    def exact(self) -> bool:
+        """Whether no cut changed an output by more than rounding.
+
+        In train mode that is asked of float64 alone: batch norms over few numbers multiply
+        rounding by up to 10⁵ in deep networks.
+        """
+        counts = [self.difference_eval]
+        if self.dtype is torch.float64:
+            counts.append(self.difference_train)
+        return max(counts) <= TOLERANCE[self.dtype]
+
+    @property
+    def removable_percent(self) -> float:
+        """Rows whose output channel may leave the network, of all rows."""
+        return _percent(self.layers)
+
+    @property
+    def conv_removable_percent(self) -> float:
+        """The same for convolutions; NaN without any."""
+        return _percent(layer for layer in self.layers if layer.conv)
+
+    @property
+    def cut_percent(self) -> float:
+        """Parameters that are gone after two cuts."""
+        return 100 * (1 - self.left / self.parameters)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        return (
+            self.name,
+            str(self.px),
+            str(self.dtype).removeprefix("torch."),
+            self.traced,
+            f"{self.quantized_percent:.1f}",
+            f"{self.removable_percent:.1f}",
+            f"{self.conv_removable_percent:.1f}",
+            f"{self.cut_percent:.1f}",
+            f"{self.difference_eval:.0e}",
+            f"{self.difference_train:.0e}",
+            f"{self.trace_seconds:.1f}",
+            f"{self.cut_seconds:.1f}",
+        )
+
+
+HEADER = (
+    "model", "px", "dtype", "traced", "quantised %", "removable %", "conv %", "cut %", "Δ eval",
+    "Δ train", "trace s", "cut s",
+)  # fmt: skip
+
+
+def names(wanted: Iterable[str] = ()) -> list[str]:
+    """torchvision's classification models, or those whose name contains one of `wanted`."""
+    every: list[str] = models.list_models(module=models)
+    wanted = list(wanted)
+    return [n for n in every if not wanted or any(w in n for w in wanted)]
+
+
+def parameters(name: str) -> int:
+    """How many parameters the model has, from torchvision's own records; it is not built."""
+    weights = next(iter(models.get_model_weights(name)))
+    return int(weights.meta["num_params"])
+
+
+def dtype_for(name: str) -> torch.dtype:
+    """The most exact type that memory allows."""
+    return torch.float64 if parameters(name) <= FLOAT64_LIMIT else torch.float32
+
+
+def build(name: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> tuple[nn.Module, Tensor]:
+    """The model with parameters drawn anew, in train mode, and an input of its size."""
+    torch.manual_seed(seed)
+    for family, extra in _OPTIONS.items():
+        if re.match(family, name):
+            options = extra | options
+    model: nn.Module = models.get_model(name, weights=None, **options)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd | ops.StochasticDepth):
+            module.p = 0.0
+    model.to(dtype).train()
+    x = torch.randn(BATCH, 3, px_of(name), px_of(name), dtype=dtype)
+    randomise(model, x)
+    return model, x
+
+
+def px_of(name: str) -> int:
+    """Height and width of the model's input."""
+    return next((px for family, px in _PX.items() if re.match(family, name)), _DEFAULT_PX)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, x: Tensor) -> None:
+    """Draw all parameters anew, at scales that let signals through, and batch-norm statistics.
+
+    The statistics are those of `x`, disturbed, so that activations keep their size in eval mode
+    however deep the network is.
+    """
+    done: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, _ConvNd | nn.Linear):
+            module.weight.normal_(0, math.sqrt(2 / module.weight[0].numel()))
+            done.add(id(module.weight))
+            if module.bias is not None:
+                module.bias.normal_(0, 0.2)
+                done.add(id(module.bias))
+        elif isinstance(module, nn.MultiheadAttention):
+            module.in_proj_weight.normal_(0, math.sqrt(1 / module.embed_dim))
+            done.add(id(module.in_proj_weight))
+        elif isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+            done |= {id(module.weight), id(module.bias)}
+    for parameter in model.parameters():  # tokens, positions, scales of layers, biases of attention
+        if id(parameter) not in done:
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    settle(model, x)
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5).add_(0.01)
+            shift = torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
+            norm.running_mean.add_(shift, alpha=0.2)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Give all batch norms the statistics of `x`; leaves the model in train mode."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def kill(compressor: Compressor, seed: int) -> None:
+    """Take all bits from 30 % of the rows of every quantised layer.
+
+    Half of them are chosen by their output channel, in the same way for all layers with that many
+    channels: the writers of a residual stream agree on them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own_share = 1 - (1 - DEAD) / (1 - DEAD / 2)
+    for layer in compressor.layers.values():
+        rows, width = layer.rows.cpu(), int(layer.out_width)
+        agreed = torch.rand(width, generator=torch.Generator().manual_seed(seed + width))
+        own = torch.rand(len(rows), generator=generator)
+        dead = (agreed[rows] < DEAD / 2) | (own < own_share)
+        dead &= torch.arange(len(rows)) != int(own.argmax()) if len(rows) else True
+        layer.bit_depth[dead] = 0
+
+
+@torch.no_grad()
+def silence(compressor: Compressor, x: Tensor) -> None:
+    """Set to 0 what the dead rows leave behind: their biases, and β of norms that read constants.
+
+    Constant channels are found in the numbers, not in the graph under test: batch norms are
+    watched in the order they run, and where a channel they read is one number all over the batch,
+    their β becomes 0 before they compute. The norms' statistics are settled before and after, as a
+    cut would do it first of all, so that outputs can be compared around the cut alone.
+    """
+    model = compressor.model
+    for layer in compressor.layers.values():
+        if layer.bias is not None:
+            computed = torch.zeros(len(layer.bias), dtype=torch.bool)
+            computed[layer.rows[layer.live_rows()]] = True
+            layer.bias[~computed] = 0
+
+    def watch(norm: nn.Module, args: Any) -> None:
+        assert isinstance(norm, _BatchNorm)
+        read: Tensor = args[0]
+        columns = getattr(norm, "columns", None)
+        if columns is not None and len(columns) != read.shape[1]:
+            read = read.index_select(1, columns)
+        values = read.transpose(0, 1).flatten(1)
+        norm.bias[values.amax(1) == values.amin(1)] = 0
+
+    settle_statistics(compressor.graph, model)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.num_features]
+    hooks = [norm.register_forward_pre_hook(watch) for norm in norms]
+    model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    settle_statistics(compressor.graph, model)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+    """All tensors the model returns in a mode; its buffers and the random state are put back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(model.train(training)(x))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.train()
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference between two runs, of the scale of the tensor it is in."""
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+            return math.inf
+        gap, scale = float((a - b).abs().max()), float(a.abs().max())
+        worst = max(worst, gap / scale if scale else math.inf * gap if gap else 0.0)
+    return worst
+
+
+def train_step(model: nn.Module, x: Tensor, optimizer: SGD, made_up: bool) -> None:
+    """One small step; with made-up gradients where autograd would take too much memory."""
+    optimizer.zero_grad()
+    if made_up:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.detach() * 1e-3
+    else:
+        leaves = [t for t in pytree.tree_leaves(model.train()(x)) if isinstance(t, Tensor)]
+        torch.stack(
+            [t.square().mean() / t.detach().square().mean() for t in leaves]
+        ).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure(name: str, dtype: torch.dtype | None = None, seed: int = 0, *, cuts: int = 2) -> Result:
+    """Kill, cut and compare one model, twice; see the module's docstring."""
+    dtype = dtype or dtype_for(name)
+    model, x = build(name, dtype, seed)
+    kinds = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+    conv = {n for n, m in kinds.items() if isinstance(m, _ConvNd)}
+    mlp = set(mlp_layers(model))
+    weights = {n: m.weight.numel() for n, m in kinds.items()}
+    attention = sum(
+        m.in_proj_weight.numel() for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    )
+    count = count_parameters(model)
+    del kinds
+
+    start = time.process_time()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compressor = Compressor(model, x, gamma=0.0, bits=8)
+    trace_seconds = time.process_time() - start
+    warned = tuple(str(w.message) for w in caught)
+    traced = traced_of(compressor)
+    quantized = sum(layer.weight.numel() for layer in compressor.layers.values())
+    layers = tuple(
+        Layer(item.name, item.name in conv, item.name in mlp, item.quantized, item.rows,
+              item.removable, item.why)
+        for item in compressor.report().layers
+    )  # fmt: skip
+
+    optimizer = SGD(compressor.weights(), lr=1e-4, momentum=0.9)
+    made_up = count > BACKWARD_LIMIT
+    train_step(model, x, optimizer, made_up)
+    differences = {False: 0.0, True: 0.0}
+    cut_seconds = []
+    for cut in range(1, cuts + 1):
+        kill(compressor, seed + cut)
+        silence(compressor, x)
+        before = {mode: outputs(model, x, mode) for mode in differences}
+        start = time.process_time()
+        compressor.cut(optimizer)
+        cut_seconds.append(time.process_time() - start)
+        for mode, was in before.items():
+            differences[mode] = max(differences[mode], difference(was, outputs(model, x, mode)))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held != {id(p) for p in compressor.weights()}:
+            raise AssertionError("the optimiser holds other parameters than the model")
+        if cut < cuts:
+            for _ in range(2):
+                train_step(model, x, optimizer, made_up)
+    return Result(
+        name=name,
+        px=px_of(name),
+        dtype=dtype,
+        traced=traced,
+        parameters=count,
+        left=count_parameters(model),
+        quantized_percent=100 * quantized / (sum(weights.values()) + attention),
+        layers=layers,
+        difference_eval=differences[False],
+        difference_train=differences[True],
+        trace_seconds=trace_seconds,
+        cut_seconds=sum(cut_seconds) / len(cut_seconds),
+        warned=warned,
+    )
+
+
+def traced_of(compressor: Compressor) -> str:
+    """Whether the tracer followed the model: yes, in parts, or no."""
+    if not compressor.graph.nodes:
+        return "no"
+    return "parts" if compressor.graph.untraceable else "yes"
+
+
+def mlp_layers(model: nn.Module) -> Iterator[str]:
+    """Names of linear layers that another one follows, with an activation in between."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            children = [
+                (f"{name}.{key}".lstrip("."), child)
+                for key, child in module.named_children()
+                if not isinstance(child, nn.Dropout)
+            ]
+            for (first, a), (_, b), (_, c) in zip(
+                children, children[1:], children[2:], strict=False
+            ):
+                if (
+                    isinstance(a, nn.Linear)
+                    and isinstance(c, nn.Linear)
+                    and not list(b.parameters())
+                ):
+                    yield first
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of the network's own parameters."""
+    return sum(
+        p.numel() for n, p in model.named_parameters() if n.rpartition(".")[2] not in _FORMATS
+    )
+
+
+def reasons(layers: Iterable[Layer]) -> Counter[str]:
+    """Why rows have to stay → how many of them; digits in names are dropped, to sum over layers."""
+    found: Counter[str] = Counter()
+    for layer in layers:
+        if layer.removable < layer.rows:
+            found[re.sub(r"\d+", "#", layer.why) or "(no reason given)"] += (
+                layer.rows - layer.removable
+            )
+    return found
+
+
+def _percent(layers: Iterable[Layer]) -> float:
+    layers = list(layers)
+    rows = sum(layer.rows for layer in layers)
+    return 100 * sum(layer.removable for layer in layers) / rows if rows else math.nan
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small inputs run fastest, and repeatably, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def format_row(cells: Iterable[str]) -> str:
+    """A line of the table for a terminal."""
+    first, *others = cells
+    return f"{first:<20}" + "".join(f"{cell:>12}" for cell in others)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table as markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
+
+
+def main() -> int:
+    """Measure what the command line asks for, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="parts of model names; none: all models")
+    parser.add_argument("--large", action="store_true", help="also models above 250 M parameters")
+    parser.add_argument("--float32", action="store_true", help="all of them in float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", action="store_true", help="the table again, as markdown")
+    parser.add_argument("--why", action="store_true", help="why rows have to stay, by model")
+    args = parser.parse_args()
+    results: list[Result] = []
+    failed: dict[str, str] = {}
+    skipped: list[str] = []
+    print(format_row(HEADER), flush=True)
+    with one_thread():
+        for name in names(args.names):
+            if parameters(name) > LARGE and not args.large:
+                skipped.append(name)
+                continue
+            try:
+                result = measure(name, torch.float32 if args.float32 else None, args.seed)
+            except Exception as error:  # one model's trouble is not the next one's
+                failed[name] = f"{type(error).__name__}: {error}"
+                print(f"{name:<20}  FAILED {failed[name]}", flush=True)
+                continue
+            finally:
+                gc.collect()
+            results.append(result)
+            print(format_row(result.cells) + ("" if result.exact else "  INEXACT"), flush=True)
+            if args.why:
+                for why, rows in reasons(result.layers).most_common():
+                    print(f"{rows:>32} rows: {why}", flush=True)
+    inexact = [r.name for r in results if not r.exact]
+    print(f"\n{len(results)} models measured, {len(results) - len(inexact)} of them exact")
+    if inexact:
+        print("inexact:", *inexact)
+    if failed:
+        print("failed:", *failed)
+    if skipped:
+        print("skipped without --large:", *skipped)
+    if args.markdown:
+        print("\n" + markdown(HEADER, (r.cells for r in results)))
+    return 1 if failed or inexact else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
