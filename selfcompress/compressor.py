@@ -13,7 +13,7 @@ compressor.finish(loader)
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils import _pytree as pytree
 
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.look import Inputs, device_of, kept_modes
+from selfcompress.look import Inputs, device_of, kept_modes, positional
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
@@ -111,6 +112,13 @@ class Compressor:
             read_elsewhere=observed.read_elsewhere,
         )
         self.layers = quantized_layers(model)
+        before, observed = observed, observe(model, example_input)
+        for name in self.layers:
+            if before.counts[name] and not observed.counts[name]:
+                raise ValueError(
+                    f"{name} is not called as a module of the model, but from a list, say: put it "
+                    "into an nn.ModuleList, or exclude it"
+                )
         self.graph = channel_graph(model, example_input, observed)
         self.formats = FormatStepper(self.layers, self.starting_weights, bit_step)
         self._lingering: dict[str, Tensor] = {}
@@ -245,15 +253,28 @@ class Compressor:
         """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
         While formats move, running statistics lag behind; those of the final network are
-        averaged anew over `loader`, which gives batches (x, ...) or x. Only an optimiser that is
-        given here can train the network on: of any other the cut parameters are the old ones.
+        averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
+        tuple, as many tensors as it has are taken from the front of a batch. Only an optimiser
+        that is given here can train the network on: of any other the cut parameters are the old
+        ones.
         """
         self.freeze()
         self._idle = self._zero_rows()
         self.cut(optimizer, averages)
         with kept_modes(self.model):
-            update_bn(loader, self.model, device=device_of(self.example_input))
+            update_bn(self._batches(loader), _Spread(self.model))
         settle_statistics(self.graph, self.model)
+
+    def _batches(self, loader: Iterable[Any]) -> Iterator[list[Inputs]]:
+        """What the model is called with, batch by batch, on its device."""
+        several = isinstance(self.example_input, tuple)
+        count = len(positional(self.example_input))
+        device = device_of(self.example_input)
+        for batch in loader:
+            inputs = tuple(batch[:count]) if several else batch
+            if not several and isinstance(batch, list | tuple):
+                inputs = batch[0]
+            yield [pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)]
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""
@@ -440,6 +461,17 @@ def _revive(layer: QuantizedLayer, count: int) -> None:
     layer.bit_depth[strongest] = 2  # one bit has no level above zero
     weight = layer.weight_by_row()[strongest]
     layer.exponent[strongest] = fit_exponent(weight, layer.bit_depth[strongest])
+
+
+class _Spread(nn.Module):
+    """Calls a model with one argument that holds all its arguments, as update_bn gives it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> Any:
+        return self.model(*positional(inputs))
 
 
 def _without_compile(model: nn.Module) -> nn.Module:

@@ -110,6 +110,8 @@ def _why_in_float(
         return "it is a grouped transposed convolution"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "its keys or values are of another width than its queries"
+    if isinstance(module, FLOAT_LAYERS) and "weight" not in module._parameters:
+        return "its weight is computed from other parameters"
     if name in read_elsewhere:
         return "its weight is read past its own forward()"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):

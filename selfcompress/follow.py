@@ -24,6 +24,7 @@ from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _
 from selfcompress.look import Inputs
 from selfcompress.observe import Observed, observe
 from selfcompress.ops import (
+    CASTS,
     JOINS,
     SIZE_ATTRIBUTES,
     SIZE_METHODS,
@@ -98,6 +99,7 @@ class _Builder:
         self.read_elsewhere = read_elsewhere
         self.untraceable = traced.untraceable
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.first = {module: name for name, module in model.named_modules()}
         self.miscounted = traced.miscounted
         self.count = 0
         self.unions: list[tuple[np.ndarray, np.ndarray]] = []
@@ -126,9 +128,9 @@ class _Builder:
         hazards = _alias_hazards(part, self._module)
         for node in part.nodes:
             if node.op == "call_module":
-                self.calls[self.prefix + str(node.target)] += 1
+                self.calls[self._target(node)] += 1
             elif node.op == "get_attr" and not all(self._reads_sizes(u) for u in node.users):
-                self.read.add((self.prefix + str(node.target)).rpartition(".")[0])
+                self.read.add((self._target(node)).rpartition(".")[0])
         for node in part.nodes:
             self._visit(node, hazards)
 
@@ -152,10 +154,10 @@ class _Builder:
                     "changes in place what is read elsewhere under another name"
                 )
             kind, result = self._dispatch(node, inputs, fact)
-        except _CannotFollowError as why:
+        except Exception as why:  # ours, or whatever an unusual call runs into: not followed
             kind, result = Kind.OPAQUE, self._opaque(node, inputs, str(why))
             if node.op == "call_module":
-                self.spoiled.setdefault(self.prefix + str(node.target), str(why))
+                self.spoiled.setdefault(self._target(node), str(why))
         self._record(node, kind, result)
 
     def _record(self, node: torch.fx.Node, kind: Kind | None, result: Any) -> None:
@@ -172,12 +174,20 @@ class _Builder:
         if node.op == "get_attr":
             return Kind.PARAMETER, self._parameter(node, fact)
         module = self._module(node)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            raise _CannotFollowError("has hooks, which see or change what it reads and makes")
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
             return self._layer(node, module, inputs, fact)
+        if node.op == "call_method" and node.target in CASTS:
+            inputs = inputs[:1]  # of another tensor it takes only the type
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
         kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
         if self._is_pick(node):
             return Kind.MOVE, self._pick(node)
+        if isinstance(node.target, type) and issubclass(node.target, tuple):
+            return Kind.MOVE, call(node, self.values)  # a named tuple of tensors
+        if kind is Kind.OPAQUE and "Norm" in type(module).__name__:
+            raise _CannotFollowError("takes its statistics over several channels")
         if kind is Kind.OPAQUE:
             raise _CannotFollowError("is not an operation that channels can be followed through")
         if kind is Kind.MOVE:
@@ -193,7 +203,7 @@ class _Builder:
     # The kinds of operations.
 
     def _parameter(self, node: torch.fx.Node, fact: Any) -> Any:
-        name = self.prefix + str(node.target)
+        name = self._target(node)
         if name in self.parameters:
             return self.parameters[name]
         owner, _, key = name.rpartition(".")
@@ -220,7 +230,7 @@ class _Builder:
     def _layer(
         self, node: torch.fx.Node, module: nn.Module, inputs: list[_Value], fact: Any
     ) -> tuple[Kind, _Value]:
-        name = self.prefix + str(node.target)
+        name = self._target(node)
         if len(inputs) != 1 or not isinstance(fact, Shape):
             raise _CannotFollowError("reads something other than one tensor")
         if name in self.read | self.read_elsewhere or any(
@@ -323,8 +333,8 @@ class _Builder:
                 )
         tensor = ""
         if isinstance(module, nn.PReLU) and module.weight.numel() > 1:
-            tensor = f"{self.prefix}{node.target}.weight"
-            if long != {1} or self.calls[self.prefix + str(node.target)] > 1:
+            tensor = f"{self._target(node)}.weight"
+            if long != {1} or self.untraceable or self.calls[self._target(node)] > 1:
                 raise _CannotFollowError("has its channels elsewhere, or is called more than once")
         for ids in tied[1:]:
             self._unite(tied[0], ids)
@@ -425,7 +435,7 @@ class _Builder:
     ) -> None:
         """Add a node to the graph."""
         name = value.name if value is not None else self._name(node)
-        module = self.prefix + str(node.target) if node.op == "call_module" else ""
+        module = self._target(node) if node.op == "call_module" else ""
         pixels = 1
         if value is not None:
             layer = self._module(node)
@@ -442,17 +452,27 @@ class _Builder:
             Node(name, kind, names, module, pixels, evaluate, tensor, tensor_dim)
         )
 
+    def _target(self, node: torch.fx.Node) -> str:
+        """The first name of the module that a node calls, or the name of the tensor it reads."""
+        name = self.prefix + str(node.target)
+        if node.op == "call_module":
+            called: str = self.first[self.modules[name]]
+            return called
+        owner, _, key = name.rpartition(".")
+        first: str = self.first[self.modules[owner]]
+        return f"{first}.{key}".lstrip(".")
+
     def _label(self, node: torch.fx.Node) -> str:
         """What a user knows the node as: "stem.norm (GroupNorm)", "softmax in block1.attention"."""
         if node.op == "call_module":
-            return f"{self.prefix}{node.target} ({type(self._module(node)).__name__})"
+            return f"{self._target(node)} ({type(self._module(node)).__name__})"
         return _label(node)
 
     def _name(self, node: torch.fx.Node) -> str:
         return self.prefix + node.name
 
     def _module(self, node: torch.fx.Node) -> nn.Module | None:
-        return self.modules[self.prefix + str(node.target)] if node.op == "call_module" else None
+        return self.modules[self._target(node)] if node.op == "call_module" else None
 
     def _tensors(self, node: torch.fx.Node) -> list[_Value]:
         return [v for v in pytree.tree_leaves(self.values[node]) if isinstance(v, _Value)]
@@ -477,6 +497,8 @@ class _Builder:
         """The node's function of its tensors, with its other arguments as they were traced."""
         if module is not None:
             return _with_dtype_of(module)
+        if node.op == "call_method" and node.target in CASTS:
+            return lambda constants: constants
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
         if any(not isinstance(self.values[n], _Value) for n in tensors):
             raise _CannotFollowError("reads several tensors at once")

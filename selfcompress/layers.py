@@ -137,20 +137,21 @@ class QuantizedLayer(Placed):
         )
         return (quantized == 0).flatten(1).all(1)
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        """The convolution or matrix product itself; `args` are those of forward() beyond x."""
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        """The convolution or matrix product itself; `kwargs` are those of forward() beyond x."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input
         if self.rows.numel() and self.columns.numel() < self.in_width:
             x = x.index_select(self.channel_dim, self.columns)
         if self.rows.numel() == self.out_width:
-            return self.compute(x, self.quantized_weight(), self.bias, *args)
+            return self.compute(x, self.quantized_weight(), self.bias, *args, **kwargs)
         if self.rows.numel():
-            values = self.compute(x, self.quantized_weight(), None, *args)
+            values = self.compute(x, self.quantized_weight(), None, *args, **kwargs)
             out = place(values, self.rows, self.out_width, self.channel_dim)
         else:
-            out = self._nothing(x, *args)
+            out = self._nothing(x, *args, **kwargs)
         return out if self.bias is None else self.add_bias(out)
 
     def add_bias(self, out: Tensor) -> Tensor:
@@ -159,12 +160,12 @@ class QuantizedLayer(Placed):
         over_space = (1,) * (-1 - self.channel_dim)
         return out + self.bias.to(out.dtype).view(-1, *over_space)
 
-    def _nothing(self, x: Tensor, *args: Any) -> Tensor:
+    def _nothing(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The zeros that a layer without rows outputs."""
         # Layers without rows are not to be had; one row on the meta device tells the shape.
         row = self.weight.new_empty((1, 1, *self.weight.shape[2:]), device="meta")
         narrow = x.narrow(self.channel_dim, 0, 1).to("meta", row.dtype)
-        shape = list(self.compute(narrow, row, None, *args).shape)
+        shape = list(self.compute(narrow, row, None, *args, **kwargs).shape)
         shape[self.channel_dim] = self.out_width
         return x.new_zeros(shape)
 
@@ -221,7 +222,7 @@ class _QuantConv(QuantizedLayer):
         wide = weight.new_zeros(len(weight), self.in_width, *weight.shape[2:])
         return place(wide.scatter(1, index, weight), self.rows, self.out_width, 0)
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         slots = self.groups * self.group_width if self.grouped else 0
         if not 0 < self.rows.numel() < slots:
             return self._conv_forward(x, weight, bias)
@@ -260,10 +261,16 @@ class _QuantConvTranspose(_QuantConv):
     fan_in_dim = 0
     conv: Any  # F.conv_transpose1d, 2d or 3d
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def compute(  # type: ignore[override]
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
         space = -1 - self.channel_dim
         shape = self.stride, self.padding, self.kernel_size
-        extra = self._output_padding(x, *(args or (None,)), *shape, space, self.dilation)  # type: ignore[operator]
+        extra = self._output_padding(x, output_size, *shape, space, self.dilation)  # type: ignore[operator]
         out: Tensor = type(self).conv(
             x, weight, bias, self.stride, self.padding, extra, 1, self.dilation
         )
@@ -302,7 +309,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def in_width(self) -> int:
         return self.in_features
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)
 
     @classmethod
@@ -337,7 +344,8 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         new.in_width = new.out_width = norm.num_features
         return new.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
         if self.num_features < self.in_width:

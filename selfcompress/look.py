@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Inputs = Tensor | tuple[Any, ...]
 """What a model is called with: one tensor, or all its positional arguments."""
@@ -19,7 +20,7 @@ def positional(inputs: Inputs) -> tuple[Any, ...]:
 
 def device_of(inputs: Inputs) -> torch.device:
     """Where the first tensor of `inputs` is."""
-    tensors = (value for value in positional(inputs) if isinstance(value, Tensor))
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
@@ -36,11 +37,24 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """The same, without gradients, and random numbers go on afterwards as if nothing had run."""
+    """Inside, the model may run or be traced, without gradients and as it is written.
+
+    Afterwards its modes, its buffers and all attributes of its modules are what they were, and
+    random numbers go on as if nothing had run.
+    """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     with kept_modes(model), eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
-        yield
+        try:
+            yield
+        finally:
+            for module, before in attributes.items():
+                vars(module).clear()
+                vars(module).update(before)
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
 
 @contextmanager

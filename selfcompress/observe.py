@@ -19,11 +19,14 @@ class Observed:
     Attributes:
         counts: module name → number of calls.
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
+        varied: names of modules that are not always called with the same arguments, but for the
+            sizes of tensors.
         read_elsewhere: names of modules whose parameters are read while they are not running.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    varied: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
 
 
@@ -59,11 +62,14 @@ class _Watch(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
-        name = self.names[module]
+        name = self.names.get(module)
+        if name is None:  # no module of the model, but with hooks of one: a layer that was replaced
+            return
         self.seen.counts[name] += 1
-        if name not in self.seen.arguments:
-            shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
-            self.seen.arguments[name] = shapes
+        shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+        first = self.seen.arguments.setdefault(name, shapes)
+        if first is not shapes and _signature(first) != _signature(shapes):
+            self.seen.varied.add(name)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
@@ -88,6 +94,12 @@ class _Watch(TorchFunctionMode):
                 if all(module is not self.running[-1] for _, module in owners):
                     self.seen.read_elsewhere |= {name for name, _ in owners}
         return result
+
+
+def _signature(arguments: Any) -> str:
+    """What a call is given, but for the sizes of tensors."""
+    plain = pytree.tree_map_only(Tensor, lambda t: f"{t.dim()} {t.dtype}", arguments)
+    return repr(plain)
 
 
 def zeros_like_observed(observed: Any, device: torch.device) -> Any:

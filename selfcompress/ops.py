@@ -62,6 +62,9 @@ _SPATIAL_FUNCTIONS: dict[Any, int | None] = {
 }  # fmt: skip
 # How many of the last dimensions they work on; None is all but the first two.
 
+_INSTANCE_NORMS: dict[type[nn.Module], int] = {
+    nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
+}  # fmt: skip
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
 
 _ELEMENTWISE_FUNCTIONS: set[Any] = {
@@ -94,7 +97,7 @@ _MOVE_MODULES = (
     nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
 )  # fmt: skip
 
-_CASTS = {"contiguous", "float", "double", "half", "bfloat16", "to", "type_as", "detach"}
+CASTS = {"contiguous", "float", "double", "half", "bfloat16", "to", "type_as", "detach"}
 # Methods of a tensor, beside those that are named as the functions above are.
 _METHODS: dict[str, Any] = {
     "view": torch.reshape, "expand": torch.broadcast_to, "repeat": torch.tile,
@@ -126,7 +129,7 @@ def function_of(node: torch.fx.Node) -> Any:
 
 def kind_of_call(node: torch.fx.Node, tensors: int) -> Kind:
     """The kind of a function or method that reads `tensors` different tensors."""
-    if node.op == "call_method" and node.target in _CASTS:
+    if node.op == "call_method" and node.target in CASTS:
         return Kind.ELEMENTWISE
     if node.target is getattr:
         return Kind.MOVE if node.args[1] in ("T", "mT") else Kind.OPAQUE
@@ -151,8 +154,7 @@ def kind_of_module(module: nn.Module) -> Kind:
 
 
 def _is_plain_instance_norm(module: nn.Module) -> bool:
-    norms = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    return isinstance(module, norms) and not (module.affine or module.track_running_stats)
+    return type(module) in _INSTANCE_NORMS and not (module.affine or module.track_running_stats)
 
 
 def worked_on(
@@ -166,7 +168,7 @@ def worked_on(
     """
     args, kwargs = arguments
     if module is not None:
-        last = _SPATIAL_MODULES.get(type(module))
+        last = _INSTANCE_NORMS.get(type(module), _SPATIAL_MODULES.get(type(module)))
     elif function_of(node) in _REDUCTIONS:
         dims = args[0] if args else kwargs.get("dim")
         if dims is None:
@@ -210,5 +212,5 @@ def may_alias(node: torch.fx.Node, kind: Kind, module: nn.Module | None) -> bool
     """Whether the result may be (a view of) the first operand itself."""
     passes = isinstance(module, nn.Identity) or "ropout" in type(module).__name__
     passes |= isinstance(module, StochasticDepth) or function_of(node) is stochastic_depth
-    cast = node.op == "call_method" and node.target in _CASTS
+    cast = node.op == "call_method" and node.target in CASTS
     return kind is Kind.MOVE or passes or cast or "dropout" in str(node.target)

@@ -81,8 +81,11 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
         else:
             continue
         removable, why = _removable(graph, name)
+        if isinstance(module, QuantizedLayer) and name not in graph.origin:
+            why = "its rows stay too, as its weight is read past its own forward()"
         if name in left_in_float:
-            why = f"in float: {left_in_float[name]}" + (f"; {why}" if why else "")
+            node = any(node.module == name for node in graph.nodes)
+            why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")
         kind = type(module).__name__.removeprefix("Quant")
         quantized = isinstance(module, QuantizedLayer)
         found.append(LayerReport(name, kind, quantized, width, removable, why))

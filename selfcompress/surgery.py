@@ -196,11 +196,11 @@ class _Planner:
             return
         of_row = _numpy(module.slots)[rows] // module.group_width
         live, groups = np.unique(of_row, return_inverse=True)
-        table = np.arange(len(columns)).reshape(-1, module.weight.shape[1])[live]
-        # All groups lose the same columns; a convolution without rows keeps the shape of them.
-        stays = in_stays[columns[table]].all(0)
+        table = columns.reshape(module.groups, -1)[live]  # what each group reads
+        # All groups lose the same columns; without any group there is nothing to read.
+        stays = in_stays[table].all(0) & bool(len(live))
         self._keep(f"{name}.weight", 1, np.flatnonzero(stays))
-        columns = new_in[columns[table[:, stays]]].ravel().tolist()
+        columns = new_in[table[:, stays]].ravel().tolist()
         self.plan.wiring[name] = Wiring(*widths, placed, columns, groups.tolist())
 
     def _keep(self, name: str, dim: int, kept: np.ndarray) -> None:

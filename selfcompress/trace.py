@@ -90,6 +90,8 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
                 where = device_of(example_input)
                 args, kwargs = zeros_like_observed(observed.arguments[name], where)
             try:
+                if name in observed.varied:
+                    raise RuntimeError("it is called with different kinds of arguments")
                 part = _trace_part(name, module, args, kwargs, result.untraceable)
                 result.miscounted |= _compare(part, model, observed.counts)
             except Exception as error:  # whatever the user's forward() does under the tracer
@@ -185,24 +187,31 @@ def _trace_part(
         key: value
         for key, value in bound.arguments.items()
         if kinds[key] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        and not isinstance(value, Tensor | list | tuple | dict)
     }
     tracer = _Tracer()
-    before = set(vars(module))
-    try:
-        graph = tracer.trace(module.train(), concrete_args=plain or None)
-        traced = torch.fx.GraphModule(module, graph)
-        facts = _Facts(traced)
-        traced.eval()
-        facts.run(*bound.arguments.values(), enable_io_processing=False)
-    finally:
-        # Constants that forward() makes are left on the module by torch.fx.
-        for constant in set(vars(module)) - before:
-            delattr(module, constant)
+    module.train()
+    graph = tracer.trace(module, concrete_args=plain or None)
+    traced = torch.fx.GraphModule(module, graph)
+    module.eval()
+    extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
+    if extra:
+        raise RuntimeError(
+            f"in evaluation it calls {next(iter(extra))[1]}, in training it does not"
+        )
+    facts = _Facts(traced)
+    traced.eval()
+    facts.run(*bound.arguments.values(), enable_io_processing=False)
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
     return Part(name, list(graph.nodes), facts.facts, inside)
+
+
+def _calls(graph: torch.fx.Graph) -> Counter[tuple[str, str]]:
+    """How often a graph calls which function, method or module."""
+    nodes = [node for node in graph.nodes if node.op.startswith("call_")]
+    return Counter((n.op, str(getattr(n.target, "__name__", n.target))) for n in nodes)
 
 
 def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:

@@ -126,13 +126,17 @@ def test_what_is_not_understood_freezes_and_is_named(
     assert named in frozen_by(graph, "a")
 
 
-@pytest.mark.parametrize(
-    "module", [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.Softmax(1)]
-)
+@pytest.mark.parametrize("module", [nn.AlphaDropout(), nn.Softmax(1)])
 def test_modules_that_mix_or_are_unknown_freeze(module: nn.Module) -> None:
     graph = trace(nn.Sequential(nn.Conv2d(3, 6, 3), module, nn.Conv2d(6, 4, 3)))
     why = f"1 ({type(module).__name__}) is not an operation that channels can be followed through"
     assert frozen_by(graph, "0") == why
+
+
+@pytest.mark.parametrize("module", [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True)])
+def test_norms_over_several_channels_freeze(module: nn.Module) -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 6, 3), module, nn.Conv2d(6, 4, 3)))
+    assert f"1 ({type(module).__name__}) takes its statistics over" in frozen_by(graph, "0")
 
 
 def test_a_subclass_is_not_taken_for_its_base() -> None:

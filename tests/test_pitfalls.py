@@ -1,0 +1,291 @@
+"""Ways in which people write models that once led to wrong cuts, or to errors."""
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Residual, block
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils import _pytree as pytree
+
+from selfcompress import Compressor
+from selfcompress.liveness import settle_statistics
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Tensor]:
+    """All that the model returns; its buffers are put back."""
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    returned: list[Tensor] = pytree.tree_leaves(model.train(training)(*args))
+    for buffer, value in buffers.items():
+        buffer.copy_(value)
+    return returned
+
+
+@torch.no_grad()
+def cut_some(compressor: Compressor) -> None:
+    """Kill a third of all rows, half of their biases; cut; outputs stay in both modes."""
+    model = compressor.model
+    for layer in compressor.layers.values():
+        layer.bit_depth[::3] = 0
+        if layer.bias is not None:
+            layer.bias[::2] = 0
+    settle_statistics(compressor.graph, model)
+    inputs = compressor.example_input
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    before = [outputs(model, args, mode) for mode in (True, False)]
+    compressor.cut()
+    after = [outputs(model, args, mode) for mode in (True, False)]
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+class Tapped(nn.Module):
+    """Its decoder reads what a hook has stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 1))
+        self.decoder = nn.Conv2d(14, 4, 1)
+        self.encoder[1].register_forward_hook(lambda m, i, o: self.seen.update(x=o))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.encoder(x)
+        return self.decoder(torch.cat([y, self.seen["x"]], 1))
+
+
+class Shared(nn.Module):
+    """Two blocks that are traced apart and share a layer."""
+
+    class Block(nn.Module):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__()
+            self.first, self.shared, self.last = block(6, 6), shared, block(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(torch.relu(self.shared(self.first(x))))
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.linear = nn.Conv2d(3, 6, 1), nn.Linear(6, 5)
+        self.a, self.b = Shared.Block(shared), Shared.Block(shared)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        if float(x.sum()) > -1e9:
+            x = x + self.a(x)
+        return self.linear((x + self.b(x)).mean((2, 3)))
+
+
+class Varied(nn.Module):
+    """A block that is called in two ways by code that cannot be traced."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = block(6, 6), block(6, 6)
+
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Any:
+            y = self.a(x)
+            return self.b(y if skip is None else y + skip)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.linear = nn.Conv2d(3, 6, 1), Varied.Block(), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        if float(x.sum()) < -1e9:
+            return x
+        return self.linear(self.block(self.block(x), x).mean((2, 3)))
+
+
+class Evaluated(nn.Module):
+    """In evaluation it turns its features around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.linear = block(3, 6), block(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.b(self.a(x)).mean((2, 3))
+        return self.linear(x if self.training else x.flip(1))
+
+
+class Cast(nn.Module):
+    """Takes its type from a tensor of higher rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.time, self.linear = nn.Conv2d(3, 6, 1), nn.Linear(3, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        t = self.time(x.mean((2, 3))).type_as(h)
+        return self.linear(torch.relu(h + t[:, :, None, None]).mean((2, 3)))
+
+
+class Up(nn.Module):
+    """Asks a transposed convolution for the size of its output, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 6, 3, stride=2), nn.ConvTranspose2d(6, 5, 3, stride=2)
+        self.last = nn.Conv2d(5, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.down(x))
+        return self.last(torch.relu(self.up(y, output_size=x.shape[2:])))
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+class Pairs(nn.Module):
+    """Gives a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = block(3, 6), nn.Conv2d(6, 2, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        return Pair(self.left(x), self.right(x))
+
+
+class Instance(nn.Module):
+    """torch normalises a matrix over its features, not over nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 12), nn.InstanceNorm1d(12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(torch.relu(self.norm(self.a(x.mean((2, 3))))))
+
+
+def changing_hook() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1))
+    model[0].register_forward_hook(lambda m, i, o: o + 1)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize(
+    "build",
+    [
+        Tapped, lambda: Shared(nn.Conv2d(6, 6, 1)), lambda: Shared(nn.PReLU(6)), Varied, Evaluated,
+        Cast, Up, Pairs, Instance, changing_hook,
+    ],
+)  # fmt: skip
+def test_a_cut_is_exact(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(build().double(), X, 0.0, bits=8)
+    cut_some(compressor)
+    kept = {name: len(layer.rows) for name, layer in compressor.layers.items()}
+    assert any(kept[name] < layer.out_width + 1 for name, layer in compressor.layers.items())
+    cut_some(compressor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_are_judged_by_their_own_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(block(3, 8), block(8, 8), nn.Conv2d(8, 4, 1)).to(dtype)
+    compressor = Compressor(model, X.to(dtype), 0.0, bits=8)
+    with torch.no_grad():
+        for layer in compressor.layers.values():
+            layer.bit_depth[::3] = 0
+    assert compressor.cut()
+
+
+def test_layers_in_a_plain_list_are_refused() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.both = [self.a, self.b]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.both:
+                x = torch.relu(layer(x))
+            return x
+
+    with pytest.raises(ValueError, match="a is not called as a module of the model"):
+        Compressor(Listed(), X.float(), 0.1)
+
+
+class Remembers(nn.Module):
+    """Stores what it computes, counts its calls, and keeps an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1)
+        self.map: Tensor | None = None
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls.add_(1)
+        self.map = torch.sigmoid(self.conv(x))
+        return self.map
+
+
+def test_looking_at_a_model_leaves_nothing_behind() -> None:
+    model = nn.Sequential(Remembers(), nn.Conv2d(6, 2, 1))
+    compressor = Compressor(model, X.float(), 0.0)
+    assert model[0].map is None
+    assert model.get_buffer("0.calls") == 0
+    compressor.cut()
+    assert model.get_buffer("0.calls") == 0
+
+
+def test_finish_takes_as_many_inputs_as_the_example() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.linear = block(3, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.linear((self.a(x) - self.a(y)).mean((2, 3)))
+
+    x = X.float()
+    model = Siamese()
+    compressor = Compressor(model, (x, x), 0.0)
+    compressor.finish([(x, x + 1, torch.zeros(4))])
+    assert model.get_buffer("a.1.running_mean").abs().max() > 0
+
+
+def test_a_grouped_convolution_that_died_in_two_cuts_is_restored() -> None:
+    def build() -> tuple[Compressor, SGD]:
+        torch.manual_seed(0)
+        model = Residual(relu_after=True)
+        model.one[0] = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        model.one[1], model.two[0] = nn.Identity(), nn.Conv2d(6, 6, 3, padding=1)
+        model.pre = nn.Identity()
+        compressor = Compressor(model, X.float(), 0.0)
+        return compressor, SGD(compressor.weights(), lr=0.1)
+
+    compressor, optimizer = build()
+    model = compressor.model
+    with torch.no_grad():
+        for names in (["stem.0"], ["one.0"]):
+            for name in names:
+                layer = compressor.layers[name]
+                layer.bit_depth[[0, 3] if name == "stem.0" else slice(None)] = 0
+                if layer.bias is not None:
+                    layer.bias.zero_()
+            if names == ["stem.0"]:
+                model.get_parameter("stem.1.bias")[[0, 3]] = -1
+                model.get_parameter("two.1.bias")[[0, 3]] = 0
+                compressor.layers["two.0"].bit_depth[[0, 3]] = 0
+            compressor.cut(optimizer)
+    fresh, other = build()
+    fresh.load_state_dict(compressor.state_dict(optimizer), other)
+    x = X.float()
+    assert torch.equal(fresh.model.eval()(x), model.eval()(x))
+    F.relu(fresh.model.train()(x)).sum().backward()
