@@ -157,6 +157,9 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        inner = m._modules.get("_orig_mod")
+        if inner is not None:  # what torch.compile made of a submodule: trace that submodule
+            return inner(*args, **kwargs)
         before, stack = len(self.graph.nodes), dict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
