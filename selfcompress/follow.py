@@ -367,7 +367,8 @@ class _Builder:
         if [tuple(r.shape) for r in results] != [s.sizes for s in shapes]:
             raise _CannotFollowError("gives another shape on channel numbers")
         every = np.concatenate([v.ids for v in inputs])
-        copies = np.concatenate([v.copies + s for v, s in zip(inputs, starts, strict=False)])
+        own = [np.unique(v.copies, return_inverse=True)[1] for v in inputs]
+        copies = np.concatenate([c + start for c, start in zip(own, starts, strict=False)])
         made = []
         for index, result in enumerate(results):
             table = _collapse(result, torch.from_numpy(copies))
