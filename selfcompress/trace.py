@@ -80,8 +80,8 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
         while pending:
             name = pending.pop()
             module = model.get_submodule(name)
-            if _is_leaf(module) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
-                continue
+            if name and (_is_leaf(module) or not _has_layers(module)):
+                continue  # nothing inside to follow; of the float baseline the MACs are wanted
             if name and name not in observed.arguments:  # a ModuleList, say
                 pending += _children(name, module)
                 continue
@@ -110,6 +110,10 @@ def _children(name: str, module: nn.Module) -> list[str]:
 
 def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 class _Proxy(torch.fx.Proxy):
@@ -151,8 +155,7 @@ class _Tracer(torch.fx.Tracer):
         if _is_leaf(m) or module_qualified_name in self.failed:
             return True
         # torch's own containers (its transformers) are leaves to torch.fx, layers and all.
-        has_layers = any(isinstance(part, QuantizedLayer) for part in m.modules())
-        return super().is_leaf_module(m, module_qualified_name) and not has_layers
+        return super().is_leaf_module(m, module_qualified_name) and not _has_layers(m)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

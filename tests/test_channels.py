@@ -19,6 +19,7 @@ from selfcompress.follow import channel_graph
 from selfcompress.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from selfcompress.liveness import settle_statistics
 from selfcompress.ops import Kind
+from selfcompress.size import measure, starting_weights
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -302,6 +303,12 @@ def test_tracing_leaves_no_trace(build: Callable[[], nn.Module]) -> None:
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("build", [Chain, Grouped])
+def test_a_float_network_is_followed_too_and_has_macs(build: Callable[[], nn.Module]) -> None:
+    float_macs = measure(model := build(), channel_graph(model, X), starting_weights(model)).macs
+    assert float_macs == Compressor(build(), X, 0.0).size().macs > 0
 
 
 class InPlace(nn.Module):
