@@ -370,7 +370,7 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
         patch.setattr(os, "replace", full)
         assert_refused(cli(*args), "No space left on device", "checkpoint.pt")
     assert (tmp_path / "run" / runs.CHECKPOINT).read_bytes() == before
-    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
     assert cli(*args)[0] == 0
 
 

@@ -26,7 +26,7 @@ from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName
-from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
+from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
@@ -63,8 +63,8 @@ def run(config: Config, default_width: int | None, build_model: BuildModel) -> d
         return summary
     # Whatever is wrong with the options shows here, before anything on disk is touched.
     one = Run(config, dataset, device, folder, build_model)
-    folder.claim(config.overwrite)
-    return one.train()
+    with folder.claim(config.overwrite):
+        return one.train()
 
 
 class Run:
@@ -386,19 +386,9 @@ def evaluate(
 
 def _load(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
     """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
-    name: DatasetName = config.dataset or "cifar10"
-    try:
-        dataset = load(name, config.data_dir, config.image_size, device)
-    except DatasetUnavailableError as unavailable:
-        if config.dataset is not None:
-            raise
-        print(
-            f"WARNING: CIFAR-10 is not to be had ({unavailable}); TRAINING ON DIGITS INSTEAD "
-            "(scikit-learn's handwritten digits): results are of digits, not of CIFAR-10",
-            file=sys.stderr,
-        )
-        name = "digits"
-        dataset = load(name, config.data_dir, config.image_size, device)
+    name, dataset = choose(
+        config.dataset, lambda name: load(name, config.data_dir, config.image_size, device)
+    )
     if dataset.image_size < 8:
         raise UserError(
             f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from selfcompress.training.errors import UserError
+from selfcompress.training.lock import LOCK, hold
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -18,6 +21,8 @@ CHECKPOINT = "checkpoint.pt"
 SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
+_FILES = (SUMMARY, CHECKPOINT, METRICS, WIDTHS, CONFIG)
+_LET_GO = 5.0  # seconds in which a process that was just killed is gone
 
 
 class RunFolder:
@@ -36,26 +41,36 @@ class RunFolder:
         if there is None:
             self._require_ours()
         elif there != self.config:
-            raise UserError(f"{self.path} holds another run ({_difference(there, self.config)}); "
+            raise UserError(f"{self.path} holds another run ({difference(there, self.config)}); "
                             "choose another --run-dir, or start over with --overwrite")  # fmt: skip
         return self._read_json(SUMMARY)
 
-    def claim(self, overwrite: bool) -> None:
-        """Make the folder, and with `overwrite` remove the run that is in it."""
+    @contextmanager
+    def claim(self, overwrite: bool) -> Iterator[None]:
+        """Make the folder, keep other processes out, and with `overwrite` remove the run in it.
+
+        Raises:
+            UserError: another process trains in it.
+        """
         if overwrite:
             self._require_ours()
-            self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / CONFIG).exists():
-            write_atomically(self.path / CONFIG, _json_bytes(self.config))
+        with hold(self.path, "train.py", _LET_GO):
+            if overwrite:
+                self._clear()
+            for file in filter(_is_temporary, self.path.iterdir()):
+                file.unlink()  # a killed process left it
+            if not (self.path / CONFIG).exists():
+                write_atomically(self.path / CONFIG, _json_bytes(self.config))
+            yield
 
     def _require_ours(self) -> None:
         """Refuse a folder that holds files but no run's configuration, unless that is damaged."""
-        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        files = self.path.iterdir() if self.path.exists() else ()
+        names = {f.name for f in files if f.name != LOCK and not _is_temporary(f)}
         try:
             ours = {"dataset", "gamma", "seed"} <= (self._read_json(CONFIG) or {}).keys()
         except UserError:
-            ours = names <= {CONFIG, METRICS, CHECKPOINT, SUMMARY, TENSORBOARD, WIDTHS}
+            ours = names <= {*_FILES, TENSORBOARD}
         if names and not ours:
             raise UserError(
                 f"{self.path} holds files but no run's {CONFIG}, so it is not a run's folder; "
@@ -111,7 +126,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs leave behind, and nothing else."""
-        for name in (SUMMARY, CHECKPOINT, METRICS, WIDTHS, CONFIG):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
@@ -143,11 +158,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def _is_temporary(file: Path) -> bool:
+    """Whether `write_atomically` makes such files on the way to a run's."""
+    return file.name.startswith(tuple(f".{name}." for name in _FILES))
+
+
 def _json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The first value in which two configurations differ, for a message."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
