@@ -2,20 +2,20 @@
 
 import io
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from selfcompress.disk import write_atomically
 from selfcompress.training.errors import UserError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUMMARY = "summary.json"
+NETWORK = "net.scnn"
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
 
@@ -55,7 +55,7 @@ class RunFolder:
         try:
             ours = {"dataset", "gamma", "seed"} <= (self._read_json(CONFIG) or {}).keys()
         except UserError:
-            ours = names <= {CONFIG, METRICS, CHECKPOINT, SUMMARY, TENSORBOARD, WIDTHS}
+            ours = names <= {CONFIG, METRICS, CHECKPOINT, SUMMARY, NETWORK, TENSORBOARD, WIDTHS}
         if names and not ours:
             raise UserError(
                 f"{self.path} holds files but no run's {CONFIG}, so it is not a run's folder; "
@@ -111,7 +111,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs leave behind, and nothing else."""
-        for name in (SUMMARY, CHECKPOINT, METRICS, WIDTHS, CONFIG):
+        for name in (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
@@ -126,21 +126,6 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{file} is damaged; start over with --overwrite") from error
         return value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:
