@@ -20,9 +20,10 @@ from selfcompress.training.sweep import Sweep, run
 
 
 def main() -> int:
+    train = Path(__file__).resolve().with_name("train.py")
     sweep = tyro.cli(Sweep, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        return run(sweep, default_width(sweep.model), Path(__file__).resolve().with_name("train.py"))
+        return run(sweep, default_width(sweep.model), train)
     except (UserError, UnknownModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,9 @@
 """Networks that compress themselves while they train (Cséfalvay & Imber, arXiv 2301.13142)."""
 
 from selfcompress.compressor import Compressor
+from selfcompress.file.header import About, Architecture, FileError
+from selfcompress.file.load import load
+from selfcompress.file.write import save
 from selfcompress.quantizer import fake_quantize
 from selfcompress.report import LayerReport, Report
 from selfcompress.size import LayerSize, Size
@@ -8,8 +11,11 @@ from selfcompress.surgery import Plan, apply_plan
 from selfcompress.verify import CutError
 
 __all__ = [
+    "About",
+    "Architecture",
     "Compressor",
     "CutError",
+    "FileError",
     "LayerReport",
     "LayerSize",
     "Plan",
@@ -17,4 +23,6 @@ __all__ = [
     "Size",
     "apply_plan",
     "fake_quantize",
+    "load",
+    "save",
 ]

@@ -22,7 +22,7 @@ layers that the channel graph follows.
 It is computed from the network alone, without packing anything. Percentages of either are of
 `float_bits`.
 
-*File bytes* is what a file of the network takes on disk; it is not computed here.
+*File bytes* is what a file of the network takes on disk: see `selfcompress.save`.
 """
 
 from dataclasses import dataclass
@@ -169,16 +169,16 @@ def q_bits(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, graph: ChannelGraph, weights_at_start: int) -> Size:
+def measure(model: nn.Module, graph: ChannelGraph | None, weights_at_start: int) -> Size:
     """The size of `model` now.
 
     Args:
-        graph: its channel graph, for the pixels each layer computes; an untraced model has no
-            MACs to report (0).
+        graph: its channel graph, for the pixels each layer computes; without it, or if the model
+            is untraced, there are no MACs to report (0).
         weights_at_start: `starting_weights` of the network before anything was cut.
     """
     pixels: dict[str, int] = {}
-    for node in graph.nodes:
+    for node in graph.nodes if graph else ():
         if node.module:
             pixels[node.module] = pixels.get(node.module, 0) + node.pixels
     layers = []

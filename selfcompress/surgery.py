@@ -247,7 +247,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
     for optimizer in optimizers:
         _cut_optimizer(optimizer, renewed)
     for module_name, wiring in plan.wiring.items():
-        _rewire(model.get_submodule(module_name), wiring)
+        rewire(model.get_submodule(module_name), wiring)
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
@@ -307,7 +307,8 @@ def _cut_optimizer(
             }
 
 
-def _rewire(module: nn.Module, wiring: Wiring) -> None:
+def rewire(module: nn.Module, wiring: Wiring) -> None:
+    """Tell a module, whose tensors are cut already, how it sits among its channels."""
     if isinstance(module, nn.modules.conv._ConvNd):
         module.in_channels, module.out_channels = wiring.in_width, wiring.out_width
     elif isinstance(module, nn.Linear):

@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -20,8 +19,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from selfcompress.disk import write_atomically
 from selfcompress.training.results import Result, front
-from selfcompress.training.runs import write_atomically
 
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
 
@@ -59,7 +58,8 @@ class Group:
 
     def over_epochs(self, value: Callable[[dict[str, Any]], float]) -> np.ndarray:
         """Mean over seeds of a metric, epoch by epoch."""
-        return np.mean([[value(row) for row in r.history] for r in self.results], axis=0)
+        rows = [[value(row) for row in result.history] for result in self.results]
+        return np.asarray(np.mean(rows, axis=0))
 
 
 def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
@@ -106,7 +106,7 @@ def _accuracy(result: Result) -> float:
 
 
 def _kilobytes(result: Result) -> float:
-    return (result.file_bytes or 0) / 1000
+    return result.file_bytes / 1000
 
 
 def _stored(result: Result) -> float:
@@ -136,7 +136,7 @@ def _curve(groups: Sequence[Group]) -> Figure | None:
     if some["model"] == "resnet9" and some["dataset"].startswith("cifar10"):
         right.plot(PAPER_PERCENT, PAPER_ACCURACY, "--", color="#c05621", label=PAPER)
     right.legend(loc="lower right", fontsize=9, frameon=False)
-    figure.suptitle(_what(groups), fontsize=11)
+    figure.suptitle(_what(groups) + "; numbers at points: γ", fontsize=11)
     figure.draw_without_rendering()  # what labels must not overlap has its place from here on
     _name_points(left, groups, _kilobytes)
     _name_points(right, groups, _stored)
@@ -152,7 +152,7 @@ def _weight_curve(groups: Sequence[Group]) -> Figure | None:
     axes.set_xlabel("weights left, % of those at the start")
     axes.set_ylabel("test accuracy, %")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
-    axes.set_title(_what(groups), fontsize=11)
+    axes.set_title(_what(groups) + "; numbers at points: γ", fontsize=11)
     figure.draw_without_rendering()
     _name_points(axes, groups, _weights_left)
     return figure
@@ -202,15 +202,13 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
     named = _compressed(groups)
     points = {g: (g.mean_std(size)[0], g.mean_std(_accuracy)[0]) for g in named}
     pixels = axes.transData.transform(list(points.values()))
-    figure = axes.get_figure()
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    unit = figure.dpi / 72  # pixels per point
+    unit = axes.figure.dpi / 72  # pixels per point
     taken = [Bbox([[x, y], [x, y]]).padded(4 * unit) for x, y in pixels]
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())
     around = [(1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)]
-    places = list(itertools.product((7, 14, 22, 32, 44, 58), around))
+    places = list(itertools.product((7, 14, 22, 32, 44), around))
     for group in _spread(named):
         text = axes.annotate(
             f"{group.gamma:g}", points[group], (0, 0), textcoords="offset points", fontsize=8,
@@ -219,9 +217,9 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
         )  # fmt: skip
         for distance, (right, up) in places:
             text.set_position((distance * right, distance * up))
-            text.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[right])
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer).padded(unit)  # without the line to it
+            text.set_horizontalalignment("left" if right > 0 else "right" if right else "center")
+            text.get_window_extent()  # moves it
+            box = Text.get_window_extent(text).padded(unit)  # without the line to the point
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
             if inside and not box.count_overlaps(taken):
                 taken.append(box)

@@ -1,5 +1,6 @@
 """The training loop of a run, from its configuration to its summary."""
 
+import dataclasses
 import itertools
 import math
 import platform
@@ -19,6 +20,10 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from selfcompress.compressor import Compressor
+from selfcompress.disk import write_atomically
+from selfcompress.file.header import About, Architecture
+from selfcompress.file.read import Contents, read
+from selfcompress.file.write import save
 from selfcompress.follow import channel_graph
 from selfcompress.look import kept_modes
 from selfcompress.size import Size, measure, starting_weights
@@ -164,9 +169,11 @@ class Run:
             board.write(epoch, metrics, self.model)
             self.folder.write_checkpoint(self._state(epoch + 1))
             print(epoch_line(metrics, self.epochs), flush=True)
-        summary = self._summary(history)
+        network = self.folder.path / runs.NETWORK
+        save(self.model, network, self._about(history))
+        summary = self._summary(history, read(network))
         image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
-        runs.write_atomically(self.folder.path / runs.WIDTHS, image)
+        write_atomically(self.folder.path / runs.WIDTHS, image)
         board.write_widths(image, self.epochs - 1)
         board.close()
         self.folder.write_summary(summary)
@@ -305,8 +312,32 @@ class Run:
             ) from error
         return int(state["epoch"])
 
-    def _summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        end = self.size()
+    def _about(self, history: list[dict[str, Any]]) -> About:
+        """What the file of the network tells beside the network."""
+        config, data, end = self.config, self.dataset, self.size()
+        assert config.dataset is not None
+        return About(
+            architecture=Architecture(
+                config.model, len(data.classes), config.width, data.image_size
+            ),
+            class_names=list(data.classes),
+            mean=list(data.mean),
+            std=list(data.std),
+            image_size=data.image_size,
+            dataset=data.name,
+            dataset_kind=config.dataset,
+            gamma=None if config.float_baseline else config.gamma,
+            seed=config.seed,
+            epochs=self.epochs,
+            test_accuracy=history[-1]["val"]["accuracy"],
+            starting_weights=self.starting_weights,
+            channels_at_start=_by_layer(self.start, "channels"),
+            macs_at_start=_by_layer(self.start, "macs"),
+            macs=_by_layer(end, "macs"),
+        )
+
+    def _summary(self, history: list[dict[str, Any]], contents: Contents) -> dict[str, Any]:
+        end, sizes = self.size(), contents.size
         seconds = [row["time"]["epoch_seconds"] for row in history]
         return {
             "dataset": self.dataset.name,
@@ -319,6 +350,10 @@ class Run:
             "q_bits": end.q_bits,
             "stored_bits": end.stored_bits,
             "stored_percent": end.stored_percent,
+            "file_bytes": sizes.total,
+            "file_percent": 100 * 8 * sizes.total / end.float_bits,
+            "file_bytes_of": dataclasses.asdict(sizes),
+            "entropy_bits": contents.entropy_bits(),
             "parameters_start": self.start.parameters,
             "parameters_end": end.parameters,
             "macs_start": self.start.macs,
@@ -363,9 +398,11 @@ class Run:
         return (
             f"{self.size()}\n"
             f"{summary['dataset']}: {100 * summary['test_accuracy']:.2f} % test accuracy, "
-            f"{summary['stored_bits'] / 8000:,.1f} KB stored, {summary['stored_percent']:.2f} % of "
-            f"the 32-bit size; {summary['parameters_end']:,} of {summary['parameters_start']:,} "
-            f"parameters; an epoch {seconds[0]:.2f} s at first, {seconds[-1]:.2f} s at last\n"
+            f"{summary['parameters_end']:,} of {summary['parameters_start']:,} parameters; "
+            f"an epoch {seconds[0]:.2f} s at first, {seconds[-1]:.2f} s at last\n"
+            f"{self.folder.path / runs.NETWORK}: {summary['file_bytes']:,} bytes, "
+            f"{summary['file_percent']:.2f} % of the 32-bit size "
+            f"({summary['stored_bits'] / 8:,.0f} bytes stored, before entropy coding)\n"
             f"{self.folder.path / runs.SUMMARY}"
         )
 

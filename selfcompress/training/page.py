@@ -6,9 +6,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from selfcompress.disk import write_atomically
 from selfcompress.training.curves import Picture
-from selfcompress.training.results import NETWORK, Result
-from selfcompress.training.runs import write_atomically
+from selfcompress.training.results import Result
+from selfcompress.training.runs import NETWORK
 
 REPORT = "report.html"
 

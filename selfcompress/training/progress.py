@@ -3,7 +3,6 @@
 import time
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -39,9 +38,7 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         self.live.stop()
 
     def show(self, running: set[str]) -> None:
@@ -82,7 +79,7 @@ class Progress:
         counts += [f"{len(self.done)} of {len(self.folders)} done", f"{self.failed} failed"]
         compressed = [r for r in self.done if r.gamma is not None]
         if compressed:
-            best = max(compressed, key=lambda r: (r.accuracy, -r.stored_percent))
+            best = max(compressed, key=lambda r: (r.accuracy, -r.file_bytes))
             counts.append(f"best so far {best.name}: {_outcome(best)}")
         now = sum(self.epochs.values())
         if now > self.epochs_before:
@@ -96,8 +93,7 @@ class Progress:
 
 
 def _outcome(result: Result) -> str:
-    size = "" if result.file_bytes is None else f", {result.file_bytes / 1000:,.1f} KB"
-    return f"{100 * result.accuracy:.2f} %{size}"
+    return f"{100 * result.accuracy:.2f} % at {result.file_bytes / 1000:,.1f} KB"
 
 
 def _duration(seconds: float) -> str:

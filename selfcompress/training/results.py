@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfcompress.disk import write_atomically
 from selfcompress.training import runs
 from selfcompress.training.errors import UserError
-
-NETWORK = "net.scnn"  # the packed network, in a run's folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +20,7 @@ class Result:
     Attributes:
         gamma: None for the float baseline.
         accuracy: on the test images, 0-1.
-        file_bytes: of the packed network; None if the run made no such file.
+        file_bytes: of the packed network.
         stored_percent: stored bits, in percent of 32 bits for each weight at the start.
         weights_percent: live weights, in percent of those at the start.
         history: the metrics of every epoch.
@@ -49,8 +48,8 @@ class Result:
         return float(self.summary["test_accuracy"])
 
     @property
-    def file_bytes(self) -> int | None:
-        return self.summary.get("file_bytes")
+    def file_bytes(self) -> int:
+        return int(self.summary["file_bytes"])
 
     @property
     def stored_percent(self) -> float:
@@ -85,7 +84,7 @@ def read(folder: Path) -> Result | None:
     """The run in `folder`; None unless it is finished.
 
     Raises:
-        UserError: its files are damaged.
+        UserError: its files are damaged, or from before networks were packed into files.
     """
     file = folder / runs.SUMMARY
     try:
@@ -94,8 +93,10 @@ def read(folder: Path) -> Result | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, IndexError) as error:
+        packed = "file_bytes" in file.read_text()
+        reason = repr(error) if packed else "it was made before networks were packed into files"
         raise UserError(
-            f"{file} is not the summary of a whole run ({error!r}); remove {folder}"
+            f"{file} is no whole run's summary: {reason}; remove {folder} and train it again"
         ) from error
     return result
 
@@ -122,7 +123,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
     writer = csv.DictWriter(text, results[0].row(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(result.row() for result in results)
-    runs.write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode())
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

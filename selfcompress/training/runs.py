@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from selfcompress.disk import write_atomically
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
 
@@ -19,9 +18,10 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUMMARY = "summary.json"
+NETWORK = "net.scnn"
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
-_FILES = (SUMMARY, CHECKPOINT, METRICS, WIDTHS, CONFIG)
+_FILES = (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG)
 _LET_GO = 5.0  # seconds in which a process that was just killed is gone
 
 
@@ -141,21 +141,6 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{file} is damaged; start over with --overwrite") from error
         return value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _is_temporary(file: Path) -> bool:

@@ -61,7 +61,7 @@ class Sweep(Config):
         super().validate()
         low, high = self.gamma_range or (1.0, 1.0)
         checks = [
-            (bool(self.gammas or self.gamma_range), "give one or more --gammas, or a --gamma-range"),
+            (bool(self.gammas or self.gamma_range), "give some --gammas, or a --gamma-range"),
             (all(math.isfinite(g) and g >= 0 for g in self.gammas), "--gammas must be numbers ≥ 0"),
             (0 < low <= high < math.inf, "--gamma-range must be two numbers above 0, LO ≤ HI"),
             (self.points >= 2, "--points must be at least 2"),
@@ -119,19 +119,16 @@ class Plan:
             )
         for file in there:
             self._require_ours(file)
-        finished = [result for folder in self.folders.values() if (result := read(folder))]
-        for result in finished:
-            if result.gamma is not None and result.file_bytes is None:
-                raise UserError(
-                    f"{result.folder} was trained before networks were packed into files; "
-                    "remove it, and the same command trains it again"
-                )
-        return finished
+        return [result for folder in self.folders.values() if (result := read(folder))]
 
     def _require_ours(self, file: Path) -> None:
         try:
             there = json.loads(file.read_text())
-            same = {"gamma": there["gamma"], "seed": there["seed"], "float_baseline": there["float"]}
+            same = {
+                "gamma": there["gamma"],
+                "seed": there["seed"],
+                "float_baseline": there["float"],
+            }
             here = dataclasses.replace(self.resolved, **same).as_json()
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged; remove {file.parent}") from error

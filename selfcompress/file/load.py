@@ -1,0 +1,263 @@
+"""Set up a network as a packed file describes it: the starting network, cut and filled."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfcompress.convert import quantize_layers
+from selfcompress.file import header as h
+from selfcompress.file.read import Contents, LayerContents, read
+from selfcompress.file.write import DTYPES, is_stored
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    Placed,
+    PlacedBatchNorm,
+    QuantizedLayer,
+    _QuantConv,
+    quantized_layers,
+)
+from selfcompress.surgery import Wiring, rewire
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The network in the file at `path`, in eval mode.
+
+    Args:
+        model: the starting network as its constructor made it, with whatever weights; it is
+            quantised, cut and filled in place. None builds one of the package `models` if the
+            file names one.
+
+    Returns:
+        `model`, or the one that was built, on the CPU.
+
+    Raises:
+        FileError: the file is no packed network, is damaged, or is one of another model, which
+            then is as it was.
+        OSError: it cannot be read.
+    """
+    contents = read(path)
+    try:
+        return set_up(contents, model)
+    except h.FileError as error:
+        raise h.FileError(f"{path}: {error}") from error
+
+
+@torch.no_grad()
+def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
+    """The network that `contents` describes; see `load`."""
+    if model is None:
+        model = _build(contents.header.about.architecture)
+    header = contents.header
+    skeleton = _without_numbers(model)
+    _quantize(skeleton, header)
+    _check(contents, skeleton)
+    _quantize(model, header)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    for layer in header.layers:
+        module = model.get_submodule(layer.name)
+        assert isinstance(module, QuantizedLayer)
+        _fill_layer(module, layer, contents.layers[layer.name], device)
+    for norm in header.norms:
+        module = model.get_submodule(norm.name)
+        assert isinstance(module, PlacedBatchNorm)
+        rows, columns = (indices.tolist() for indices in contents.norms[norm.name])
+        _wire(module, Wiring(norm.in_width, norm.out_width, rows, columns), device)
+        if norm.folded:
+            module.running_mean = torch.zeros(norm.entries, device=device)
+            module.running_var = torch.full((norm.entries,), 1 - module.eps, device=device)
+    for entry in header.float_layers:
+        wiring = Wiring(entry.in_width, entry.out_width, rows=[])
+        rewire(model.get_submodule(entry.name), wiring)
+    _fill_tensors(model, contents.tensors, device)
+    _require_numbers(model)
+    if header.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model.eval()
+
+
+def _build(architecture: h.Architecture | None) -> nn.Module:
+    """The starting network of a file that names one: without memory for its numbers."""
+    if architecture is None:
+        raise h.FileError("it does not say how to build its network: give the starting model")
+    try:
+        from models import build  # the example networks, which are no part of the library
+    except ImportError as error:
+        raise h.FileError(
+            f"its network is {architecture.name} of the package 'models', which is not to be found "
+            "here: go where the folder models/ is, or give the starting model"
+        ) from error
+    try:
+        with torch.device("meta"):
+            return build(
+                architecture.name, architecture.classes, architecture.width, architecture.image_size
+            )
+    except Exception as error:  # what constructors raise for arguments that do not suit them
+        raise h.FileError(f"its network cannot be built ({_line(error)})") from error
+
+
+def _without_numbers(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device, to try things on."""
+    memo: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _quantize(model: nn.Module, header: h.Header) -> None:
+    """Give `model` the quantised layers of the header."""
+    if quantized_layers(model):
+        raise h.FileError("the model is compressed already: build a fresh one")
+    if not header.layers:
+        return
+    quantised = {layer.name for layer in header.layers}
+    quantised |= {name.removesuffix(".in_proj") for name in quantised}  # attention holds two
+    exclude = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)) and name not in quantised
+    ]
+    try:
+        quantize_layers(model, bits=1, exclude=exclude)
+    except ValueError as error:
+        raise h.FileError(f"it does not fit the model: {_line(error)}") from error
+
+
+def _check(contents: Contents, model: nn.Module) -> None:
+    """Refuse a file that is not of `model`, which has its quantised layers already."""
+    header = contents.header
+    modules = dict(model.named_modules())
+    _same_names("quantised layer", header.layers, quantized_layers(model))
+    norms = {n: m for n, m in modules.items() if isinstance(m, PlacedBatchNorm)}
+    _same_names("batch norm", header.norms, norms)
+    in_float = {
+        n: m
+        for n, m in modules.items()
+        if isinstance(m, FLOAT_LAYERS) and not isinstance(m, QuantizedLayer)
+    }
+    _same_names("layer in float", header.float_layers, in_float)
+    for layer in header.layers:
+        module = modules[layer.name]
+        assert isinstance(module, QuantizedLayer)
+        if not _fits(layer, contents.layers[layer.name], module):
+            raise h.FileError(f"it does not fit the model: layer {layer.name} has another shape")
+    for norm in header.norms:
+        module = norms[norm.name]
+        widths = norm.entries, norm.in_width, norm.out_width
+        if max(widths) > module.num_features or (norm.folded and module.running_mean is None):
+            raise h.FileError(f"it does not fit the model: batch norm {norm.name} is another")
+    folded = {norm.name for norm in header.norms if norm.folded}
+    layers = {layer.name for layer in header.layers}
+    expected = {
+        name: tensor
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if _is_stored(name, layers, folded)
+    }
+    _same_names("tensor", header.tensors, expected)
+    for entry in header.tensors:
+        tensor, stored = expected[entry.name], contents.tensors[entry.name]
+        smaller = stored.dim() == tensor.dim() and all(
+            ours <= theirs for ours, theirs in zip(stored.shape, tensor.shape, strict=True)
+        )
+        if not smaller or stored.is_floating_point() != tensor.is_floating_point():
+            raise h.FileError(f"it does not fit the model: {entry.name} has another shape")
+
+
+def _same_names(what: str, ours: Sequence[Any], theirs: Mapping[str, Any]) -> None:
+    odd = {entry.name for entry in ours} ^ theirs.keys()
+    if odd:
+        name = min(odd)
+        where = "only the model" if name in theirs else "only the file"
+        raise h.FileError(f"it does not fit the model: {where} has a {what} {name}")
+
+
+def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bool:
+    """Whether `module` could have been cut to what the file has."""
+    grouped = isinstance(module, _QuantConv) and module.grouped
+    if (entry.row_dim, entry.grouped) != (module.row_dim, grouped):
+        return False
+    kernel = list(module.weight.shape[2:])
+    if entry.shape[2:] != kernel or len(entry.shape) != module.weight.dim():
+        return False
+    reads = entry.shape[module.fan_in_dim]
+    if contents.groups is not None:
+        assert isinstance(module, _QuantConv)
+        count = int(contents.groups.max(initial=0)) + 1
+        reads *= count if entry.rows else 0
+        if count > module.groups or entry.shape[1] > module.weight.shape[1]:
+            return False
+    return (
+        reads == entry.columns <= entry.in_width <= module.in_width
+        and entry.rows <= entry.out_width <= module.out_width
+    )
+
+
+def _is_stored(name: str, layers: set[str], folded: set[str]) -> bool:
+    owner, _, key = name.rpartition(".")
+    return is_stored(key, owner in layers, owner in folded)
+
+
+def _fill_layer(
+    module: QuantizedLayer, entry: h.Layer, contents: LayerContents, device: torch.device
+) -> None:
+    """Cut a quantised layer to its rows and columns, and give it its integers and formats."""
+    dtype = DTYPES[entry.dtype]
+    step = torch.exp2(contents.exponents.to(torch.promote_types(dtype, torch.float32)))
+    by_row = torch.from_numpy(contents.values).to(step.dtype) * step[:, None]
+    shape = [entry.rows, *(s for dim, s in enumerate(entry.shape) if dim != entry.row_dim)]
+    by_row = by_row.to(dtype).view(shape)
+    weight = by_row.transpose(0, 1) if entry.row_dim else by_row
+    depths = torch.from_numpy(contents.depths).to(contents.exponents.dtype)
+    for name, tensor in (
+        ("weight", weight.contiguous()), ("bit_depth", depths), ("exponent", contents.exponents),
+    ):  # fmt: skip
+        trainable = module.get_parameter(name).requires_grad
+        module.register_parameter(name, nn.Parameter(tensor.to(device), trainable))
+    groups = None if contents.groups is None else contents.groups.tolist()
+    rows, columns = contents.rows.tolist(), contents.columns.tolist()
+    _wire(module, Wiring(entry.in_width, entry.out_width, rows, columns, groups), device)
+
+
+def _wire(module: Placed, wiring: Wiring, device: torch.device) -> None:
+    for name in ("rows", "columns", "slots"):
+        if name in vars(module):
+            setattr(module, name, torch.zeros(0, dtype=torch.int64, device=device))
+    rewire(module, wiring)
+
+
+def _fill_tensors(model: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put every parameter and buffer in all the places that share it."""
+    old: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    old |= dict(model.named_buffers(remove_duplicate=False))
+    new = {id(old[name]): tensor.to(device) for name, tensor in tensors.items()}
+    for name, tensor in old.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if key == "num_batches_tracked":
+            setattr(module, key, torch.zeros((), dtype=torch.int64, device=device))
+        elif id(tensor) in new and isinstance(tensor, nn.Parameter):
+            filled = new[id(tensor)]
+            if not isinstance(filled, nn.Parameter):
+                filled = new[id(tensor)] = nn.Parameter(filled, tensor.requires_grad)
+            module.register_parameter(key, filled)
+            if isinstance(module, nn.PReLU):
+                module.num_parameters = len(filled)
+        elif id(tensor) in new:
+            setattr(module, key, new[id(tensor)])
+
+
+def _require_numbers(model: nn.Module) -> None:
+    """Refuse a network, built without numbers, that makes some which are no parameter or buffer."""
+    for name, module in model.named_modules():
+        held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+        if any(isinstance(value, Tensor) and value.is_meta for value in held):
+            raise h.FileError(f"{name} has tensors that no file holds: give the starting model")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

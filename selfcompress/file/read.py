@@ -1,0 +1,281 @@
+"""Read a packed file: check it whole, take its streams apart, and set up a network from them.
+
+A file is a stranger's: nothing in it is run, sizes are checked before anything of that size is
+made, and every stream has to be used up exactly.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from selfcompress.file import header as h
+from selfcompress.file import integers
+from selfcompress.file.write import DTYPES, checksum, stored_dtype
+
+_MAX_FILE = 2**32  # bytes
+_OCTETS = ("header", "bits", "coded")  # streams of bytes; the others are named by their type
+
+
+@dataclass(frozen=True)
+class LayerContents:
+    """What a file holds of a quantised layer.
+
+    Attributes:
+        rows: (rows,) int64, the output channel of each row.
+        columns: (columns,) int64, the input channels it reads.
+        groups: of a grouped convolution, (rows,) int64, the group of each row.
+        depths: (rows,) int64 bit depths; 0 for rows without bits.
+        values: (rows, fan-in) int32, the integers.
+        exponents: (rows,) floats; 0 for rows without bits.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    groups: np.ndarray | None
+    depths: np.ndarray
+    values: np.ndarray
+    exponents: Tensor
+
+    def by_depth(self) -> list[integers.Group]:
+        """The integers of the rows of each bit depth, as they were coded."""
+        depths = np.unique(self.depths[self.depths > 0]).tolist()
+        return [(bits, self.values[self.depths == bits].ravel()) for bits in depths]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What the bytes of a file are for.
+
+    Attributes:
+        integers: the weights of rows that have bits, with the tables they are coded by.
+        formats: their bit depths and exponents.
+        placement: which channels are where.
+        floats: everything else that the network needs.
+        names: the header and the container: names, shapes, and what is said about the network.
+    """
+
+    integers: int
+    formats: int
+    placement: int
+    floats: int
+    names: int
+
+    @property
+    def total(self) -> int:
+        """The size of the file."""
+        return self.integers + self.formats + self.placement + self.floats + self.names
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        norms: batch norm → (rows, columns), the output and input channel of each entry.
+        tensors: the header's tensors, in their own types.
+        size: of the file, in parts.
+    """
+
+    header: h.Header
+    layers: dict[str, LayerContents]
+    norms: dict[str, tuple[np.ndarray, np.ndarray]]
+    tensors: dict[str, Tensor]
+    size: Bytes
+
+    def entropy_bits(self) -> float:
+        """What ideal coders of the integers would need, tables not counted, in bits."""
+        return integers.entropy_bits(
+            [g for layer in self.layers.values() for g in layer.by_depth()]
+        )
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """What the file at `path` holds, without building the network.
+
+    Raises:
+        FileError: it is not a packed network, or a damaged one.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.stat().st_size > _MAX_FILE:
+        raise h.FileError(f"{path} has more than {_MAX_FILE:,} bytes: no network is packed in it")
+    try:
+        return unpack(path.read_bytes())
+    except h.FileError as error:
+        raise h.FileError(f"{path} cannot be read as a packed network: {error}") from error
+
+
+def unpack(data: bytes) -> Contents:
+    """What the bytes of a file hold; see `read`."""
+    streams = _streams(data)
+    text = streams.pop("header").numpy().tobytes()
+    if text[:4] != checksum(text[4:], streams):
+        raise h.FileError("it is damaged: its checksum is another")
+    return _Unpacker(h.from_bytes(text[4:]), streams).run(len(data))
+
+
+def _streams(data: bytes) -> dict[str, Tensor]:
+    """The container's tensors, flat and whole."""
+    try:
+        streams = safetensors.torch.load(data)
+    except Exception as error:  # safetensors' own, and those of types that torch does not have
+        raise h.FileError(
+            f"it is no safetensors file, or a damaged one ({_line(error)})"
+        ) from error
+    if "header" not in streams:
+        raise h.FileError("it is a safetensors file, but no network packed by selfcompress")
+    for name, stream in streams.items():
+        dtype = torch.uint8 if name in _OCTETS else DTYPES.get(name)
+        if stream.dtype != dtype or stream.dim() != 1:
+            raise h.FileError(f"it has a tensor {name!r} that does not belong there")
+    return streams
+
+
+class _Unpacker:
+    """Takes the streams apart as the header says."""
+
+    def __init__(self, header: h.Header, streams: dict[str, Tensor]) -> None:
+        self.header = header
+        self._check_sizes()
+        bits, self.coded = (
+            streams.pop(name, torch.zeros(0, dtype=torch.uint8)).numpy()
+            for name in ("bits", "coded")
+        )
+        self.numbers = streams
+        self.used = dict.fromkeys(streams, 0)  # numbers used, by type
+        depths = -(-sum(layer.live for layer in header.layers) // 2)
+        placed = sum(layer.placement_bits for layer in header.layers)
+        placed += sum(norm.placement_bits for norm in header.norms)
+        placement = -(-placed // 8)
+        if len(bits) < depths + placement:
+            raise h.FileError("there are fewer bits than there should be")
+        self.depths, placement_bits, self.bits = np.split(bits, [depths, depths + placement])
+        self.placement = np.unpackbits(placement_bits, bitorder="little").astype(bool)
+
+    def run(self, file_bytes: int) -> Contents:
+        placement_bytes = -(-len(self.placement) // 8)
+        layers, tensors = self._layers(), {}
+        exponent_bytes = self._bytes_used()
+        norms = {n.name: self._placement(n.entries, n.entries, n) for n in self.header.norms}
+        for entry in self.header.tensors:
+            tensors[entry.name] = self._numbers(entry.dtype, entry.numel).view(entry.shape)
+        if any(self.used[name] != len(stream) for name, stream in self.numbers.items()):
+            raise h.FileError("there are more numbers than there should be")
+        parts = {
+            "integers": len(self.bits) + len(self.coded),
+            "formats": len(self.depths) + exponent_bytes,
+            "placement": placement_bytes,
+            "floats": self._bytes_used() - exponent_bytes,
+        }
+        size = Bytes(**parts, names=file_bytes - sum(parts.values()))
+        return Contents(self.header, layers, norms, tensors, size)
+
+    def _bytes_used(self) -> int:
+        return sum(self.numbers[name].element_size() * n for name, n in self.used.items())
+
+    def _check_sizes(self) -> None:
+        """Refuse what claims to be huge before any of it is made."""
+        header = self.header
+        named: list[h.Layer | h.Norm | h.FloatLayer] = [
+            *header.layers, *header.norms, *header.float_layers
+        ]  # fmt: skip
+        if sum(entry.in_width + entry.out_width for entry in named) > h.MAX_CHANNELS:
+            raise h.FileError(f"it claims to have more than {h.MAX_CHANNELS:,} channels")
+        numbers = [layer.rows * layer.fan_in for layer in header.layers]
+        if sum(numbers) + sum(tensor.numel for tensor in header.tensors) > h.MAX_NUMBERS:
+            raise h.FileError(f"it claims to hold more than {h.MAX_NUMBERS:,} numbers")
+        for layer in header.layers:
+            if len(layer.shape) < 2 or layer.live > layer.rows:
+                raise h.FileError(f"the shape of layer {layer.name} makes no sense")
+        if h.weights_without_bits(header.layers) > h.MAX_WITHOUT_BITS:
+            raise h.FileError("it claims to have too many rows without bits")
+        for group in (header.layers, header.norms, header.float_layers, header.tensors):
+            if len({entry.name for entry in group}) != len(group):  # type: ignore[attr-defined]
+                raise h.FileError("the header names something twice")
+
+    def _layers(self) -> dict[str, LayerContents]:
+        entries = self.header.layers
+        depths = self._depths(sum(entry.live for entry in entries))
+        placed = []
+        for entry in entries:
+            rows, columns = self._placement(entry.rows, entry.columns, entry)
+            groups = np.cumsum(self._bits(entry.rows)) - 1 if entry.grouped else None
+            live = np.ones(entry.rows, bool) if entry.live == entry.rows else self._bits(entry.rows)
+            if live.sum() != entry.live or (groups is not None and groups[:1].any()):
+                raise h.FileError(f"the placement of layer {entry.name} is damaged")
+            depth = np.zeros(entry.rows, np.int64)
+            depth[live], depths = depths[: entry.live], depths[entry.live :]
+            placed.append((rows, columns, groups, depth))
+        coded = self._integers([depth for *_, depth in placed])
+        layers = {}
+        for entry, (rows, columns, groups, depth), values in zip(
+            entries, placed, coded, strict=True
+        ):
+            exponents = torch.zeros(entry.rows, dtype=_dtype(entry.exponent_dtype))
+            exponents[torch.from_numpy(depth > 0)] = self._numbers(entry.exponent_dtype, entry.live)
+            layers[entry.name] = LayerContents(rows, columns, groups, depth, values, exponents)
+        return layers
+
+    def _depths(self, count: int) -> np.ndarray:
+        depths = np.stack([self.depths & 15, self.depths >> 4], 1).ravel()
+        return depths[:count].astype(np.int64) + 1
+
+    def _integers(self, depths: list[np.ndarray]) -> list[np.ndarray]:
+        """(rows, fan-in) of each layer, from the bit depths of its rows."""
+        groups, places = [], []
+        for entry, depth in zip(self.header.layers, depths, strict=True):
+            for bits in np.unique(depth[depth > 0]).tolist():
+                which = np.flatnonzero(depth == bits)
+                groups.append((bits, len(which) * entry.fan_in))
+                places.append((entry.name, which))
+        try:
+            values = integers.decode(self.bits, self.coded, groups)
+        except integers.DamagedIntegersError as error:
+            raise h.FileError(str(error)) from error
+        found = {e.name: np.zeros((e.rows, e.fan_in), np.int32) for e in self.header.layers}
+        for (name, which), group in zip(places, values, strict=True):
+            found[name][which] = group.reshape(len(which), -1)
+        return list(found.values())
+
+    def _placement(
+        self, rows: int, columns: int, entry: h.Layer | h.Norm
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for count, width in ((rows, entry.out_width), (columns, entry.in_width)):
+            indices = np.arange(width) if count == width else np.flatnonzero(self._bits(width))
+            if len(indices) != count:
+                raise h.FileError(f"the placement of {entry.name} is damaged")
+            found.append(indices)
+        return found[0], found[1]
+
+    def _bits(self, count: int) -> np.ndarray:
+        bits, self.placement = self.placement[:count], self.placement[count:]
+        return bits
+
+    def _numbers(self, dtype_name: str, count: int) -> Tensor:
+        """The next `count` numbers of a type."""
+        dtype = _dtype(dtype_name)
+        stored = str(stored_dtype(dtype, self.header.half)).removeprefix("torch.")
+        if count == 0:
+            return torch.zeros(0, dtype=dtype)
+        begin = self.used.get(stored, 0)
+        if stored not in self.numbers or len(self.numbers[stored]) < begin + count:
+            raise h.FileError(f"there are fewer numbers of type {stored} than there should be")
+        self.used[stored] = begin + count
+        return self.numbers[stored][begin : begin + count].to(dtype)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise h.FileError(f"it holds numbers of an unknown type {name!r}")
+    return DTYPES[name]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

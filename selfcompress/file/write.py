@@ -1,0 +1,284 @@
+"""Write a network into a packed file."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from selfcompress.disk import write_atomically
+from selfcompress.file import header as h
+from selfcompress.file import integers
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    PlacedBatchNorm,
+    QuantizedLayer,
+    _QuantConv,
+    quantized_layers,
+)
+from selfcompress.quantizer import integer_depth, quantized_integers
+from selfcompress.size import measure
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+        torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""By name: the types of numbers that a file can hold."""
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    about: h.About | None = None,
+    *,
+    fold_norms: bool = False,
+    half: bool = False,
+    entropy_coding: bool = True,
+) -> int:
+    """Write `model` to `path`, whole or not at all; the size of the file, in bytes.
+
+    Everything the network needs is in it but its code: `load` has it built first. Read in a fresh
+    process, it computes the same logits bit for bit, unless `fold_norms` or `half` is set.
+
+    Args:
+        model: with or without quantised layers; it stays as it is.
+        about: what else to note: class names, normalisation, γ, accuracy, how to build it.
+        fold_norms: keep of every batch norm its two coefficients instead of mean, variance,
+            weight and bias. For evaluation alone.
+        half: store floats, the exponents among them, as float16.
+        entropy_coding: code integers by how often they occur, where that is shorter.
+
+    Raises:
+        ValueError: something is not finite (perhaps for float16 only) or of a type that cannot be
+            stored; nothing has been written.
+        OSError: the file cannot be written.
+    """
+    content = pack(model, about, fold_norms=fold_norms, half=half, entropy_coding=entropy_coding)
+    write_atomically(Path(path), content)
+    return len(content)
+
+
+@torch.no_grad()
+def pack(
+    model: nn.Module,
+    about: h.About | None = None,
+    *,
+    fold_norms: bool = False,
+    half: bool = False,
+    entropy_coding: bool = True,
+) -> bytes:
+    """What `save` writes."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) holds
+    layers = quantized_layers(model)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
+    folded = {n for n, norm in norms.items() if fold_norms and _can_be_folded(norm)}
+    tensors = dict(_other_tensors(model, layers, norms, folded))
+    size = measure(model, None, 1)
+    header = h.Header(
+        format=h.FORMAT,
+        version=h.VERSION,
+        channels_last=any(_is_channels_last(layer.weight) for layer in layers.values()),
+        half=half,
+        q_bits=round(size.q_bits),
+        stored_bits=size.stored_bits,
+        layers=[_layer(name, layer) for name, layer in layers.items()],
+        norms=[
+            h.Norm(name, m.num_features, m.in_width, m.out_width, name in folded)
+            for name, m in norms.items()
+        ],
+        float_layers=[
+            h.FloatLayer(name, *_widths(module))
+            for name, module in model.named_modules()
+            if isinstance(module, FLOAT_LAYERS) and not isinstance(module, QuantizedLayer)
+        ],
+        tensors=[h.Tensor(n, _dtype(n, t), list(t.shape)) for n, t in tensors.items()],
+        about=h.check_about(about or h.About()),
+    )
+    if h.weights_without_bits(header.layers) > h.MAX_WITHOUT_BITS:
+        raise ValueError("the model has too many rows without bits: cut them out first")
+    depths: list[np.ndarray] = []
+    groups: list[integers.Group] = []
+    exponents: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        _require_finite(name, layer)
+        depth = integer_depth(layer.bit_depth)
+        depths.append(_numpy(depth[depth > 0]).astype(np.uint8))
+        groups += _groups(layer)
+        exponents[f"{name}.exponent"] = layer.exponent[depth > 0]
+    placement = [*map(_layer_placement, layers.values()), *map(_placement, norms.values())]
+    coded = integers.encode(groups, entropy_coding)
+    bits = [_nibbles(_joined(depths, np.uint8)), _packed(_joined(placement, bool)), coded["bits"]]
+    streams = {
+        "bits": torch.from_numpy(np.concatenate(bits)),
+        "coded": torch.from_numpy(coded["coded"]),
+        **_by_type(exponents | tensors, half),
+    }
+    streams = {name: stream for name, stream in streams.items() if stream.numel()}
+    text = h.to_bytes(header)
+    text = checksum(text, streams) + text
+    return safetensors.torch.save(
+        {"header": torch.frombuffer(bytearray(text), dtype=torch.uint8), **streams}
+    )
+
+
+def checksum(header: bytes, streams: dict[str, Tensor]) -> bytes:
+    """CRC-32 of the header and of the names, types and contents of the other streams."""
+    crc = zlib.crc32(header)
+    for name in sorted(streams):
+        crc = zlib.crc32(f"{name} {streams[name].dtype};".encode(), crc)
+        crc = zlib.crc32(_numpy(streams[name].contiguous().view(torch.uint8)).data, crc)
+    return crc.to_bytes(4, "little")
+
+
+def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
+    return h.Layer(
+        name=name,
+        shape=list(layer.weight.shape),
+        row_dim=layer.row_dim,
+        in_width=layer.in_width,
+        out_width=layer.out_width,
+        columns=len(layer.columns),
+        live=int(layer.live_rows().sum()),
+        grouped=isinstance(layer, _QuantConv) and layer.grouped,
+        dtype=_dtype(name, layer.weight),
+        exponent_dtype=_dtype(name, layer.exponent),
+    )
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    ins, outs = ("in_features", "out_features") if isinstance(layer, nn.Linear) else (
+        "in_channels", "out_channels",
+    )  # fmt: skip
+    return getattr(layer, ins), getattr(layer, outs)
+
+
+def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
+    """The integers of the rows of each bit depth."""
+    depth = integer_depth(layer.bit_depth)
+    values = quantized_integers(
+        layer.weight_by_row(), layer.bit_depth, layer.exponent, integer_bits=layer.integer_bits
+    )
+    for bits in depth[depth > 0].unique().tolist():
+        yield int(bits), _numpy(values[depth == bits]).ravel()
+
+
+def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
+    parts = [_placement(layer)]
+    if isinstance(layer, _QuantConv) and layer.grouped:
+        group = _numpy(layer.slots) // layer.group_width
+        parts.append(np.diff(group, prepend=-1) > 0)
+    live = _numpy(layer.live_rows())
+    if not live.all():
+        parts.append(live)
+    return np.concatenate(parts)
+
+
+def _placement(module: QuantizedLayer | PlacedBatchNorm) -> np.ndarray:
+    """Which output channels there are rows or entries for, and which inputs they read."""
+    parts = [np.zeros(0, bool)]
+    for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):
+        assert bool((indices.diff() > 0).all())  # surgery keeps their order
+        if len(indices) < width:
+            parts.append(np.isin(np.arange(width), _numpy(indices)))
+    return np.concatenate(parts)
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([*parts, np.zeros(0, dtype)])
+
+
+def _packed(bits: np.ndarray) -> np.ndarray:
+    return np.packbits(bits, bitorder="little")
+
+
+def _nibbles(depths: np.ndarray) -> np.ndarray:
+    """(n,) bit depths from 1 to 16 → half as many bytes."""
+    low = np.append(depths - 1, np.zeros(len(depths) % 2, np.uint8))
+    packed: np.ndarray = low[0::2] | (low[1::2] << 4)
+    return packed
+
+
+def _other_tensors(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    norms: dict[str, PlacedBatchNorm],
+    folded: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that are not quantised, as they are to be stored."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        owner, _, key = name.rpartition(".")
+        if not is_stored(key, owner in layers, owner in folded):
+            continue
+        if owner in folded:
+            scale, shift = _folded(norms[owner])
+            tensor = scale if key == "weight" else shift
+        yield name, tensor
+
+
+def is_stored(key: str, of_quantized_layer: bool, of_folded_norm: bool) -> bool:
+    """Whether a parameter or buffer named `key` is among the header's tensors."""
+    if of_quantized_layer and key in ("weight", "bit_depth", "exponent"):
+        return False
+    if of_folded_norm and key in ("running_mean", "running_var"):
+        return False
+    return key != "num_batches_tracked"
+
+
+def _can_be_folded(norm: PlacedBatchNorm) -> bool:
+    return norm.weight is not None and norm.bias is not None and norm.running_var is not None
+
+
+def _folded(norm: PlacedBatchNorm) -> tuple[Tensor, Tensor]:
+    """The coefficients of y = scale · x + shift, which the norm is in evaluation."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _by_type(tensors: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """All tensors of a type one after the other, flat, by the type's name."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        stored = stored_dtype(tensor.dtype, half)
+        flat = tensor.detach().cpu().to(stored).flatten()
+        if tensor.is_floating_point() and flat.isfinite().sum() < tensor.isfinite().sum():
+            raise ValueError(f"{name} has values too large for float16: save it with half=False")
+        parts.setdefault(_dtype(name, flat), []).append(flat)
+    return {name: torch.cat(flats) for name, flats in parts.items()}
+
+
+def stored_dtype(dtype: torch.dtype, half: bool) -> torch.dtype:
+    """The type that a tensor of type `dtype` is stored in."""
+    return torch.float16 if half and dtype.is_floating_point else dtype
+
+
+def _dtype(name: str, tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is of type {dtype}, which cannot be stored")
+    return dtype
+
+
+def _require_finite(name: str, layer: QuantizedLayer) -> None:
+    if not all(p.isfinite().all() for p in (layer.weight, layer.bit_depth, layer.exponent)):
+        raise ValueError(f"the weights or formats of layer {name} are not finite")
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    layout = torch.channels_last
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=layout) and (
+        not weight.is_contiguous()
+    )  # fmt: skip
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    return array
