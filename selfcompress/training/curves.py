@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from selfcompress.disk import write_atomically
@@ -135,6 +135,10 @@ def _curve(groups: Sequence[Group]) -> Figure | None:
     some = groups[0].results[0].summary
     if some["model"] == "resnet9" and some["dataset"].startswith("cifar10"):
         right.plot(PAPER_PERCENT, PAPER_ACCURACY, "--", color="#c05621", label=PAPER)
+        low, high = right.get_xlim()
+        right.set_xlim(min(low, 0.2), max(high, 8))
+    for axes in (left, right):
+        _log_ticks(axes.xaxis)
     right.legend(loc="lower right", fontsize=9, frameon=False)
     figure.suptitle(_what(groups) + "; numbers at points: γ", fontsize=11)
     figure.draw_without_rendering()  # what labels must not overlap has its place from here on
@@ -149,6 +153,7 @@ def _weight_curve(groups: Sequence[Group]) -> Figure | None:
     figure = Figure(figsize=(7.5, 5.2), layout="constrained")
     axes = figure.subplots()
     _scatter(axes, groups, _weights_left)
+    _log_ticks(axes.xaxis)
     axes.set_xlabel("weights left, % of those at the start")
     axes.set_ylabel("test accuracy, %")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
@@ -161,6 +166,9 @@ def _weight_curve(groups: Sequence[Group]) -> Figure | None:
 def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float]) -> None:
     """Runs, their means, the front of the means, and the float baseline as a band."""
     axes.set_xscale("log")
+    sizes = [size(result) for group in _compressed(groups) for result in group.results]
+    room = max(1.2, (max(sizes) / min(sizes)) ** 0.08)  # where all sizes are the same, too
+    axes.set_xlim(min(sizes) / room, max(sizes) * room)
     means = []
     for group in groups:
         accuracy, spread = group.mean_std(_accuracy)
@@ -180,8 +188,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float
             fmt="o", ms=6, mfc="white", mec=BLUE, mew=1.4, ecolor=BLUE, elinewidth=1, zorder=3,
         )  # fmt: skip
     axes.plot(*zip(*front(means), strict=True), "-", color=BLUE, lw=1.4, label="front of the means")
-    axes.margins(0.08)
-    _log_ticks(axes.xaxis)
+    axes.margins(y=0.08)
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -189,7 +196,11 @@ def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float
 def _log_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as fit."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(6))
+    if high > 6 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -207,7 +218,8 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())
-    around = [(1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+    # Above to the left and below to the right first: the front rises to the right.
+    around = [(-1, 1), (1, -1), (1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
     places = list(itertools.product((7, 14, 22, 32, 44), around))
     for group in _spread(named):
         text = axes.annotate(

@@ -175,6 +175,7 @@ class Run:
         image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
         write_atomically(self.folder.path / runs.WIDTHS, image)
         board.write_widths(image, self.epochs - 1)
+        board.write_hyperparameters(summary)
         board.close()
         self.folder.write_summary(summary)
         print(self._result(summary))
