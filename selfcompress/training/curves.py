@@ -293,6 +293,7 @@ def _over_epochs(
     if few or any(not group.gamma for group in groups):
         axes.legend(fontsize=9, frameon=False)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(_what(groups), fontsize=11)
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)

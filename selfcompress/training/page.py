@@ -26,7 +26,6 @@ th, td { padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #ddd 
 th { cursor: pointer; border-bottom: 2px solid #888 }
 th:first-child, td:first-child { text-align: left }
 th[aria-sort=ascending]::after { content: " ▲" } th[aria-sort=descending]::after { content: " ▼" }
-tr.front td { background: #e8f1fa }
 </style>
 <h1>$title</h1>
 $figures

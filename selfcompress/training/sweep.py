@@ -113,7 +113,8 @@ class Plan:
         """
         names = {file.name for file in self.root.iterdir()} if self.root.exists() else set()
         there = sorted(self.root.glob(f"*/{runs.CONFIG}"))
-        if runs.CONFIG in names or (names - {LOCK, LOGS} and not there):
+        ours = not names - {LOCK} or LOGS in names or there
+        if runs.CONFIG in names or not ours:
             raise UserError(
                 f"{self.root} holds files but no sweep's runs; choose another --run-dir"
             )
