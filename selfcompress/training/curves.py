@@ -97,7 +97,11 @@ def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
 
 def _drawn(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    if kind == "png":
+        figure.savefig(buffer, format=kind, dpi=130)
+    else:
+        with matplotlib.rc_context({"svg.hashsalt": "selfcompress"}):  # the same for the same runs
+            figure.savefig(buffer, format=kind, metadata={"Date": None})
     return buffer.getvalue()
 
 
@@ -220,20 +224,20 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
         taken.append(legend.get_window_extent())
     # Above to the left and below to the right first: the front rises to the right.
     around = [(-1, 1), (1, -1), (1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
-    places = list(itertools.product((7, 14, 22, 32, 44), around))
     for group in _spread(named):
         text = axes.annotate(
             f"{group.gamma:g}", points[group], (0, 0), textcoords="offset points", fontsize=8,
-            va="center", path_effects=[withStroke(linewidth=2, foreground="white")],
+            ha="center", va="center", path_effects=[withStroke(linewidth=2, foreground="white")],
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
-        for distance, (right, up) in places:
-            text.set_position((distance * right, distance * up))
-            text.set_horizontalalignment("left" if right > 0 else "right" if right else "center")
-            text.get_window_extent()  # moves it
-            box = Text.get_window_extent(text).padded(unit)  # without the line to the point
+        text.get_window_extent()  # gives it its place
+        extent = Text.get_window_extent(text).padded(unit)  # without the line to the point
+        for distance, (right, up) in itertools.product((7, 14, 22, 32, 44), around):
+            dx, dy = right * (distance * unit + extent.width / 2), up * distance * unit
+            box = extent.translated(dx, dy)
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
             if inside and not box.count_overlaps(taken):
+                text.set_position((dx / unit, dy / unit))
                 taken.append(box)
                 break
         else:
