@@ -1,6 +1,7 @@
 """Networks that compress themselves while they train (Cséfalvay & Imber, arXiv 2301.13142)."""
 
 from selfcompress.compressor import Compressor
+from selfcompress.dense import to_dense
 from selfcompress.file.header import About, Architecture, FileError
 from selfcompress.file.load import load
 from selfcompress.file.write import save
@@ -25,4 +26,5 @@ __all__ = [
     "fake_quantize",
     "load",
     "save",
+    "to_dense",
 ]
