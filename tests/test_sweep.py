@@ -295,6 +295,14 @@ def alive(pid: int) -> bool:
     return not (status.exists() and "State:\tZ" in status.read_text())
 
 
+def assert_ended(processes: list[int], seconds: float = 5) -> None:
+    """In a moment, at most."""
+    deadline = time.monotonic() + seconds
+    while any(map(alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, processes))
+
+
 def pids(folder: Path, count: int, seconds: float = 30) -> list[int]:
     """The process ids that scripts wrote into `folder`, once there are `count`."""
     deadline = time.monotonic() + seconds
@@ -328,10 +336,13 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert all(map(alive, running))
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
-    while any(map(alive, running)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, running))
+    assert_ended(running)
+
+
+def children(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, its_parent in pairs if int(its_parent) == parent]
 
 
 OPTIONS = (
@@ -359,14 +370,12 @@ def test_a_sweep_killed_in_the_middle_is_finished_by_the_same_command(tmp_path: 
         if len(lengths) == 2 and min(lengths) >= 2:
             break
         time.sleep(0.02)
+    orphans = children(first.pid)
+    assert len(orphans) == 2
     first.kill()
     first.wait()
     second = start(killed)  # at once
-    time.sleep(1.5)  # the second has hardly begun: who writes now is an orphan
-    before = {f: f.stat().st_mtime_ns for f in killed.rglob("*") if f.is_file()}
-    time.sleep(0.5)
-    after = {f: f.stat().st_mtime_ns for f in killed.rglob("*") if f.is_file()}
-    assert before == after
+    assert_ended(orphans)
     assert not list(killed.glob(f"*/{runs.SUMMARY}"))  # so it was in the middle
     out, err = second.communicate(timeout=300)
     assert (second.returncode, err) == (0, ""), out

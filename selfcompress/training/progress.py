@@ -51,7 +51,7 @@ class Progress:
         if now - self.drawn < REDRAW:
             return
         self.drawn = now
-        table = Table("running", "epoch", "test accuracy", "stored", "for", box=None)
+        table = Table("running", "epoch", "test accuracy", "stored", "time", box=None)
         for name in sorted(running):
             rows = epochs(self.folders[name])
             self.epochs[name] = len(rows)
