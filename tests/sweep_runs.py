@@ -66,10 +66,10 @@ def make_sweep(root: Path, gammas: list[float], seeds: int = 2, dataset: str = "
 if __name__ == "__main__":  # python sweep_runs.py --gamma G --seed S --run-dir DIR, as train.py
     arguments = dict(zip(sys.argv, sys.argv[1:], strict=False))
     folder = Path(arguments["--run-dir"])
+    float_baseline = "--float" in sys.argv
     print(f"training {folder.name}")
     orders = folder.parent.parent / "orders.py"  # a test's, if this is to go differently
     if orders.exists():
         exec(orders.read_text())
-    float_baseline = "--float" in sys.argv
     gamma = None if float_baseline else float(arguments.get("--gamma", 0.01))
     make_run(folder, gamma, int(arguments.get("--seed", 0)))

@@ -21,6 +21,7 @@ from selfcompress.training import sweep as library
 from selfcompress.training.config import Config
 from selfcompress.training.lock import hold
 from selfcompress.training.pool import Ended, run_all
+from selfcompress.training.progress import Progress
 from selfcompress.training.sweep import Sweep, arguments, plan
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +215,7 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
     orders.write_text("if 'gamma0.01-' in str(folder): sys.exit('error: out of [paper]')")
     code, out, err = cli(*GAMMAS, "--jobs", 3, "--run-dir", root)
     assert code == 1
-    assert "gamma0.01-seed0 FAILED\n    training gamma0.01-seed0\n    error: out of [paper]" in out
+    assert "gamma0.01-seed0 FAILED\n    error: out of [paper]\n" in out
     assert "4 of 6 done, 2 failed" in out
     assert_refused((code, out, err), "2 of 6 runs failed (gamma0.01-seed0, gamma0.01-seed1)")
     assert len((root / "results.csv").read_text().splitlines()) == 5  # of those that did not
@@ -226,10 +227,10 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
 
 
 def test_killed_runs_are_told_by_their_signal(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "orders.py").write_text("import os; os.kill(os.getpid(), 9)")
+    (tmp_path / "orders.py").write_text("import os; sys.stdout.flush(); os.kill(os.getpid(), 9)")
     code, out, err = cli(*GAMMAS, "--run-dir", tmp_path / "sweep")
     assert code == 1
-    assert "ended by SIGKILL" in out
+    assert "float-seed0 FAILED\n    training float-seed0\n    ended by SIGKILL\n" in out
     assert_refused((code, out, err), "6 of 6 runs failed")
 
 
@@ -321,8 +322,31 @@ def test_leaving_the_pool_ends_its_processes(tmp_path: Path) -> None:
     next(pool)
     running = pids(tmp_path, 2)
     assert all(map(alive, running))
-    pool.close()  # type: ignore[attr-defined]  # as an exception in the loop does
+    pool.close()
     assert not any(map(alive, running))
+
+
+def test_ctrl_c_ends_what_runs_and_the_same_command_goes_on(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "sweep"
+    wait = WAIT.replace("os.path.dirname(__file__)", "folder.parent.parent")
+    (tmp_path / "orders.py").write_text(f"if float_baseline or 'seed1' in folder.name: {wait}")
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            if len(list(tmp_path.glob("*.pid"))) == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Progress, "show", interrupt)
+        code, out, err = cli(*GAMMAS, "--jobs", 2, "--run-dir", root)
+    assert (code, err) == (130, "\nstopped; the same command finishes what is missing\n")
+    assert not any(map(alive, pids(tmp_path, 2)))
+    assert out.count(" done: ") == 2  # of seed 0
+    (tmp_path / "orders.py").unlink()
+    code, out, _ = cli(*GAMMAS, "--jobs", 2, "--run-dir", root)
+    assert code == 0
+    assert out.count("started") == 4
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

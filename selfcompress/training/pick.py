@@ -1,5 +1,4 @@
-"""Which of many runs to take: the most accurate that is small enough, or the smallest that is
-accurate enough."""
+"""Which run to take: the most accurate that is small enough, or the smallest that is accurate."""
 
 import re
 from pathlib import Path

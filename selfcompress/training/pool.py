@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class Ended:
 
 def run_all(
     scripts: Mapping[str, Sequence[str]], jobs: int, logs: Path, gpus: Sequence[str] = ()
-) -> Iterator[tuple[set[str], list[Ended]]]:
-    """Run Python scripts, at most `jobs` at a time, in order; leaving the iterator ends them.
+) -> Generator[tuple[set[str], list[Ended]], None, None]:
+    """Run Python scripts, at most `jobs` at a time, in order; closing the generator ends them.
 
     Args:
         scripts: by name, the script's path and its arguments.
@@ -90,8 +90,12 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _last_lines(log: Path, start: int, code: int, count: int = 3) -> list[str]:
-    """The last lines of the log from `start` on, and the signal if one ended the process."""
+    """What the log tells from `start` on, and the signal if one ended the process.
+
+    That is its errors, lines that begin with "error: ", if there are any, or else its last lines.
+    """
     content = log.read_bytes()[start:] if log.exists() else b""
     lines = [line for line in content.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
     ending = [f"ended by {signal.Signals(-code).name}"] if code < 0 else []
-    return lines[-count:] + ending
+    return (errors or lines)[-count:] + ending

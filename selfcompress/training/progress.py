@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, folders: dict[str, Path], length: int, done: Collection[Result]) -> None:
         self.folders, self.length = folders, length
-        self.done, self.failed = list(done), 0
+        self.done, self.failed = list(done), set[str]()
         self.epochs = {name: len(epochs(folder)) for name, folder in folders.items()}
         self.started = self.drawn = time.monotonic()
         self.epochs_before = sum(self.epochs.values())
@@ -70,13 +70,13 @@ class Progress:
 
     def failure(self, name: str, lines: list[str]) -> None:
         """A run failed, and these are the last lines that it printed."""
-        self.failed += 1
+        self.failed.add(name)
         self._print("\n    ".join([f"{name} FAILED", *lines]))
 
     def state(self, running: int | None = None) -> str:
         """Counts, the best run so far, and the time left, in one line."""
         counts = [] if running is None else [f"{running} running"]
-        counts += [f"{len(self.done)} of {len(self.folders)} done", f"{self.failed} failed"]
+        counts += [f"{len(self.done)} of {len(self.folders)} done", f"{len(self.failed)} failed"]
         compressed = [r for r in self.done if r.gamma is not None]
         if compressed:
             best = max(compressed, key=lambda r: (r.accuracy, -r.file_bytes))
@@ -84,7 +84,8 @@ class Progress:
         now = sum(self.epochs.values())
         if now > self.epochs_before:
             pace = (time.monotonic() - self.started) / (now - self.epochs_before)
-            left = pace * (self.length * len(self.folders) - now)
+            ahead = self.folders.keys() - self.failed
+            left = pace * sum(self.length - self.epochs[name] for name in ahead)
             counts.append(f"about {_duration(left)} left")
         return ", ".join(counts)
 

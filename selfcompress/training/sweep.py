@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -210,6 +211,8 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
     if sweep.list_commands:
         print("\n".join(shlex.join([sys.executable, *words]) for words in scripts.values()))
         return 0
+    for warning in planned.resolved.without_effect():
+        print(f"warning: {warning}", file=sys.stderr)
     planned.done()  # refuses a folder before anything is written to it
     with hold(planned.root, "sweep"):
         done = planned.done()
@@ -236,14 +239,17 @@ def _train(
     finished = {result.name for result in done}
     missing = {name: words for name, words in scripts.items() if name not in finished}
     print(
-        f"{len(scripts)} runs in {planned.root}, {len(finished)} of them done; "
-        f"{min(sweep.jobs, len(missing))} at a time on {cores()} cores"
+        f"{len(scripts)} runs in {planned.root}, {len(finished)} of them done"
+        + (f"; {min(sweep.jobs, len(missing))} at a time on {cores()} cores" if missing else "")
     )
     logs = planned.root / LOGS
     logs.mkdir(exist_ok=True)
     failed = []
-    with Progress(planned.folders, planned.resolved.epochs, done) as progress:
-        for running, ended in run_all(missing, sweep.jobs, logs, _gpus(sweep)):
+    with (
+        Progress(planned.folders, planned.resolved.epochs, done) as progress,
+        closing(run_all(missing, sweep.jobs, logs, _gpus(sweep))) as pool,
+    ):
+        for running, ended in pool:
             for end in ended:
                 folder = planned.folders[end.name]
                 result = read(folder) if end.code == 0 else None
