@@ -14,6 +14,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep_runs import make_run
+from torchvision.datasets import CIFAR10
 
 import sweep as script
 from selfcompress.training import runs
@@ -104,6 +105,19 @@ def test_the_plan_is_one_idempotent_command_per_run(cli: Cli, tmp_path: Path) ->
         else:
             assert f"gamma{config.gamma:g}-" in name
             assert (config.bits, config.exclude) == (2, ("prep.conv", "linear"))
+
+
+def test_a_sweep_falls_back_to_digits_as_a_run_does(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10, "url", "https://invalid.invalid/cifar.tar.gz")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("--gammas", "0.1", "--seeds", 1, "--list")
+    assert code == 0
+    assert "TRAINING ON DIGITS INSTEAD" in err
+    assert out.count("--dataset digits") == 2
+    assert out.count("runs/sweep-digits-resnet9-w64/") == 2
+    assert_refused(cli("--gammas", "0.1", "--dataset", "cifar10"), "cifar10")
 
 
 optional = st.none() | st.integers(1, 99)
@@ -220,6 +234,11 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
     assert_refused((code, out, err), "2 of 6 runs failed (gamma0.01-seed0, gamma0.01-seed1)")
     assert len((root / "results.csv").read_text().splitlines()) == 5  # of those that did not
 
+    orders.write_text("sys.exit('error: something else')")
+    code, out, _ = cli(*GAMMAS, "--run-dir", root)
+    assert code == 1
+    assert out.count("something else") == 2
+    assert "out of [paper]" not in out  # that was the last time
     orders.unlink()
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
     assert code == 0
