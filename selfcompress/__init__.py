@@ -2,6 +2,7 @@
 
 from selfcompress.compressor import Compressor
 from selfcompress.dense import to_dense
+from selfcompress.export import ExportError, export_onnx
 from selfcompress.file.header import About, Architecture, FileError
 from selfcompress.file.load import load
 from selfcompress.file.write import save
@@ -16,6 +17,7 @@ __all__ = [
     "Architecture",
     "Compressor",
     "CutError",
+    "ExportError",
     "FileError",
     "LayerReport",
     "LayerSize",
@@ -23,6 +25,7 @@ __all__ = [
     "Report",
     "Size",
     "apply_plan",
+    "export_onnx",
     "fake_quantize",
     "load",
     "save",
