@@ -164,7 +164,7 @@ class Export(_OnNetwork):
 
 @dataclass(frozen=True, kw_only=True)
 class Pick:
-    """Find the most accurate of many runs that is small enough, or the smallest that is accurate."""
+    """Find the most accurate run that is small enough, or the smallest that is accurate enough."""
 
     runs: tyro.conf.Positional[Path]
     """A folder with runs of one dataset in it, such as a sweep's."""

@@ -107,7 +107,7 @@ def test_the_means_and_the_baseline_are_where_the_runs_are(tmp_path: Path) -> No
     figure = curves._curve(groups(tmp_path))
     assert figure is not None
     lines = [np.column_stack(line.get_data()) for line in figure.axes[0].get_lines()]
-    drawn = {(float(x), float(y)) for x, y in np.concatenate(lines).round(6)}
+    drawn = {(float(x), float(y)) for x, y in np.concatenate(lines).astype(float).round(6)}
     for result in results:
         if result.gamma is not None:
             assert (result.file_bytes / 1000, round(100 * result.accuracy, 6)) in drawn
