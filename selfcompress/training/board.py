@@ -17,6 +17,10 @@ from selfcompress.layers import quantized_layers
 from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 
+# What HPARAMS shows; TensorBoard begins with the first five options, by name, so γ has to be there.
+HPARAMS_OPTIONS = (
+    "bits", "dataset", "epochs", "gamma", "lr", "model", "seed", "weight_decay", "width",
+)  # fmt: skip
 HPARAMS_METRICS = (
     "val/accuracy", "size/file_bytes", "size/stored_percent", "size/weights_percent",
     "time/epoch_seconds",
@@ -60,10 +64,11 @@ class Board:
         self.writer.add_image("widths", torch.from_numpy(pixels), epoch, dataformats="HWC")
 
     def write_hyperparameters(self, summary: dict[str, Any]) -> None:
-        """A finished run's line in HPARAMS: its configuration beside what it came to."""
+        """A finished run's line in HPARAMS: its options beside what it came to."""
         epoch = summary["epochs"] - 1
         self.writer.add_scalar("size/file_bytes", summary["file_bytes"], epoch)
-        chosen = {k: v for k, v in summary["config"].items() if isinstance(v, int | float | str)}
+        config = summary["config"]
+        chosen = {name: config[name] for name in HPARAMS_OPTIONS if config[name] is not None}
         shown = dict.fromkeys(HPARAMS_METRICS)  # the scalars of these names that are there already
         for part in hparams(chosen, shown):
             self.writer._get_file_writer().add_summary(part)
