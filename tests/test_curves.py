@@ -78,6 +78,18 @@ def test_every_figure_is_a_png_and_an_svg(tmp_path: Path) -> None:
     assert write_figures(read_all(tmp_path), tmp_path)[0].svg == pictures[0].svg
 
 
+def test_a_network_without_weights_is_drawn_like_others(tmp_path: Path) -> None:
+    make_sweep(tmp_path, THREE)
+    metrics = tmp_path / "gamma0.3-seed0" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[-1]["size"]["weights_percent"] = 0
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(write_figures(read_all(tmp_path), tmp_path)) == 5
+    (tmp_path / "gamma0.3-seed1" / "metrics.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_all(tmp_path)
+
+
 def test_a_sweep_of_which_only_the_baseline_is_done_has_its_figures(tmp_path: Path) -> None:
     make_sweep(tmp_path, [], seeds=1)
     assert [p.name for p in write_figures(read_all(tmp_path), tmp_path)] == ["seconds"]

@@ -63,7 +63,7 @@ class Group:
 
 
 def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
-    """Write every figure of one or more runs into `folder`."""
+    """Write every figure of one or more runs, sorted as `read_all` does, into `folder`."""
     groups = [
         Group(gamma, tuple(same)) for gamma, same in itertools.groupby(results, lambda r: r.gamma)
     ]
@@ -171,6 +171,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float
     """Runs, their means, the front of the means, and the float baseline as a band."""
     axes.set_xscale("log")
     sizes = [size(result) for group in _compressed(groups) for result in group.results]
+    sizes = [s for s in sizes if s > 0] or [1.0]  # a network may have lost all of its weights
     room = max(1.2, (max(sizes) / min(sizes)) ** 0.08)  # where all sizes are the same, too
     axes.set_xlim(min(sizes) / room, max(sizes) * room)
     means = []
@@ -273,7 +274,7 @@ def _seconds(groups: Sequence[Group]) -> Figure:
 def _over_epochs(
     groups: Sequence[Group], value: Callable[[dict[str, Any]], float]
 ) -> tuple[Figure, Axes]:
-    """A line per group, in the colour of its γ; the float baseline and γ = 0 in grey."""
+    """A line per group, in the colour of its γ; the float baseline and γ = 0 in black."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     gammas = [group.gamma for group in groups if group.gamma]

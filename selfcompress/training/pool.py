@@ -39,6 +39,7 @@ def run_all(
 
     Yields, several times a second: the names of those that run, and those that just ended.
     """
+    jobs = min(jobs, len(scripts)) or 1
     waiting, free = deque(scripts), list(range(jobs))
     running: dict[str, tuple[subprocess.Popen[bytes], int, int]] = {}  # process, slot, log's start
     environment = os.environ | dict.fromkeys(

@@ -92,6 +92,8 @@ def read(folder: Path) -> Result | None:
         result.row()
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, IndexError) as error:
         packed = "file_bytes" in file.read_text()
         reason = repr(error) if packed else "it was made before networks were packed into files"
@@ -111,10 +113,19 @@ def read_all(root: Path) -> list[Result]:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every epoch that the run in `folder` has finished so far."""
+    """The metrics of every epoch that the run in `folder` has finished so far.
+
+    Raises:
+        UserError: their file is damaged.
+    """
     file = folder / runs.METRICS
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{file} is damaged; remove {folder} and train it again") from error
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:

@@ -252,7 +252,7 @@ def _train(
         for running, ended in pool:
             for end in ended:
                 folder = planned.folders[end.name]
-                result = read(folder) if end.code == 0 else None
+                result = read(folder)
                 if result is not None:
                     progress.finished(result)
                     continue
