@@ -45,12 +45,18 @@ STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final 
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
 
 
-def run(config: Config, default_width: int | None, build_model: BuildModel) -> dict[str, Any]:
+def run(
+    config: Config,
+    default_width: int | None,
+    build_model: BuildModel,
+    make: "Callable[..., Run] | None" = None,
+) -> dict[str, Any]:
     """Train, or go on training, or find that it is done: the run's summary.
 
     Args:
         default_width: of the model `config` names; None if that has no width to choose.
         build_model: makes it.
+        make: what to make the run with, if not `Run` itself.
 
     Raises:
         UserError: something the user can mend.
@@ -67,7 +73,7 @@ def run(config: Config, default_width: int | None, build_model: BuildModel) -> d
         print(f"{folder.path} is finished; --overwrite starts it over")
         return summary
     # Whatever is wrong with the options shows here, before anything on disk is touched.
-    one = Run(config, dataset, device, folder, build_model)
+    one = (make or Run)(config, dataset, device, folder, build_model)
     with folder.claim(config.overwrite):
         return one.train()
 
