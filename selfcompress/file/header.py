@@ -5,8 +5,7 @@ The file is a safetensors file of a few flat tensors, called streams here:
     header          uint8   CRC-32 of everything else (4 bytes), then a `Header` as JSON,
                             compressed with zlib
     bits            uint8   three sections, each filled up to whole bytes: bit depths, placement,
-                            and the first of the two streams of `integers.py`
-    coded           uint8   the second one
+                            and what `integers.py` makes of the integers
     float32, int64 …        all other numbers, by type: first the exponents of the rows that have
                             bits, layer by layer, then the header's tensors in their order
 

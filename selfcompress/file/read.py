@@ -19,7 +19,7 @@ from selfcompress.file import integers
 from selfcompress.file.write import DTYPES, checksum, representable, stored_dtype
 
 _MAX_FILE = 8 * h.MAX_NUMBERS  # bytes
-_OCTETS = ("header", "bits", "coded")  # streams of bytes; the others are named by their type
+_OCTETS = ("header", "bits")  # streams of bytes; the others are named by their type
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,7 @@ class _Unpacker:
 
     def __init__(self, header: h.Header, streams: dict[str, Tensor]) -> None:
         self.header = header
-        bits, self.coded = (
-            streams.pop(name, torch.zeros(0, dtype=torch.uint8)).numpy()
-            for name in ("bits", "coded")
-        )
+        bits = streams.pop("bits", torch.zeros(0, dtype=torch.uint8)).numpy()
         self.numbers = streams
         self.used = dict.fromkeys(streams, 0)  # numbers used, by type
         depths = -(-sum(layer.live for layer in header.layers) // 2)
@@ -156,7 +153,7 @@ class _Unpacker:
         placement = -(-placed // 8)
         if len(bits) < depths + placement:
             raise h.FileError("there are fewer bits than there should be")
-        self.depths, placement_bits, self.bits = np.split(bits, [depths, depths + placement])
+        self.depths, placement_bits, self.integers = np.split(bits, [depths, depths + placement])
         self.placement = np.unpackbits(placement_bits, bitorder="little").astype(bool)
 
     def run(self, file_bytes: int) -> Contents:
@@ -169,7 +166,7 @@ class _Unpacker:
         if any(self.used[name] != len(stream) for name, stream in self.numbers.items()):
             raise h.FileError("there are more numbers than there should be")
         parts = {
-            "integers": len(self.bits) + len(self.coded),
+            "integers": len(self.integers),
             "formats": len(self.depths) + exponent_bytes,
             "placement": placement_bytes,
             "floats": self._bytes_used() - exponent_bytes,
@@ -220,7 +217,7 @@ class _Unpacker:
                 groups.append((bits, len(which) * entry.fan_in))
                 places.append((entry.name, which))
         try:
-            values = integers.decode(self.bits, self.coded, groups)
+            values = integers.decode(self.integers, groups)
         except integers.DamagedIntegersError as error:
             raise h.FileError(str(error)) from error
         found = {e.name: np.zeros((e.rows, e.fan_in), np.int32) for e in self.header.layers}

@@ -114,11 +114,13 @@ def pack(
         groups += _groups(layer)
         exponents[f"{name}.exponent"] = layer.exponent[depth > 0]
     placement = [*map(_layer_placement, layers.values()), *map(_placement, norms.values())]
-    coded = integers.encode(groups, entropy_coding)
-    bits = [_nibbles(_joined(depths, np.uint8)), _packed(_joined(placement, bool)), coded["bits"]]
+    bits = [
+        _nibbles(_joined(depths, np.uint8)),
+        _packed(_joined(placement, bool)),
+        integers.encode(groups, entropy_coding),
+    ]
     streams = {
         "bits": torch.from_numpy(np.concatenate(bits)),
-        "coded": torch.from_numpy(coded["coded"]),
         **_by_type(exponents | tensors, half),
     }
     streams = {name: stream for name, stream in streams.items() if stream.numel()}
