@@ -757,10 +757,10 @@ def test_what_no_file_can_hold_is_refused_when_written() -> None:
     with pytest.raises(ValueError, match="turns is of type complex64"):
         pack(model)
     model.register_buffer("turns", torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, 1))
-    with pytest.raises(ValueError, match="^no file could be read that holds this model"):
+    with pytest.raises(ValueError, match=r"^no file could be read that holds this model"):
         pack(model)
     odd = nn.Sequential(OrderedDict({"a\nb": nn.Linear(2, 2)}))
-    with pytest.raises(ValueError, match="^no file could be read that holds this model"):
+    with pytest.raises(ValueError, match=r"^no file could be read that holds this model"):
         pack(odd)
 
 
@@ -774,7 +774,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("field", WRONG)
 def test_wrong_facts_are_refused_in_one_line(field: str) -> None:
-    with pytest.raises(ValueError, match="^about: ") as refusal:
+    with pytest.raises(ValueError, match=r"^about: ") as refusal:
         pack(Chain(), About(**{field: WRONG[field]}))
     assert_one_line(refusal.value)
 
