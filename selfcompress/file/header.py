@@ -89,8 +89,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     architecture: Architecture | None = None
     class_names: list[Text] = []
-    mean: list[Finite] = []
-    std: list[Finite] = []
+    mean: Annotated[list[Finite], Meta(max_length=16)] = []
+    std: Annotated[list[Finite], Meta(max_length=16)] = []
     image_size: Annotated[int, Meta(ge=1, le=10**5)] | None = None
     dataset: Text = ""
     dataset_kind: Text = ""
