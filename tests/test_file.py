@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,8 @@ from selfcompress.file import integers
 from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
-from selfcompress.layers import PlacedBatchNorm, quantized_layers
-from selfcompress.quantizer import MAX_BITS, quantized_integers
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv, quantized_layers
+from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 from selfcompress.training import loop, runs
 from selfcompress.training.augment import normalise
@@ -179,6 +180,92 @@ def test_a_byte_never_stands_for_more_integers_than_the_cap() -> None:
     data = integers.encode([(8, some)], entropy_coding=True)
     with pytest.raises(integers.DamagedIntegersError, match="coded integers take another number"):
         integers.decode(data, [(8, integers.MAX_CODED * len(data))])
+
+
+# --- the format -----------------------------------------------------------------------------------
+
+
+class Bits:
+    """Takes numbers out of bytes, lowest bit first."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bits = [byte >> bit & 1 for byte in data for bit in range(8)]
+
+    def number(self, width: int) -> int:
+        bits, self.bits = self.bits[:width], self.bits[width:]
+        return sum(bit << place for place, bit in enumerate(bits))
+
+    def to_byte(self) -> None:
+        self.bits = self.bits[len(self.bits) % 8 :]
+
+
+def test_the_format_is_what_the_documentation_says() -> None:
+    """Read a file by nothing but the words at the top of header.py and integers.py."""
+    network = prepare("grouped")  # and then a layer in float, rows without bits, a cut
+    model = network.model
+    mix_bits(model)
+    kill(model, "a.0", [0, 1])
+    kill(model, "b", [4])
+    with torch.no_grad():
+        model.get_parameter("a.1.bias")[:2] = -1
+        model.get_parameter("b.bias")[4] = 0
+    network.cut()
+    kill(model, "c.0", [1])  # not cut
+    layers = quantized_layers(model)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
+    data = pack(model, entropy_coding=False)
+
+    length = int.from_bytes(data[:8], "little")
+    entries, streams = json.loads(data[8 : 8 + length]), {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        streams[name] = data[8 + length + begin : 8 + length + end]
+    assert streams.keys() == {"header", "bits", "float32"}
+    header = json.loads(zlib.decompress(streams["header"][4:]))
+    assert [entry[0] for entry in header["layers"]] == list(layers)
+    assert [entry[0] for entry in header["norms"]] == list(norms)
+
+    bits = Bits(streams["bits"])
+    live = [int(d) for m in layers.values() for d in integer_depth(m.bit_depth).tolist() if d > 0]
+    assert [bits.number(4) + 1 for _ in live] == live
+    bits.to_byte()
+    modules: list[QuantizedLayer | PlacedBatchNorm] = [*layers.values(), *norms.values()]
+    for module in modules:
+        for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):
+            if len(indices) < width:
+                assert [i for i in range(width) if bits.number(1)] == indices.tolist()
+        if isinstance(module, QuantizedLayer):
+            if isinstance(module, _QuantConv) and module.grouped:
+                group = -1
+                for slot in module.slots.tolist():
+                    group += bits.number(1)
+                    assert group == slot // module.group_width
+            if not module.live_rows().all():
+                assert [bits.number(1) for _ in module.rows] == module.live_rows().tolist()
+    bits.to_byte()
+    groups = [
+        (int(depth), ours[integer_depth(layers[name].bit_depth) == depth].flatten().tolist())
+        for name, ours in whole_numbers(model).items()
+        for depth in sorted(set(integer_depth(layers[name].bit_depth).tolist()) - {0})
+    ]
+    assert not any(bits.number(1) for _ in groups)  # is it coded?
+    bits.to_byte()
+    for depth, values in groups:
+        assert [bits.number(depth) - 2 ** (depth - 1) for _ in values] == values
+    assert len(bits.bits) < 8 and not any(bits.bits)
+
+    exponents = [m.exponent[m.live_rows()] for m in layers.values()]
+    others = [tensors_of(model)[entry[0]].flatten() for entry in header["tensors"]]
+    numbers = torch.cat([*exponents, *others]).detach()
+    assert streams["float32"] == numbers.numpy().tobytes()
+    kept = {name for name in tensors_of(model) if "num_batches" not in name}
+    quantised = {f"{n}.{key}" for n in layers for key in ("weight", "bit_depth", "exponent")}
+    assert {entry[0] for entry in header["tensors"]} == kept - quantised
+
+    crc = zlib.crc32(streams["header"][4:])
+    for name in ("bits", "float32"):
+        crc = zlib.crc32(name.encode() + b";" + streams[name], crc)
+    assert int.from_bytes(streams["header"][:4], "little") == crc
 
 
 # --- bytes are honest -----------------------------------------------------------------------------

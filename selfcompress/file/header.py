@@ -2,16 +2,18 @@
 
 The file is a safetensors file of a few flat tensors, called streams here:
 
-    header          uint8   CRC-32 of everything else (4 bytes), then a `Header` as JSON,
-                            compressed with zlib
+    header          uint8   CRC-32 (4 bytes, lowest first), then a `Header` as JSON, compressed
+                            with zlib
     bits            uint8   three sections, each filled up to whole bytes: bit depths, placement,
                             and what `integers.py` makes of the integers
     float32, int64 …        all other numbers, by type: first the exponents of the rows that have
                             bits, layer by layer, then the header's tensors in their order
 
-Streams without content are left out. The bit depths are those of the rows that have bits, layer by
-layer, 4 bits for each depth minus 1. The groups of integers are, layer by layer, the rows of one
-bit depth, smallest depth first.
+Streams without content are left out. The CRC-32 is that of the compressed JSON and then, in the
+order of their names, of the other streams: name, semicolon, content.
+
+The bit depths are those of the rows that have bits, layer by layer, 4 bits for each depth minus 1.
+The groups of integers are, layer by layer, the rows of one bit depth, smallest depth first.
 
 The placement has of every layer one bit per output channel (is there a row for it?) unless there
 are rows for all, one per input channel (is it read?) unless all are, one per row (does it open a

@@ -131,10 +131,10 @@ def pack(
 
 
 def checksum(header: bytes, streams: dict[str, Tensor]) -> bytes:
-    """CRC-32 of the header and of the names, types and contents of the other streams."""
+    """CRC-32 of the compressed header and of the other streams; see `header.py`."""
     crc = zlib.crc32(header)
     for name in sorted(streams):
-        crc = zlib.crc32(f"{name} {streams[name].dtype};".encode(), crc)
+        crc = zlib.crc32(f"{name};".encode(), crc)
         crc = zlib.crc32(_numpy(streams[name].contiguous().view(torch.uint8)).data, crc)
     return crc.to_bytes(4, "little")
 
