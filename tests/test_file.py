@@ -145,7 +145,7 @@ def groups_of_integers(draw: st.DrawFn) -> list[integers.Group]:
     return groups
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(groups=groups_of_integers(), entropy_coding=st.booleans())
 @example(groups=[], entropy_coding=True)
 @example(groups=[(1, np.zeros(0, np.int32))], entropy_coding=True)
@@ -290,26 +290,25 @@ def assert_honest(model: nn.Module) -> None:
     assert size.floats == kept
 
 
-def set_bits(model: nn.Module, bits: float) -> None:
+def set_bits(model: nn.Module, bits: int) -> None:
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             layer.bit_depth.fill_(bits)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("bits", ["mixed", 0, 1, 16, "half killed", "cut"])
-def test_bytes_are_honest(name: str, bits: str | int) -> None:
+def test_bytes_are_honest(name: str) -> None:
     network = prepare(name)
     model = network.model
-    if isinstance(bits, int):
+    for bits in (0, 1, 16):
         set_bits(model, bits)
-    else:
-        mix_bits(model)
-    if bits in ("half killed", "cut"):
-        for layer in quantized_layers(model):
-            kill(model, layer, slice(None, None, 2))
-    if bits == "cut":
-        network.cut()
+        assert_honest(model)
+    mix_bits(model)
+    assert_honest(model)
+    for layer in quantized_layers(model):
+        kill(model, layer, slice(None, None, 2))
+    assert_honest(model)
+    network.cut()
     assert_honest(model)
 
 
@@ -400,7 +399,7 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     return True
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6))
 @example(seed=105)  # channels-last, the first layer in float
 def test_random_networks_come_back_bit_for_bit(seed: int) -> None:
@@ -415,17 +414,15 @@ def test_a_thousand_random_networks_come_back_bit_for_bit(hundred: int) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.parametrize("cut", [False, True])
-def test_networks_come_back_bit_for_bit(name: str, killed: bool, cut: bool) -> None:
-    network = prepare(name)
-    if killed:
-        for layer in quantized_layers(network.model):
-            kill(network.model, layer, [0, 2])
-    if cut:
-        network.cut()
+def test_networks_come_back_bit_for_bit(name: str) -> None:
+    network, start = prepare(name), NETWORKS[name][0]
     mix_bits(network.model)
-    check_round_trip(network.model, NETWORKS[name][0](), network.x)
+    check_round_trip(network.model, start(), network.x)
+    for layer in quantized_layers(network.model):
+        kill(network.model, layer, [0, 2])
+    check_round_trip(network.model, start(), network.x, entropy_coding=False)
+    network.cut()
+    check_round_trip(network.model, start(), network.x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -546,7 +543,9 @@ def test_loading_keeps_no_memory_of_others() -> None:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "resnet56")) for n in models.NAMES]
+)
 def test_our_models_are_built_and_loaded(name: str, tmp_path: Path) -> None:
     about = About(architecture=Architecture(name, classes=7, width=4, image_size=16))
     x = torch.randn(2, 3, 16, 16)
