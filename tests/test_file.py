@@ -444,6 +444,20 @@ def test_fractional_bits_and_mixed_types_come_back(dtype: torch.dtype) -> None:
     check_round_trip(model, Chain(bias=True), x)
 
 
+def test_memory_layouts_come_back() -> None:
+    """Of kernels of one pixel or one channel too, whose layout is_contiguous() cannot tell."""
+    layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 1, 2)]
+    model = nn.Sequential(*layers, nn.Flatten(1), nn.Conv1d(4, 4, 1, groups=2))
+    quantize_layers(model, bits=3)
+    for some in (model[0], model[1], model[2], model):
+        some.to(memory_format=torch.channels_last)
+        fresh = nn.Sequential(*(copy.deepcopy(layer) for layer in layers), nn.Flatten(1))
+        fresh.append(nn.Conv1d(4, 4, 1, groups=2))
+        loaded = set_up(unpack(pack(model)), fresh)
+        for name, tensor in tensors_of(loaded).items():
+            assert tensor.stride() == tensors_of(model)[name].stride(), name
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_float_network_comes_back_bit_for_bit(layout: torch.memory_format) -> None:
     model = Chain(bias=True).to(memory_format=layout)
@@ -503,6 +517,26 @@ def test_whatever_a_users_model_holds_comes_back(tmp_path: Path) -> None:
     assert fresh.embed.weight.requires_grad
     assert "mask" not in fresh.state_dict()
     assert fresh.seen == 3 and fresh.flags.tolist() == [True, False]
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which holds its weights a second time, and a norm without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.norm = nn.LSTM(3, 4, num_layers=2), nn.BatchNorm1d(4, affine=False)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.norm(self.lstm(x)[0][-1]))
+        return y
+
+
+def test_recurrent_layers_come_back() -> None:
+    model, x = Recurrent(), torch.randn(5, 2, 3)
+    quantize_layers(model, bits=4)
+    for options in ({}, {"fold_norms": True}):
+        check_round_trip(model, Recurrent(), x, **options)
 
 
 def test_prelus_and_scales_of_cut_channels_come_back() -> None:
@@ -669,6 +703,12 @@ def already_quantised() -> nn.Module:
     model = Chain()
     quantize_layers(model, bits=3)
     return model
+
+
+def test_a_wider_start_is_cut_to_the_file() -> None:
+    model = narrower((5, 6))
+    quantize_layers(model, bits=3)
+    check_round_trip(model, Chain(), torch.randn(2, 3, 8, 8))
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {

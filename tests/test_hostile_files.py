@@ -429,6 +429,20 @@ def test_shapes_that_contradict_one_another_are_refused() -> None:
     assert load_forged("float", put_together(header, streams))
 
 
+def test_a_folded_norm_without_coefficients_is_refused() -> None:
+    def start() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False))
+
+    model = start()
+    quantize_layers(model, bits=2)
+    header, streams = take_apart(pack(model))
+    header["norms"][0][4] = True
+    header["tensors"] = [t for t in header["tensors"] if "running" not in t[0]]
+    streams["float32"] = streams["float32"][: 4 * (4 + 4)]
+    contents = unpack(put_together(header, streams))
+    assert refused(lambda: set_up(contents, start()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, -1e38])
 def test_exponents_out_of_range_are_refused(value: float) -> None:
     header, streams = take_apart(victim("chain"))

@@ -179,7 +179,8 @@ def _check(contents: Contents, model: nn.Module) -> None:
     for norm in header.norms:
         module = norms[norm.name]
         widths = norm.entries, norm.in_width, norm.out_width
-        if max(widths) > module.num_features or (norm.folded and module.running_mean is None):
+        foldable = module.running_mean is not None and module.weight is not None
+        if max(widths) > module.num_features or (norm.folded and not foldable):
             raise h.FileError(f"it does not fit the model: batch norm {norm.name} is another")
     folded = {norm.name for norm in header.norms if norm.folded}
     layers = {layer.name for layer in header.layers}
