@@ -429,6 +429,18 @@ def test_shapes_that_contradict_one_another_are_refused() -> None:
     assert load_forged("float", put_together(header, streams))
 
 
+@pytest.mark.parametrize("stream", ["bits", "float32", "int64", "unknown"])
+def test_more_or_fewer_numbers_than_there_should_be_are_refused(stream: str) -> None:
+    header, streams = take_apart(victim("chain"))
+    old = streams.get(stream, b"")
+    assert load_forged("chain", put_together(header, streams | {stream: old + b"\1" * 8}))
+    if old:
+        assert load_forged("chain", put_together(header, streams | {stream: old[:-8]}))
+        assert load_forged("chain", put_together(header, streams | {stream: b""}))
+        del streams[stream]
+        assert load_forged("chain", put_together(header, streams))
+
+
 def test_a_folded_norm_without_coefficients_is_refused() -> None:
     def start() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False))
