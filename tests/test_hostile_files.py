@@ -429,6 +429,32 @@ def test_shapes_that_contradict_one_another_are_refused() -> None:
     assert load_forged("float", put_together(header, streams))
 
 
+@pytest.mark.parametrize("name", ["chain", "depthwise", "grouped"])
+def test_every_other_placement_is_refused(name: str) -> None:
+    """One bit more or less is another number of rows, columns, groups or live rows."""
+    header, streams = take_apart(victim(name))
+    contents = unpack(victim(name)).header
+    begin = 8 * -(-sum(layer.live for layer in contents.layers) // 2)
+    end = begin + sum(layer.placement_bits for layer in contents.layers)
+    end += sum(norm.placement_bits for norm in contents.norms)
+    assert end > begin
+    for place in range(begin, end):
+        bits = bytearray(streams["bits"])
+        bits[place // 8] ^= 1 << place % 8
+        assert load_forged(name, put_together(header, streams | {"bits": bytes(bits)})), place
+
+
+def test_streams_of_other_types_and_shapes_are_refused() -> None:
+    """Their bytes, and so the checksum, being the same."""
+    tensors = safetensors.torch.load(victim("chain"))
+    floats = tensors["float32"]
+    for other in (floats.view(torch.int32), floats.view(torch.uint8), floats.view(2, -1)):
+        data = safetensors.torch.save(tensors | {"float32": other})
+        assert load_forged("chain", data)
+    data = safetensors.torch.save(tensors | {"bits": tensors["bits"][None]})
+    assert load_forged("chain", data)
+
+
 @pytest.mark.parametrize("stream", ["bits", "float32", "int64", "unknown"])
 def test_more_or_fewer_numbers_than_there_should_be_are_refused(stream: str) -> None:
     header, streams = take_apart(victim("chain"))
