@@ -780,6 +780,8 @@ def test_a_file_of_another_model_is_refused_and_the_model_left_alone(
     with pytest.raises(FileError) as refusal:
         selfcompress.load(tmp_path / "net.scnn", model)
     assert_one_line(refusal.value)
+    says = "compressed already" if other == "quantised" else "it does not fit|does not know"
+    assert re.search(says, str(refusal.value))
     assert snapshot(model) == before
 
 

@@ -467,6 +467,50 @@ def test_more_or_fewer_numbers_than_there_should_be_are_refused(stream: str) -> 
         assert load_forged("chain", put_together(header, streams))
 
 
+def small() -> nn.Module:
+    """4 rows of 2 bits in 2 groups, and a norm."""
+    return nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4))
+
+
+def test_groups_of_other_widths_are_refused() -> None:
+    model = small()
+    quantize_layers(model, bits=2)
+    header, streams = take_apart(pack(model))
+    bits = streams["bits"]
+    assert bits[:3] == b"\x11\x11\5"  # depths; the rows that open a group, 0 and 2
+    for opening in (0b0011, 0b1001):  # groups of 1 and 3
+        forged_bits = bits[:2] + bytes([opening]) + bits[3:]
+        contents = unpack(put_together(header, streams | {"bits": forged_bits}))
+        assert refused(lambda contents=contents: set_up(contents, small()))  # type: ignore[misc]
+
+
+def test_norms_of_other_widths_are_refused() -> None:
+    """A norm that reads 4 of 5 channels, where the model has but 4."""
+    model = small()
+    quantize_layers(model, bits=2)
+    header, streams = take_apart(pack(model))
+    bits = streams["bits"]
+    header["norms"][0][2] = 5
+    forged_bits = bits[:2] + (5 | 0b01111 << 4).to_bytes(2, "little") + bits[3:]
+    contents = unpack(put_together(header, streams | {"bits": forged_bits}))
+    assert refused(lambda: set_up(contents, small()))
+
+
+def test_whole_numbers_of_another_type_are_refused() -> None:
+    def start() -> nn.Module:
+        model = Chain()
+        model.register_buffer("mask", torch.tensor([True, False]))
+        return model
+
+    header, streams = take_apart(pack(start()))
+    mask = next(tensor for tensor in header["tensors"] if tensor[0] == "mask")
+    for dtype, content in (("uint8", b"\1\2"), ("float16", b"\1\2\3\4")):
+        mask[1] = dtype
+        forged_streams = {k: v for k, v in streams.items() if k != "bool"} | {dtype: content}
+        contents = unpack(put_together(header, forged_streams))
+        assert refused(lambda contents=contents: set_up(contents, start()))  # type: ignore[misc]
+
+
 def test_a_folded_norm_without_coefficients_is_refused() -> None:
     def start() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False))
@@ -546,28 +590,32 @@ def test_headers_of_any_text_are_refused_without_much_memory() -> None:
             assert refused(lambda data=data: unpack(data)), what  # type: ignore[misc]
 
 
-def claims() -> Iterator[tuple[str, Header]]:
-    """Headers that claim as much as no limit forbids, of a file with next to nothing in it."""
+def claims() -> Iterator[tuple[str, Header, Streams]]:
+    """Headers that claim a lot, of files with next to nothing in them."""
     header = take_apart(victim("chain"))[0] | {"layers": [], "norms": [], "tensors": []}
-    no_layer = ["z", [1, 1], 0, 1, 1, 1, 1, False, "float32", "float32", False]
-    for rows, columns, live in ((2**23, 1, 2**23), (2**23, 1, 0), (1, 2**30, 1), (2**15, 2**15, 0)):
-        layer = [*no_layer]
-        layer[1], layer[6], layer[4] = [rows, columns], live, rows
-        yield f"{rows} x {columns}, {live} live", header | {"layers": [layer]}
-    wide = [*no_layer]
-    wide[3], wide[5] = 2**23, 2**23
-    yield "columns", header | {"layers": [wide]}
-    yield "norm", header | {"norms": [["z", 2**23, 2**23, 2**23, False]]}
-    yield "tensor", header | {"tensors": [["z", "float64", [2**31 - 1], False]]}
-    thin = [*no_layer]
-    thin[1], thin[6] = [0, 2**31 - 1], 0
-    yield "fan-in", header | {"layers": [thin]}
+    little = {"bits": b"\0" * 64, "float32": b"\0" * 64}
+
+    def layer(shape: list[int], widths: tuple[int, int], columns: int, live: int) -> Header:
+        types = [False, "float32", "float32", False]
+        return header | {"layers": [["z", shape, 0, *widths, columns, live, *types]]}
+
+    yield "rows", layer([2**23, 1], (1, 2**23), 1, 2**23), little
+    yield "dead rows", layer([2**23, 1], (1, 2**23), 1, 0), little
+    yield "fan-in", layer([1, 2**30], (1, 1), 1, 1), little
+    yield "columns", layer([1, 1], (2**23, 1), 2**23, 1), little
+    # All that these two need is in the file.
+    none_has_bits = {"bits": b"\0" * 2**11}
+    yield "weights without bits", layer([2**14, 2**14], (1, 2**14), 1, 0), none_has_bits
+    yield "a fan-in of no rows", layer([0, 2**31, 2**31, 2**31], (0, 0), 0, 0), {}
+    yield "a norm", header | {"norms": [["z", 2**23, 2**23, 2**23, False]]}, little
+    for shape in ([2**31 - 1], [0, 2**31, 2**31, 2**31]):
+        yield "a tensor", header | {"tensors": [["z", "float64", shape, False]]}, {}
 
 
 @linux
 def test_huge_claims_are_refused_without_much_memory() -> None:
-    for what, header in claims():
-        data = put_together(header, {"bits": b"\0" * 64, "float32": b"\0" * 64})
+    for what, header, streams in claims():
+        data = put_together(header, streams)
         with little_memory():
             assert load_forged("chain", data), what
 
