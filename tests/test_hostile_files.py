@@ -607,7 +607,8 @@ def claims() -> Iterator[tuple[str, Header, Streams]]:
     none_has_bits = {"bits": b"\0" * 2**11}
     yield "weights without bits", layer([2**14, 2**14], (1, 2**14), 1, 0), none_has_bits
     yield "a fan-in of no rows", layer([0, 2**31, 2**31, 2**31], (0, 0), 0, 0), {}
-    yield "a norm", header | {"norms": [["z", 2**23, 2**23, 2**23, False]]}, little
+    for width in (2**23, 2**28):
+        yield "a norm", header | {"norms": [["z", width, width, width, False]]}, little
     for shape in ([2**31 - 1], [0, 2**31, 2**31, 2**31]):
         yield "a tensor", header | {"tensors": [["z", "float64", shape, False]]}, {}
 
