@@ -125,10 +125,11 @@ def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
         bit_depth: (rows,); rows of fewer than one bit are fitted as if they had one.
 
     Returns:
-        (rows,) float32 exponents; `EXPONENT_FLOOR` where a row is all zero.
+        (rows,) float32 exponents; `EXPONENT_FLOOR` where a row is all zero. Of a weight on the
+        meta device there is nothing to fit.
     """
     rows = weight.detach().float().flatten(1)
-    if rows.numel() == 0:
+    if rows.numel() == 0 or rows.is_meta:
         return rows.new_full((rows.shape[0],), EXPONENT_FLOOR)
     bits = integer_depth(bit_depth).clamp(min=1)
     largest = rows.abs().amax(1)

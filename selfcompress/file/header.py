@@ -2,17 +2,18 @@
 
 The file is a safetensors file of a few flat tensors, called streams here:
 
-    header          uint8   CRC-32 of everything else (4 bytes), then a `Header` as JSON,
-                            compressed with zlib
+    header          uint8   CRC-32 (4 bytes, lowest first), then a `Header` as JSON, compressed
+                            with zlib
     bits            uint8   three sections, each filled up to whole bytes: bit depths, placement,
-                            and the first of the two streams of `integers.py`
-    coded           uint8   the second one
+                            and what `integers.py` makes of the integers
     float32, int64 …        all other numbers, by type: first the exponents of the rows that have
                             bits, layer by layer, then the header's tensors in their order
 
-Streams without content are left out. The bit depths are those of the rows that have bits, layer by
-layer, 4 bits for each depth minus 1. The groups of integers are, layer by layer, the rows of one
-bit depth, smallest depth first.
+Streams without content are left out. The CRC-32 is that of the compressed JSON and then, in the
+order of their names, of the other streams: name, semicolon, content.
+
+The bit depths are those of the rows that have bits, layer by layer, 4 bits for each depth minus 1.
+The groups of integers are, layer by layer, the rows of one bit depth, smallest depth first.
 
 The placement has of every layer one bit per output channel (is there a row for it?) unless there
 are rows for all, one per input channel (is it read?) unless all are, one per row (does it open a
@@ -22,8 +23,9 @@ every norm the first two. The lowest bit of a byte comes first.
 Nothing but the header names anything, and nothing in it is ever run or imported.
 """
 
+import math
 import zlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -40,10 +42,19 @@ MAX_CHANNELS = 2**24
 MAX_WITHOUT_BITS = 2**26
 """Weights in rows without bits, at most: they take memory, but nothing in the file."""
 
-_MAX_HEADER = 2**26  # bytes, unpacked
+_MAX_HEADER = 2**23  # bytes, unpacked
 
 Count = Annotated[int, Meta(ge=0, le=MAX_NUMBERS)]
+Large = Annotated[int, Meta(ge=0, le=2**62)]
 Shape = Annotated[list[Count], Meta(max_length=8)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+
+# A stranger's words reach terminals and error messages of one line: no control characters.
+Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
+
+FloatType = Literal["float64", "float32", "float16", "bfloat16"]
+NumberType = Literal[FloatType, "int64", "int32", "int16", "int8", "uint8", "bool"]
+"""The types of numbers that a file can hold, by their names in torch."""
 
 
 class FileError(ValueError):
@@ -53,7 +64,7 @@ class FileError(ValueError):
 class Architecture(msgspec.Struct, frozen=True, omit_defaults=True):
     """The arguments of `models.build`, from which the starting network can be made."""
 
-    name: str
+    name: Text
     classes: Annotated[int, Meta(ge=1, le=10**6)]
     width: Annotated[int, Meta(ge=1, le=10**6)] | None
     image_size: Annotated[int, Meta(ge=1, le=10**5)]
@@ -79,20 +90,20 @@ class About(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     architecture: Architecture | None = None
-    class_names: list[str] = []
-    mean: list[float] = []
-    std: list[float] = []
+    class_names: list[Text] = []
+    mean: Annotated[list[Finite], Meta(max_length=16)] = []
+    std: Annotated[list[Finite], Meta(max_length=16)] = []
     image_size: Annotated[int, Meta(ge=1, le=10**5)] | None = None
-    dataset: str = ""
-    dataset_kind: str = ""
-    gamma: float | None = None
-    seed: int | None = None
-    epochs: int | None = None
-    test_accuracy: float | None = None
+    dataset: Text = ""
+    dataset_kind: Text = ""
+    gamma: Finite | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    epochs: Large | None = None
+    test_accuracy: Finite | None = None
     starting_weights: Count | None = None
-    channels_at_start: dict[str, Count] = {}
-    macs_at_start: dict[str, int] = {}
-    macs: dict[str, int] = {}
+    channels_at_start: dict[Text, Count] = {}
+    macs_at_start: dict[Text, Large] = {}
+    macs: dict[Text, Large] = {}
 
 
 class Layer(msgspec.Struct, frozen=True, array_like=True):
@@ -106,9 +117,10 @@ class Layer(msgspec.Struct, frozen=True, array_like=True):
         live: rows that have bits.
         grouped: whether it was a grouped convolution at the start.
         dtype, exponent_dtype: of its weight and of its formats.
+        channels_last: whether that is how its weight is laid out in memory.
     """
 
-    name: str
+    name: Text
     shape: Shape
     row_dim: Annotated[int, Meta(ge=0, le=1)]
     in_width: Count
@@ -116,8 +128,9 @@ class Layer(msgspec.Struct, frozen=True, array_like=True):
     columns: Count
     live: Count
     grouped: bool
-    dtype: str
-    exponent_dtype: str
+    dtype: FloatType
+    exponent_dtype: FloatType
+    channels_last: bool
 
     @property
     def rows(self) -> int:
@@ -126,10 +139,7 @@ class Layer(msgspec.Struct, frozen=True, array_like=True):
     @property
     def fan_in(self) -> int:
         """Weights per row."""
-        total = 1
-        for dim, size in enumerate(self.shape):
-            total *= size if dim != self.row_dim else 1
-        return total
+        return math.prod(size for dim, size in enumerate(self.shape) if dim != self.row_dim)
 
     @property
     def placement_bits(self) -> int:
@@ -147,7 +157,7 @@ class Norm(msgspec.Struct, frozen=True, array_like=True):
     If `folded`, its mean and variance are in its weight and bias.
     """
 
-    name: str
+    name: Text
     entries: Count
     in_width: Count
     out_width: Count
@@ -167,41 +177,37 @@ def _placement_bits(module: Layer | Norm, rows: int, columns: int) -> int:
 class FloatLayer(msgspec.Struct, frozen=True, array_like=True):
     """A convolution or linear layer that was left in float."""
 
-    name: str
+    name: Text
     in_width: Count
     out_width: Count
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
-    """A parameter or buffer that is not quantised."""
+    """A parameter or buffer that is not quantised; `channels_last` as of a `Layer`."""
 
-    name: str
-    dtype: str
+    name: Text
+    dtype: NumberType
     shape: Shape
+    channels_last: bool
 
     @property
     def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """All that the streams need to be understood.
 
     Attributes:
-        channels_last: whether the weights of convolutions are.
         half: whether floats are stored as float16, whatever their `dtype`.
         q_bits, stored_bits: see `size.py`.
     """
 
     format: str
     version: int
-    channels_last: bool
     half: bool
-    q_bits: int
-    stored_bits: int
+    q_bits: Large
+    stored_bits: Large
     layers: list[Layer]
     norms: list[Norm]
     float_layers: list[FloatLayer]
@@ -222,7 +228,8 @@ def from_bytes(data: bytes) -> Header:
     """The header.
 
     Raises:
-        FileError: it is none, is of another version, or its fields are not what they should be.
+        FileError: it is none, is of another version, its fields are not what they should be, or
+            it claims sizes that make no sense.
     """
     try:
         unpacker = zlib.decompressobj()
@@ -237,20 +244,46 @@ def from_bytes(data: bytes) -> Header:
                 f"it is of version {preamble.version}, and this selfcompress reads version "
                 f"{VERSION}: use the one that wrote it"
             )
-        return msgspec.json.decode(text, type=Header)
-    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        header = msgspec.json.decode(text, type=Header)
+    except FileError:
+        raise
+    except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise FileError(f"the header is damaged: {_first_line(error)}") from error
+    _check_sizes(header)
+    return header
+
+
+def _check_sizes(header: Header) -> None:
+    """Refuse what claims to be huge before any of it is made."""
+    named: list[Layer | Norm | FloatLayer] = [
+        *header.layers, *header.norms, *header.float_layers
+    ]  # fmt: skip
+    if sum(entry.in_width + entry.out_width for entry in named) > MAX_CHANNELS:
+        raise FileError(f"it claims to have more than {MAX_CHANNELS:,} channels")
+    # Sizes of 0 count as 1, for arrays without numbers have limits too.
+    shapes = [layer.shape for layer in header.layers] + [t.shape for t in header.tensors]
+    if sum(math.prod(max(size, 1) for size in shape) for shape in shapes) > MAX_NUMBERS:
+        raise FileError(f"it claims to hold more than {MAX_NUMBERS:,} numbers")
+    for layer in header.layers:
+        if len(layer.shape) < 2 or layer.live > layer.rows:
+            raise FileError(f"the shape of layer {layer.name} makes no sense")
+    if weights_without_bits(header.layers) > MAX_WITHOUT_BITS:
+        raise FileError(f"it claims to have more than {MAX_WITHOUT_BITS:,} weights without bits")
+    for group in (header.layers, header.norms, header.float_layers, header.tensors):
+        if len({entry.name for entry in group}) != len(group):  # type: ignore[attr-defined]
+            raise FileError("the header names something twice")
 
 
 def check_about(about: Any) -> About:
     """`about` as it will be read again.
 
     Raises:
-        ValueError: a field of it is of another type than `About` says.
+        ValueError: a field of it is of another type than `About` says, or cannot be written.
     """
     try:
-        return msgspec.convert(about, About, from_attributes=True)
-    except msgspec.ValidationError as error:
+        checked = msgspec.convert(msgspec.to_builtins(about), About)
+        return msgspec.json.decode(msgspec.json.encode(checked), type=About)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"about: {_first_line(error)}") from error
 
 

@@ -7,8 +7,9 @@ of b bits is written either
 - *coded*: by an ANS coder from a table of how often each of the 2^b integers occurs in the group,
   at close to n times the entropy of that. Frequencies take a byte each, the largest being 255.
 
-whichever is shorter, its table included. Two streams hold them: `bits` (a bit per group: is it
-coded; the tables of those that are; all that is plain) and `coded` (32-bit words).
+whichever is shorter, its table included. All groups together are one row of bytes: a bit per group
+(is it coded?), filled up to whole bytes; the tables of those that are; all that is plain, filled
+up; and what the coder made, in words of 32 bits.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import constriction
 import numpy as np
 
 MAX_CODED = 256
-"""Integers per byte of `coded`, at most: a small file must not unfold into a huge network."""
+"""Coded integers per byte, at most: a small file must not unfold into a huge network."""
 
 _WIDEST_TABLE = 12  # bits: above, tables cost more than they save in networks that anybody has
 
@@ -26,11 +27,11 @@ Group = tuple[int, np.ndarray]
 
 
 class DamagedIntegersError(ValueError):
-    """The streams do not hold the integers that they should."""
+    """The bytes do not hold the integers that they should."""
 
 
-def encode(groups: Sequence[Group], entropy_coding: bool) -> dict[str, np.ndarray]:
-    """The two streams, as uint8 arrays."""
+def encode(groups: Sequence[Group], entropy_coding: bool) -> np.ndarray:
+    """(bytes,) uint8."""
     unsigned = [_unsigned(depth, values) for depth, values in groups]
     tables = [
         _table(depth, values) if entropy_coding else None
@@ -53,35 +54,35 @@ def encode(groups: Sequence[Group], entropy_coding: bool) -> dict[str, np.ndarra
     flags = np.packbits(is_coded, bitorder="little")
     parts = [flags, *(t for t in tables if t is not None)]
     parts.append(np.packbits(_joined(plain[::-1]), bitorder="little"))
-    return {"bits": np.concatenate(parts), "coded": coded}
+    return np.concatenate([*parts, coded])
 
 
-def decode(
-    bits: np.ndarray, coded: np.ndarray, groups: Sequence[tuple[int, int]]
-) -> list[np.ndarray]:
+def decode(data: np.ndarray, groups: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """The int32 integers of each group; what `encode` was given.
 
     Args:
-        bits, coded: the two streams.
+        data: (bytes,) uint8, what it made of them.
         groups: bit depth and number of integers of each.
 
     Raises:
-        DamagedIntegersError: the streams cannot come from such groups.
+        DamagedIntegersError: these bytes cannot come from such groups.
     """
     flags_size = -(-len(groups) // 8)
-    if len(bits) < flags_size:
+    if len(data) < flags_size:
         raise DamagedIntegersError("there are fewer groups of integers than there should be")
-    is_coded = np.unpackbits(bits[:flags_size], bitorder="little", count=len(groups)).astype(bool)
+    is_coded = np.unpackbits(data[:flags_size], bitorder="little", count=len(groups)).astype(bool)
     coded_size = sum(n for (_, n), c in zip(groups, is_coded, strict=True) if c)
     plain_size = sum(b * n for (b, n), c in zip(groups, is_coded, strict=True) if not c)
     tables_size = sum(2**b for (b, _), c in zip(groups, is_coded, strict=True) if c)
     # All sizes are checked before anything is unfolded.
-    if len(bits) != flags_size + tables_size + -(-plain_size // 8):
-        raise DamagedIntegersError("the plain integers take another number of bytes")
-    if coded_size > MAX_CODED * len(coded) or len(coded) % 4:
+    left = len(data) - flags_size - tables_size - -(-plain_size // 8)
+    if left < 0:
+        raise DamagedIntegersError("there are fewer plain integers than there should be")
+    if coded_size > MAX_CODED * left or left % 4:
         raise DamagedIntegersError("the coded integers take another number of bytes")
-    tables = bits[flags_size : flags_size + tables_size]
-    plain = bits[flags_size + tables_size :]
+    _, tables, plain, coded = np.split(
+        data, np.cumsum([flags_size, tables_size, len(data) - left - flags_size - tables_size])
+    )
     plain = np.unpackbits(plain, bitorder="little", count=plain_size)
     decoder = _decoder(coded)
     found = []

@@ -1,17 +1,18 @@
 """Set up a network as a packed file describes it: the starting network, cut and filled."""
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from selfcompress.convert import quantize_layers
 from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
-from selfcompress.file.write import DTYPES, is_stored
+from selfcompress.file.write import DTYPES, LAYOUTS, is_stored
 from selfcompress.layers import (
     FLOAT_LAYERS,
     Placed,
@@ -52,11 +53,12 @@ def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         model = _build(contents.header.about.architecture)
     header = contents.header
-    skeleton = _without_numbers(model)
+    skeleton = _without_numbers(model, {})
     _quantize(skeleton, header)
     _check(contents, skeleton)
-    _quantize(model, header)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    _drop_weights(model, header)
+    _quantize(model, header)
     for layer in header.layers:
         module = model.get_submodule(layer.name)
         assert isinstance(module, QuantizedLayer)
@@ -67,15 +69,14 @@ def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
         rows, columns = (indices.tolist() for indices in contents.norms[norm.name])
         _wire(module, Wiring(norm.in_width, norm.out_width, rows, columns), device)
         if norm.folded:
-            module.running_mean = torch.zeros(norm.entries, device=device)
-            module.running_var = torch.full((norm.entries,), 1 - module.eps, device=device)
+            dtype = contents.tensors[f"{norm.name}.weight"].dtype
+            module.running_mean = torch.zeros(norm.entries, dtype=dtype, device=device)
+            module.running_var = torch.full_like(module.running_mean, 1 - module.eps)
     for entry in header.float_layers:
         wiring = Wiring(entry.in_width, entry.out_width, rows=[])
         rewire(model.get_submodule(entry.name), wiring)
-    _fill_tensors(model, contents.tensors, device)
+    _fill_tensors(model, contents, device)
     _require_numbers(model)
-    if header.channels_last:
-        model.to(memory_format=torch.channels_last)
     return model.eval()
 
 
@@ -99,14 +100,43 @@ def _build(architecture: h.Architecture | None) -> nn.Module:
         raise h.FileError(f"its network cannot be built ({_line(error)})") from error
 
 
-def _without_numbers(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device, to try things on."""
-    memo: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
+    """A copy of a model on the meta device, to try things on; what is no tensor is shared.
+
+    Args:
+        original: the model; of the calls within, a part of it, a parameter, a buffer or None.
+        copies: those made so far, by the `id` of the original: what was one stays one.
+    """
+    if original is None or id(original) in copies:
+        return copies.get(id(original))
+    if isinstance(original, Tensor):
+        if is_lazy(original):
+            raise h.FileError("the model does not know its shapes yet: run it once, then load")
+        new = torch.empty_like(original, device="meta")
+        if isinstance(original, nn.Parameter):
+            new = nn.Parameter(new, original.requires_grad)
+        copies[id(original)] = new
+        return new
+    module = copies[id(original)] = object.__new__(type(original))
+    vars(module).update(vars(original))
+    for kind in ("_parameters", "_buffers", "_modules"):
+        own = {name: _without_numbers(part, copies) for name, part in vars(original)[kind].items()}
+        vars(module)[kind] = own
+    return module
+
+
+def _drop_weights(model: nn.Module, header: h.Header) -> None:
+    """Take the numbers out of all weights that are to be replaced: they need no formats fitted."""
+    for layer in header.layers:
+        owner, key = layer.name, "weight"
+        if owner.endswith(".in_proj") and isinstance(
+            model.get_submodule(owner.removesuffix(".in_proj")), nn.MultiheadAttention
+        ):
+            owner, key = owner.removesuffix(".in_proj"), "in_proj_weight"
+        module = model.get_submodule(owner)
+        weight = module.get_parameter(key)
+        empty = torch.empty_like(weight, device="meta")
+        module.register_parameter(key, nn.Parameter(empty, weight.requires_grad))
 
 
 def _quantize(model: nn.Module, header: h.Header) -> None:
@@ -149,7 +179,8 @@ def _check(contents: Contents, model: nn.Module) -> None:
     for norm in header.norms:
         module = norms[norm.name]
         widths = norm.entries, norm.in_width, norm.out_width
-        if max(widths) > module.num_features or (norm.folded and module.running_mean is None):
+        foldable = module.running_mean is not None and module.weight is not None
+        if max(widths) > module.num_features or (norm.folded and not foldable):
             raise h.FileError(f"it does not fit the model: batch norm {norm.name} is another")
     folded = {norm.name for norm in header.norms if norm.folded}
     layers = {layer.name for layer in header.layers}
@@ -159,13 +190,35 @@ def _check(contents: Contents, model: nn.Module) -> None:
         if _is_stored(name, layers, folded)
     }
     _same_names("tensor", header.tensors, expected)
+    shapes = _known_shapes(header, modules)
     for entry in header.tensors:
         tensor, stored = expected[entry.name], contents.tensors[entry.name]
+        floats = tensor.is_floating_point()
+        if stored.is_floating_point() != floats or not (floats or stored.dtype == tensor.dtype):
+            raise h.FileError(f"it does not fit the model: {entry.name} is of another type")
         smaller = stored.dim() == tensor.dim() and all(
             ours <= theirs for ours, theirs in zip(stored.shape, tensor.shape, strict=True)
         )
-        if not smaller or stored.is_floating_point() != tensor.is_floating_point():
+        if not smaller or shapes.get(entry.name, entry.shape) != entry.shape:
             raise h.FileError(f"it does not fit the model: {entry.name} has another shape")
+
+
+def _known_shapes(header: h.Header, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
+    """Name → the shape that a tensor has to have, by the widths that the header gives."""
+    shapes = {f"{layer.name}.bias": [layer.out_width] for layer in header.layers}
+    for norm in header.norms:
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{norm.name}.{key}"] = [norm.entries]
+    for entry in header.float_layers:
+        module: Any = modules[entry.name]
+        groups = getattr(module, "groups", 1)
+        widths = [entry.out_width, entry.in_width // groups]
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            widths = [entry.in_width, entry.out_width // groups]
+        if "weight" in module._parameters:  # else it is computed from others
+            shapes[f"{entry.name}.weight"] = [*widths, *module.weight.shape[2:]]
+        shapes[f"{entry.name}.bias"] = [entry.out_width]
+    return shapes
 
 
 def _same_names(what: str, ours: Sequence[Any], theirs: Mapping[str, Any]) -> None:
@@ -188,8 +241,11 @@ def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bo
     if contents.groups is not None:
         assert isinstance(module, _QuantConv)
         count = int(contents.groups.max(initial=0)) + 1
+        widest = int(np.bincount(contents.groups).max(initial=0))
         reads *= count if entry.rows else 0
-        if count > module.groups or entry.shape[1] > module.weight.shape[1]:
+        if count > module.groups or widest > module.group_width:
+            return False
+        if entry.shape[1] > module.weight.shape[1]:
             return False
     return (
         reads == entry.columns <= entry.in_width <= module.in_width
@@ -212,10 +268,11 @@ def _fill_layer(
     shape = [entry.rows, *(s for dim, s in enumerate(entry.shape) if dim != entry.row_dim)]
     by_row = by_row.to(dtype).view(shape)
     weight = by_row.transpose(0, 1) if entry.row_dim else by_row
-    depths = torch.from_numpy(contents.depths).to(contents.exponents.dtype)
-    for name, tensor in (
-        ("weight", weight.contiguous()), ("bit_depth", depths), ("exponent", contents.exponents),
-    ):  # fmt: skip
+    if not weight.is_contiguous() or entry.channels_last:
+        weight = _laid_out(weight, entry.channels_last)
+    exponents = contents.exponents.clone()
+    depths = torch.from_numpy(contents.depths).to(exponents.dtype)
+    for name, tensor in (("weight", weight), ("bit_depth", depths), ("exponent", exponents)):
         trainable = module.get_parameter(name).requires_grad
         module.register_parameter(name, nn.Parameter(tensor.to(device), trainable))
     groups = None if contents.groups is None else contents.groups.tolist()
@@ -230,11 +287,20 @@ def _wire(module: Placed, wiring: Wiring, device: torch.device) -> None:
     rewire(module, wiring)
 
 
-def _fill_tensors(model: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put every parameter and buffer in all the places that share it."""
+def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """A copy of `tensor`, laid out in memory one way or the other: sums may depend on it."""
+    layout = LAYOUTS.get(tensor.dim()) if channels_last else None
+    return tensor.clone(memory_format=layout or torch.contiguous_format)
+
+
+def _fill_tensors(model: nn.Module, contents: Contents, device: torch.device) -> None:
+    """Put a copy of every parameter and buffer in all the places that share it."""
     old: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     old |= dict(model.named_buffers(remove_duplicate=False))
-    new = {id(old[name]): tensor.to(device) for name, tensor in tensors.items()}
+    new: dict[int, Tensor] = {}
+    for entry in contents.header.tensors:
+        copy = _laid_out(contents.tensors[entry.name], entry.channels_last)
+        new[id(old[entry.name])] = copy.to(device)
     for name, tensor in old.items():
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)

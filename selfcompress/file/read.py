@@ -16,10 +16,10 @@ from torch import Tensor
 
 from selfcompress.file import header as h
 from selfcompress.file import integers
-from selfcompress.file.write import DTYPES, checksum, stored_dtype
+from selfcompress.file.write import DTYPES, checksum, representable, stored_dtype
 
-_MAX_FILE = 2**32  # bytes
-_OCTETS = ("header", "bits", "coded")  # streams of bytes; the others are named by their type
+_MAX_FILE = 8 * h.MAX_NUMBERS  # bytes
+_OCTETS = ("header", "bits")  # streams of bytes; the others are named by their type
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
         OSError: it cannot be read.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise h.FileError(f"{path} cannot be read as a packed network: it is no file")
     if path.stat().st_size > _MAX_FILE:
         raise h.FileError(f"{path} has more than {_MAX_FILE:,} bytes: no network is packed in it")
     try:
@@ -142,11 +144,7 @@ class _Unpacker:
 
     def __init__(self, header: h.Header, streams: dict[str, Tensor]) -> None:
         self.header = header
-        self._check_sizes()
-        bits, self.coded = (
-            streams.pop(name, torch.zeros(0, dtype=torch.uint8)).numpy()
-            for name in ("bits", "coded")
-        )
+        bits = streams.pop("bits", torch.zeros(0, dtype=torch.uint8)).numpy()
         self.numbers = streams
         self.used = dict.fromkeys(streams, 0)  # numbers used, by type
         depths = -(-sum(layer.live for layer in header.layers) // 2)
@@ -155,7 +153,7 @@ class _Unpacker:
         placement = -(-placed // 8)
         if len(bits) < depths + placement:
             raise h.FileError("there are fewer bits than there should be")
-        self.depths, placement_bits, self.bits = np.split(bits, [depths, depths + placement])
+        self.depths, placement_bits, self.integers = np.split(bits, [depths, depths + placement])
         self.placement = np.unpackbits(placement_bits, bitorder="little").astype(bool)
 
     def run(self, file_bytes: int) -> Contents:
@@ -168,7 +166,7 @@ class _Unpacker:
         if any(self.used[name] != len(stream) for name, stream in self.numbers.items()):
             raise h.FileError("there are more numbers than there should be")
         parts = {
-            "integers": len(self.bits) + len(self.coded),
+            "integers": len(self.integers),
             "formats": len(self.depths) + exponent_bytes,
             "placement": placement_bytes,
             "floats": self._bytes_used() - exponent_bytes,
@@ -178,26 +176,6 @@ class _Unpacker:
 
     def _bytes_used(self) -> int:
         return sum(self.numbers[name].element_size() * n for name, n in self.used.items())
-
-    def _check_sizes(self) -> None:
-        """Refuse what claims to be huge before any of it is made."""
-        header = self.header
-        named: list[h.Layer | h.Norm | h.FloatLayer] = [
-            *header.layers, *header.norms, *header.float_layers
-        ]  # fmt: skip
-        if sum(entry.in_width + entry.out_width for entry in named) > h.MAX_CHANNELS:
-            raise h.FileError(f"it claims to have more than {h.MAX_CHANNELS:,} channels")
-        numbers = [layer.rows * layer.fan_in for layer in header.layers]
-        if sum(numbers) + sum(tensor.numel for tensor in header.tensors) > h.MAX_NUMBERS:
-            raise h.FileError(f"it claims to hold more than {h.MAX_NUMBERS:,} numbers")
-        for layer in header.layers:
-            if len(layer.shape) < 2 or layer.live > layer.rows:
-                raise h.FileError(f"the shape of layer {layer.name} makes no sense")
-        if h.weights_without_bits(header.layers) > h.MAX_WITHOUT_BITS:
-            raise h.FileError("it claims to have too many rows without bits")
-        for group in (header.layers, header.norms, header.float_layers, header.tensors):
-            if len({entry.name for entry in group}) != len(group):  # type: ignore[attr-defined]
-                raise h.FileError("the header names something twice")
 
     def _layers(self) -> dict[str, LayerContents]:
         entries = self.header.layers
@@ -217,8 +195,12 @@ class _Unpacker:
         for entry, (rows, columns, groups, depth), values in zip(
             entries, placed, coded, strict=True
         ):
-            exponents = torch.zeros(entry.rows, dtype=_dtype(entry.exponent_dtype))
-            exponents[torch.from_numpy(depth > 0)] = self._numbers(entry.exponent_dtype, entry.live)
+            live = depth > 0
+            exponents = torch.zeros(entry.rows, dtype=DTYPES[entry.exponent_dtype])
+            of_live = self._numbers(entry.exponent_dtype, entry.live)
+            if not representable(torch.from_numpy(depth[live]), of_live, DTYPES[entry.dtype]):
+                raise h.FileError(f"the exponents of layer {entry.name} are out of range")
+            exponents[torch.from_numpy(live)] = of_live
             layers[entry.name] = LayerContents(rows, columns, groups, depth, values, exponents)
         return layers
 
@@ -235,7 +217,7 @@ class _Unpacker:
                 groups.append((bits, len(which) * entry.fan_in))
                 places.append((entry.name, which))
         try:
-            values = integers.decode(self.bits, self.coded, groups)
+            values = integers.decode(self.integers, groups)
         except integers.DamagedIntegersError as error:
             raise h.FileError(str(error)) from error
         found = {e.name: np.zeros((e.rows, e.fan_in), np.int32) for e in self.header.layers}
@@ -260,7 +242,7 @@ class _Unpacker:
 
     def _numbers(self, dtype_name: str, count: int) -> Tensor:
         """The next `count` numbers of a type."""
-        dtype = _dtype(dtype_name)
+        dtype = DTYPES[dtype_name]
         stored = str(stored_dtype(dtype, self.header.half)).removeprefix("torch.")
         if count == 0:
             return torch.zeros(0, dtype=dtype)
@@ -269,12 +251,6 @@ class _Unpacker:
             raise h.FileError(f"there are fewer numbers of type {stored} than there should be")
         self.used[stored] = begin + count
         return self.numbers[stored][begin : begin + count].to(dtype)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise h.FileError(f"it holds numbers of an unknown type {name!r}")
-    return DTYPES[name]
 
 
 def _line(error: Exception) -> str:

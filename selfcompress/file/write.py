@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import safetensors.torch
@@ -20,17 +21,14 @@ from selfcompress.layers import (
     _QuantConv,
     quantized_layers,
 )
-from selfcompress.quantizer import integer_depth, quantized_integers
+from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(h.NumberType)}
 """By name: the types of numbers that a file can hold."""
+
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of dimensions: the other way than row by row to lay out a tensor in memory."""
 
 
 def save(
@@ -56,8 +54,8 @@ def save(
         entropy_coding: code integers by how often they occur, where that is shorter.
 
     Raises:
-        ValueError: something is not finite (perhaps for float16 only) or of a type that cannot be
-            stored; nothing has been written.
+        ValueError: something is not finite (perhaps for float16 only), of a type that cannot be
+            stored, or beyond the limits in `header.py`; nothing has been written.
         OSError: the file cannot be written.
     """
     content = pack(model, about, fold_norms=fold_norms, half=half, entropy_coding=entropy_coding)
@@ -79,12 +77,12 @@ def pack(
     layers = quantized_layers(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
     folded = {n for n, norm in norms.items() if fold_norms and _can_be_folded(norm)}
+    _require_finite(model)
     tensors = dict(_other_tensors(model, layers, norms, folded))
     size = measure(model, None, 1)
     header = h.Header(
         format=h.FORMAT,
         version=h.VERSION,
-        channels_last=any(_is_channels_last(layer.weight) for layer in layers.values()),
         half=half,
         q_bits=round(size.q_bits),
         stored_bits=size.stored_bits,
@@ -98,30 +96,34 @@ def pack(
             for name, module in model.named_modules()
             if isinstance(module, FLOAT_LAYERS) and not isinstance(module, QuantizedLayer)
         ],
-        tensors=[h.Tensor(n, _dtype(n, t), list(t.shape)) for n, t in tensors.items()],
+        tensors=[_tensor(name, tensor) for name, tensor in tensors.items()],
         about=h.check_about(about or h.About()),
     )
-    if h.weights_without_bits(header.layers) > h.MAX_WITHOUT_BITS:
-        raise ValueError("the model has too many rows without bits: cut them out first")
+    text = h.to_bytes(header)
+    try:
+        h.from_bytes(text)
+    except h.FileError as error:
+        raise ValueError(f"no file could be read that holds this model: {error}") from error
     depths: list[np.ndarray] = []
     groups: list[integers.Group] = []
     exponents: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        _require_finite(name, layer)
+        _require_formats(name, layer)
         depth = integer_depth(layer.bit_depth)
-        depths.append(_numpy(depth[depth > 0]).astype(np.uint8))
+        depths.append(_numpy(depth[depth > 0].to(torch.uint8)))
         groups += _groups(layer)
         exponents[f"{name}.exponent"] = layer.exponent[depth > 0]
     placement = [*map(_layer_placement, layers.values()), *map(_placement, norms.values())]
-    coded = integers.encode(groups, entropy_coding)
-    bits = [_nibbles(_joined(depths, np.uint8)), _packed(_joined(placement, bool)), coded["bits"]]
+    bits = [
+        _nibbles(_joined(depths, np.uint8)),
+        _packed(_joined(placement, bool)),
+        integers.encode(groups, entropy_coding),
+    ]
     streams = {
         "bits": torch.from_numpy(np.concatenate(bits)),
-        "coded": torch.from_numpy(coded["coded"]),
         **_by_type(exponents | tensors, half),
     }
     streams = {name: stream for name, stream in streams.items() if stream.numel()}
-    text = h.to_bytes(header)
     text = checksum(text, streams) + text
     return safetensors.torch.save(
         {"header": torch.frombuffer(bytearray(text), dtype=torch.uint8), **streams}
@@ -129,10 +131,10 @@ def pack(
 
 
 def checksum(header: bytes, streams: dict[str, Tensor]) -> bytes:
-    """CRC-32 of the header and of the names, types and contents of the other streams."""
+    """CRC-32 of the compressed header and of the other streams; see `header.py`."""
     crc = zlib.crc32(header)
     for name in sorted(streams):
-        crc = zlib.crc32(f"{name} {streams[name].dtype};".encode(), crc)
+        crc = zlib.crc32(f"{name};".encode(), crc)
         crc = zlib.crc32(_numpy(streams[name].contiguous().view(torch.uint8)).data, crc)
     return crc.to_bytes(4, "little")
 
@@ -147,9 +149,14 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
         columns=len(layer.columns),
         live=int(layer.live_rows().sum()),
         grouped=isinstance(layer, _QuantConv) and layer.grouped,
-        dtype=_dtype(name, layer.weight),
-        exponent_dtype=_dtype(name, layer.exponent),
+        dtype=_dtype(name, layer.weight),  # type: ignore[arg-type]
+        exponent_dtype=_dtype(name, layer.exponent),  # type: ignore[arg-type]
+        channels_last=_is_channels_last(layer.weight),
     )
+
+
+def _tensor(name: str, tensor: Tensor) -> h.Tensor:
+    return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), _is_channels_last(tensor))
 
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
@@ -260,23 +267,50 @@ def stored_dtype(dtype: torch.dtype, half: bool) -> torch.dtype:
     return torch.float16 if half and dtype.is_floating_point else dtype
 
 
-def _dtype(name: str, tensor: Tensor) -> str:
+def _dtype(name: str, tensor: Tensor) -> h.NumberType:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype}, which cannot be stored")
-    return dtype
+    return dtype  # type: ignore[return-value]
 
 
-def _require_finite(name: str, layer: QuantizedLayer) -> None:
-    if not all(p.isfinite().all() for p in (layer.weight, layer.bit_depth, layer.exponent)):
-        raise ValueError(f"the weights or formats of layer {name} are not finite")
+def _require_finite(model: nn.Module) -> None:
+    """Refuse NaN and, but in buffers, where masks are made of it, infinity."""
+    for name, tensor in model.named_parameters():
+        # The largest absolute value is infinite or NaN if any is.
+        if tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
+            raise ValueError(f"{name} is not finite")
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise ValueError(f"{name} is not a number in places")
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    layout = torch.channels_last
-    return weight.dim() == 4 and weight.is_contiguous(memory_format=layout) and (
-        not weight.is_contiguous()
-    )  # fmt: skip
+def _require_formats(name: str, layer: QuantizedLayer) -> None:
+    depth = integer_depth(layer.bit_depth)
+    if ((layer.bit_depth < 0) | (depth > MAX_BITS)).any():
+        raise ValueError(f"the bit depths of layer {name} are not all from 0 to {MAX_BITS}")
+    live = depth > 0
+    if not representable(depth[live], layer.exponent[live], layer.weight.dtype):
+        raise ValueError(f"the exponents of layer {name} are out of the range of its weights")
+
+
+def representable(depths: Tensor, exponents: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights of these formats, all (rows,), are finite and not all 0 for `dtype`."""
+    wide = exponents.to(torch.promote_types(dtype, torch.float32))
+    largest = torch.exp2(wide + depths.to(wide.dtype) - 1).to(dtype)
+    return bool((torch.exp2(wide) > 0).all() and largest.isfinite().all())
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """By its strides: `is_contiguous` takes kernels of one pixel for both."""
+    layout = LAYOUTS.get(tensor.dim())
+    if layout is None or not tensor.numel():
+        return False
+    ordinary, other = (
+        torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+        for memory_format in (torch.contiguous_format, layout)
+    )
+    return tensor.stride() == other != ordinary
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

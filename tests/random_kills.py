@@ -1,0 +1,135 @@
+"""Random networks with rows killed at random, and what they compute."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from random_networks import build, source
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from selfcompress import Compressor
+from selfcompress.layers import PlacedBatchNorm
+from selfcompress.liveness import analyse, settle_statistics
+from selfcompress.ops import Kind
+
+
+@contextlib.contextmanager
+def told(seed: int) -> Iterator[None]:
+    """Name the seed and show the network of whatever fails inside."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"seed {seed}:\n{source(seed)}")
+        raise
+
+
+def compressed(seed: int) -> Compressor:
+    """A quantised network of which a layer may have been left in float."""
+    generator = torch.Generator().manual_seed(seed)
+    model, x = build(seed)
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    some = int(torch.randint(len(layers), (), generator=generator))
+    exclude = [layers[some]] if len(layers) > 1 and below(0.15, 1, generator) else []
+    compressor = Compressor(model, x, gamma=0.0, bits=8, exclude=exclude)
+    model.double()  # the formats too, so that their gradients are exact
+    return compressor
+
+
+def below(chance: float, n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator) < chance
+
+
+@torch.no_grad()
+def kill_at_random(compressor: Compressor, seed: int) -> None:
+    """Kill rows of every layer, some layers whole; of biases, some become 0, some negative."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in compressor.layers.values():
+        chance = (0.0, 0.3, 0.7, 1.0)[int(torch.randint(4, (), generator=generator))]
+        layer.bit_depth[below(chance, len(layer.bit_depth), generator)] = 0
+        if layer.bias is not None:
+            layer.bias[below(0.4, len(layer.bias), generator)] *= -1
+            layer.bias[below(0.5, len(layer.bias), generator)] = 0
+    for norm in compressor.model.modules():
+        if isinstance(norm, _BatchNorm) and norm.affine:
+            norm.bias[below(0.3, len(norm.bias), generator)] *= -1
+            norm.bias[below(0.3, len(norm.bias), generator)] = 0
+    # What a cut does before it cuts: rows that are nothing but zeros die, vital ones come back.
+    for name, idle in compressor._idle.items():
+        compressor.layers[name].bit_depth[idle] = 0
+    compressor._keep_connected()
+    avoid_ties(compressor)
+    settle_statistics(compressor.graph, compressor.model)
+
+
+Before = Callable[[PlacedBatchNorm, Tensor, Tensor], Tensor | None]
+
+
+@contextlib.contextmanager
+def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
+    """Inside, `before(norm, x, known)` runs before every norm and may replace its input x.
+
+    `known` is a bool for every channel of x: it is known to be constant.
+    """
+
+    def with_known(known: Tensor) -> Any:
+        return lambda norm, args: before(norm, args[0], known)
+
+    graph, model = compressor.graph, compressor.model
+    constant = analyse(graph, model).constant
+    hooks = []
+    for node in graph.of_kind(Kind.NORM):
+        norm = model.get_submodule(node.module)
+        known = ~np.isnan(constant[node.inputs[0]][graph.sources[node.name][0]])
+        known &= sum(other.module == node.module for other in graph.nodes) == 1
+        hooks.append(norm.register_forward_pre_hook(with_known(torch.from_numpy(known))))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def avoid_ties(compressor: Compressor) -> None:
+    """Let no norm with a bias of 0 make ±1e-17 of a constant, of which a ReLU takes the sign.
+
+    Constants that are known to be constants do no harm: those norms compute nothing any more.
+    """
+
+    def before(norm: PlacedBatchNorm, x: Tensor, known: Tensor) -> None:
+        if norm.affine:
+            low, high = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).aminmax(dim=1)
+            norm.bias[(high - low < 1e-6) & ~known[norm.columns] & (norm.bias == 0)] = 0.125
+
+    with watched_norms(compressor, before):
+        compute(compressor, training=True)
+
+
+Result = tuple[list[Tensor], dict[str, Tensor]]
+
+
+def compute(compressor: Compressor, training: bool) -> Result:
+    """All outputs, and gradients of an arbitrary loss; modes and buffers are put back."""
+    model = compressor.model
+    was_training = model.training
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train(training)
+    tree = model(compressor.example_input)
+    outputs = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    weighted = [
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        for y in outputs
+        if y.requires_grad  # a network that is dead all through has constant outputs
+    ]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients: dict[str, Tensor] = {}
+    if weighted:
+        # Not .backward(): the compressor takes the gradients of formats away.
+        loss = torch.stack(weighted).sum()
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.train(was_training)
+    return [y.detach() for y in outputs], gradients
