@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Cut, kill, outputs, prepare
-from test_random_networks import compressed, kill_at_random, told, zero_biases
+from random_kills import compressed, kill_at_random, told
+from test_random_networks import zero_biases
 from torch import nn
 from torch.utils import _pytree as pytree
 
