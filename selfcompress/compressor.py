@@ -178,7 +178,7 @@ class Compressor:
         self.steps += 1
         if not self.frozen:
             self.formats.step(fit=self.steps % FIT_INTERVAL == 0)
-            self._keep_connected()
+            self.keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()
         if not due:
@@ -215,7 +215,7 @@ class Compressor:
         self._require_finite()
         for name, idle in self._idle.items():
             self.layers[name].bit_depth[idle] = 0
-        self._keep_connected()
+        self.keep_connected()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model))
         worth_it = not patient or _worth_recompiling(plan, self.model)
@@ -382,7 +382,7 @@ class Compressor:
         self.formats.watch()
 
     @torch.no_grad()
-    def _keep_connected(self) -> None:
+    def keep_connected(self) -> None:
         """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
         alive = [layer.live_rows().sum() for layer in self.layers.values()]
         dead: set[str] = set()

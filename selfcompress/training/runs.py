@@ -35,8 +35,8 @@ class RunFolder:
         there = self._read_json(CONFIG)
         if there is None:
             self._require_ours()
-        elif there != self.config:
-            raise UserError(f"{self.path} holds another run ({_difference(there, self.config)}); "
+        elif (difference := _difference(there, self.config)) is not None:
+            raise UserError(f"{self.path} holds another run ({difference}); "
                             "choose another --run-dir, or start over with --overwrite")  # fmt: skip
         return self._read_json(SUMMARY)
 
@@ -132,11 +132,12 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first option that differs; one that is missing was not there yet, and so is None."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
-    return "the same"
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,241 @@
+"""Fit a network's file to a number of bytes: a bit less, or more, where the task minds least.
+
+What a step of a row's format does to the loss is estimated to first order, as the mean square over
+batches of g · Δ: g the gradient of the quantised weight, Δ what the step adds to it. Per bit that
+the file saves, the rows that matter least are trimmed first; where there is room, those that
+matter most get a bit more.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selfcompress.compressor import Compressor
+from selfcompress.layers import QuantizedLayer
+from selfcompress.quantizer import (
+    MAX_BITS,
+    fake_quantize,
+    fit_exponent,
+    integer_depth,
+    quantized_integers,
+)
+
+_ROW_BITS = 36  # of a file, for the format of a row: 4 for its depth and 32 for its exponent
+_ROUNDS = 20  # of trimming at most; in each, a row loses one bit or all
+_TABLE_BITS = 4  # up to this depth integers are counted one by one to estimate their entropy
+
+
+class _Formats(NamedTuple):
+    """(rows,) bit depths and exponents of all layers, one after the other."""
+
+    depth: Tensor
+    exponent: Tensor
+
+
+class Fitter:
+    """Changes the formats of a network in training until its file has the size it should.
+
+    Args:
+        compressor: frozen already: nothing else may step the formats.
+        optimizer: of the weights; cut along.
+        losses: the task's loss on a few batches, one after the other, with gradients.
+        file_bytes: the size of the network's file as it is now.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        optimizer: Optimizer,
+        losses: Callable[[], Iterable[Tensor]],
+        file_bytes: Callable[[], int],
+    ) -> None:
+        self.compressor, self.optimizer = compressor, optimizer
+        self.losses, self.file_bytes = losses, file_bytes
+
+    @property
+    def _layers(self) -> list[QuantizedLayer]:
+        return list(self.compressor.layers.values())
+
+    def fit(self, limit: int, most_bits: int) -> int:
+        """Trim to `limit` bytes at most, then fill up to it: the bytes of the file now.
+
+        Rows get no more than `most_bits`. The result is above `limit` only if nothing more can
+        be taken.
+        """
+        for _ in range(_ROUNDS):
+            if self.file_bytes() <= limit or not self._trim(limit):
+                break
+            self.compressor.cut(self.optimizer)
+        # Channels that were cut took more with them than their own bits.
+        return self._fill(limit, most_bits)
+
+    def drop_zero_rows(self) -> None:
+        """Cut the rows that quantise to nothing but zeros, as the end of training will."""
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.bit_depth[layer.zero_rows()] = 0
+        self.compressor.cut(self.optimizer)
+
+    def _trim(self, limit: int) -> bool:
+        """Take the cheapest steps down, as few as it takes; whether there were any."""
+        less, none = [], []
+        for layer in self._layers:
+            depth = (integer_depth(layer.bit_depth) - 1).clamp(min=0)
+            less.append(_step(layer, depth))
+            none.append(_step(layer, torch.zeros_like(depth)))
+        harm_less, harm_none = self._harm([less, none])
+        saved_less, saved_none = self._saved(less), self._saved(none)
+        price_less, price_none = _price(harm_less, saved_less), _price(harm_none, saved_none)
+        whole = price_none < price_less
+        to = _Formats(
+            torch.where(whole, 0, torch.cat([step.depth for step in less])),
+            torch.cat([step.exponent for step in less]),
+        )
+        price = torch.where(whole, price_none, price_less)
+        order = price.argsort(stable=True)[: int(price.isfinite().sum())]
+        self._take(to, order, lambda: self.file_bytes() <= limit)
+        return len(order) > 0
+
+    def _fill(self, limit: int, most_bits: int) -> int:
+        """Take the most useful steps up, as many as there is room for."""
+        more, room = [], []
+        for layer in self._layers:
+            depth = integer_depth(layer.bit_depth)
+            more.append(_step(layer, (depth + 1).clamp(max=MAX_BITS)))
+            room.append((depth > 0) & (depth < most_bits))
+        (harm,) = self._harm([more])
+        price = _price(harm, -self._saved(more)).where(torch.cat(room), math.inf)
+        order = price.argsort(stable=True, descending=True)
+        order = order[price[order].isfinite()]
+        to = _Formats(*(torch.cat(part) for part in zip(*more, strict=True)))
+        before = self._now()
+        count = self._take(to, order, lambda: self.file_bytes() > limit)
+        if self.file_bytes() > limit and count:
+            self._set(before, to, order[: count - 1])
+        return self.file_bytes()
+
+    def _take(self, to: _Formats, order: Tensor, done: Callable[[], bool]) -> int:
+        """Take the first steps in `order`, as few as make it `done`, or all: how many."""
+        before = self._now()
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            self._set(before, to, order[:middle])
+            low, high = (low, middle) if done() else (middle + 1, high)
+        self._set(before, to, order[:low])
+        return low
+
+    def _now(self) -> _Formats:
+        return _Formats(
+            torch.cat([layer.bit_depth.detach() for layer in self._layers]),
+            torch.cat([layer.exponent.detach() for layer in self._layers]),
+        )
+
+    @torch.no_grad()
+    def _set(self, before: _Formats, to: _Formats, chosen: Tensor) -> None:
+        """Give the `chosen` rows the formats `to`, all others those `before`."""
+        rows = [len(layer.bit_depth) for layer in self._layers]
+        depth = before.depth.index_copy(0, chosen, to.depth[chosen]).split(rows)
+        exponent = before.exponent.index_copy(0, chosen, to.exponent[chosen]).split(rows)
+        for layer, b, e in zip(self._layers, depth, exponent, strict=True):
+            layer.bit_depth.copy_(b)
+            layer.exponent.copy_(e)
+        self.compressor.keep_connected()
+
+    def _saved(self, steps: list[_Formats]) -> Tensor:
+        """(rows,) the bits of the file that each step takes off, estimated."""
+        parts = []
+        for layer, step in zip(self._layers, steps, strict=True):
+            now = _Formats(layer.bit_depth.detach(), layer.exponent.detach())
+            parts.append(_file_bits(layer, now) - _file_bits(layer, step))
+        return torch.cat(parts)
+
+    def _harm(self, kinds: list[list[_Formats]]) -> list[Tensor]:
+        """For each kind of steps, (rows,) the mean square over batches of what it does to the loss.
+
+        The squares of the gradient's product with the step, summed up batch by batch.
+        """
+        layers = self._layers
+        changes = [
+            [_change(layer, step) for layer, step in zip(layers, steps, strict=True)]
+            for steps in kinds
+        ]
+        sums = [[torch.zeros_like(layer.exponent) for layer in layers] for _ in kinds]
+        with _on_the_grid(layers):
+            for loss in self.losses():
+                weights = [layer.weight for layer in layers]
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+                for layer_index, gradient in enumerate(gradients):
+                    if gradient is None:
+                        continue
+                    by_row = _by_row(layers[layer_index], gradient)
+                    for change, total in zip(changes, sums, strict=True):
+                        product = (by_row * change[layer_index]).flatten(1).sum(1)
+                        total[layer_index] += product.square()
+        return [torch.cat(total) for total in sums]
+
+
+@contextmanager
+def _on_the_grid(layers: list[QuantizedLayer]) -> Iterator[None]:
+    """Have every layer compute with the same weights as ever, but see their whole gradient.
+
+    The straight-through gradient is masked where a weight saturates. On the same grid with all
+    bits there are, the quantised weights come out as they are and none saturates.
+    """
+    kept = [(p, p.detach().clone()) for layer in layers for p in (layer.weight, layer.bit_depth)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(layer.quantized_weight())
+            layer.bit_depth.fill_(MAX_BITS)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+@torch.no_grad()
+def _step(layer: QuantizedLayer, depth: Tensor) -> _Formats:
+    """The formats at `depth`: (rows,) whole bits. A row of nothing but zeros needs none."""
+    exponent = fit_exponent(layer.weight_by_row(), depth)
+    zero = (fake_quantize(layer.weight_by_row(), depth, exponent) == 0).flatten(1).all(1)
+    return _Formats(torch.where(zero, 0, depth), exponent)
+
+
+@torch.no_grad()
+def _change(layer: QuantizedLayer, step: _Formats) -> Tensor:
+    """(rows, fan-in ...): what `step` adds to the quantised weight."""
+    weight = layer.weight_by_row()
+    return fake_quantize(weight, step.depth, step.exponent) - _by_row(
+        layer, layer.quantized_weight()
+    )
+
+
+def _by_row(layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1) if layer.row_dim else weight
+
+
+def _file_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
+    """(rows,) what each row takes in a file, by the entropy of its integers."""
+    depth = integer_depth(formats.depth)
+    integers = quantized_integers(
+        layer.weight_by_row(), *formats, integer_bits=layer.integer_bits
+    ).flatten(1)
+    fine = (depth - _TABLE_BITS).clamp(min=0).int()  # bits that are taken as incompressible
+    coarse = integers >> fine[:, None]
+    entropy = fine.float()
+    for level in range(-(2 ** (_TABLE_BITS - 1)), 2 ** (_TABLE_BITS - 1)):
+        share = (coarse == level).float().mean(1)
+        entropy -= torch.special.xlogy(share, share) / math.log(2)
+    return torch.where(depth > 0, entropy * layer.fan_in + _ROW_BITS, 0)
+
+
+def _price(harm: Tensor, saved: Tensor) -> Tensor:
+    """Harm per bit; infinite for steps that save nothing."""
+    return torch.where(saved > 0, harm / saved.clamp(min=1e-9), math.inf)
