@@ -108,6 +108,12 @@ class Config:
                 0 <= self.penalty_from <= self.penalty_until <= 1,
                 "0 ≤ --penalty-from ≤ --penalty-until ≤ 1 does not hold",
             ),
+            (
+                self.target_size is None
+                or self.float_baseline
+                or self.penalty_from < self.penalty_until,
+                "--target-size needs time between --penalty-from and --penalty-until",
+            ),
         ]
         for holds, message in checks:
             if not holds:

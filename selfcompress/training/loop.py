@@ -229,6 +229,12 @@ class Run:
         board.close()
         self.folder.write_summary(summary)
         print(self._result(summary))
+        if self.control is not None and summary["file_bytes"] > self.control.target:
+            print(
+                f"warning: the file has more than the {self.control.target:,} bytes asked for: "
+                "nothing more could be taken from the network (train for more epochs)",
+                file=sys.stderr,
+            )
         return summary
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -336,13 +342,13 @@ class Run:
         return max(0.0, min((done + 0.01) / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
     def _settle(self, last: bool) -> None:
-        """Batch-norm statistics of the network as it is: running ones lag behind formats."""
-        if self.control is not None and self.compressor is not None and self.compressor.frozen:
-            self.control.settle()
+        """The size asked for, and batch-norm statistics of the network as it is.
+
+        Running statistics lag behind formats.
+        """
+        if self.control is not None:
+            self.control.settle(last)
         if last and self.compressor is not None:
-            if self.control is not None:
-                self.compressor.freeze()
-                self.control.finish()
             self.compressor.finish(self._images(STATISTICS_BATCHES), self.optimizer)
         else:
             update_bn(self._images(STATISTICS_BATCHES if last else EVALUATION_BATCHES), self.model)

@@ -1,8 +1,8 @@
 """A size asked for instead of γ: γ is pressed with as it takes for the file to get there.
 
 Between --penalty-from and --penalty-until the file follows a planned path from its size then to
-the target, equal percentages in equal times, and γ is what a controller makes of how far the file
-is from it. Nothing in it depends on what a γ is worth: it starts anywhere and moves by factors.
+the target, a bit faster at first, and γ is what a controller makes of how far the file is from it.
+Nothing in it depends on what a γ is worth: it starts anywhere and moves by factors.
 When the formats freeze, `trim.Fitter` makes up for what is missing, and again whenever training
 moves the entropy of the integers away from the target, for the last time in the finished network.
 """
@@ -21,10 +21,12 @@ from selfcompress.compressor import Compressor
 from selfcompress.quantizer import integer_depth
 from selfcompress.training.trim import Fitter
 
-TOLERANCE = 0.01  # of the target: the file may be as much below it, and in between above it
-PROPORTIONAL = 10.0  # how much log γ follows log(file / planned)
-INTEGRAL = 30.0  # and how fast it moves while that stays as it is, per window
-FASTEST = 25.0  # change of log γ, per window: Adam's averages want time to follow
+TOLERANCE = 0.01  # of the target, by which a file may be below it before it is filled up
+LANDING = 1.02  # times the target is where the path ends: what was taken off does not come back
+SLOWING = 1.5  # the logarithm of what is to go is as (1 - time)^SLOWING
+PROPORTIONAL = 15.0  # log γ for an error of 1
+INTEGRAL = 100.0  # how fast log γ moves while it stays, per window
+LARGEST = 0.08  # error, to either side; for a larger one the path is drawn anew
 START = 0.01  # γ to begin with
 LOWEST, HIGHEST = 1e-6, 1e4
 CONTROLS = 200  # times in a window that γ is set
@@ -64,37 +66,42 @@ class TargetSize:
 
 
 class GammaController:
-    """Keeps a size on its way from `start` to `end` by setting γ.
+    """Keeps a size on a path from `start` to `end` by setting γ.
 
-    A proportional-integral controller of log γ by log(size / planned). What the limits of γ and of
-    its speed do not let through is not remembered either, so that nothing winds up.
+    A proportional-integral controller of log γ by the error log(size / planned). Where the size
+    cannot follow, whatever γ is, the path is drawn anew from where the size is: so γ does not run
+    away meanwhile, and comes down as soon as the size falls faster than it has to.
 
     Args:
         start, end: sizes, in any unit.
     """
 
     def __init__(self, start: float, end: float) -> None:
-        self.start, self.end = start, end
-        self.gamma = START
+        self.end = end
+        self.distance = max(0.0, math.log(start / end))  # of the path, from 0 to 1
         self.progress = 0.0
         self.integral = math.log(START)
 
     def planned(self, progress: float) -> float:
         """The size to have after `progress`, 0 to 1, of the time."""
-        whole_way = math.log(self.end / self.start)
-        return self.start * math.exp(whole_way * min(1.0, progress))
+        return self.end * math.exp(self.distance * self._left(progress))
 
     def update(self, progress: float, size: float) -> float:
         """γ from `progress` on, where the size is `size`."""
-        time = progress - self.progress
         error = math.log(size / self.planned(progress))
-        wanted = self.integral + INTEGRAL * error * time + PROPORTIONAL * error
-        log_gamma = math.log(self.gamma)
-        log_gamma += max(-FASTEST * time, min(FASTEST * time, wanted - log_gamma))
-        log_gamma = max(math.log(LOWEST), min(math.log(HIGHEST), log_gamma))
-        self.integral = log_gamma - PROPORTIONAL * error
-        self.gamma, self.progress = math.exp(log_gamma), progress
-        return self.gamma
+        bounded = max(-LARGEST, min(LARGEST, error))
+        if bounded != error and progress < 1:
+            to_go = math.log(size / self.end) - bounded
+            self.distance = max(0.0, to_go / self._left(progress))
+        low, high = math.log(LOWEST), math.log(HIGHEST)
+        self.integral += INTEGRAL * bounded * (progress - self.progress)
+        self.integral = max(low, min(high, self.integral))
+        self.progress = progress
+        return math.exp(max(low, min(high, self.integral + PROPORTIONAL * bounded)))
+
+    @staticmethod
+    def _left(progress: float) -> float:
+        return float(max(0.0, 1 - progress) ** SLOWING)
 
 
 class SizeControl:
@@ -131,8 +138,8 @@ class SizeControl:
             return
         if self.controller is None:
             self._measure(progress)
-            self.controller = GammaController(self.size(), self.target)
-            self.compressor.gamma = self.controller.gamma
+            self.controller = GammaController(self.size(), LANDING * self.target)
+            self.compressor.gamma = self.controller.update(progress, self.size())
         elif progress - self.controller.progress >= 1 / CONTROLS:
             if progress - self.measured_at >= 1 / MEASUREMENTS:
                 self._measure(progress)
@@ -142,15 +149,18 @@ class SizeControl:
         """Bytes of the file, estimated, and continuous in the bit depths."""
         return self._stored_bytes() * self.ratio
 
-    def settle(self) -> None:
-        """Once formats are frozen: back to the target, if the file has left it."""
+    def settle(self, last: bool = False) -> None:
+        """Once formats are frozen: back to the target, if the file has left it.
+
+        The `last` time, this is exact: batch-norm statistics have to be estimated anew after it.
+        """
+        if last:
+            self.compressor.freeze()
+            self.fitter.drop_zero_rows()
+        if not self.compressor.frozen:
+            return
         if not (1 - TOLERANCE) * self.target <= self.file_bytes() <= self.target:
             self.fitter.fit(self.target, self.most_bits)
-
-    def finish(self) -> None:
-        """The last correction, exact; batch-norm statistics have to be re-estimated after it."""
-        self.fitter.drop_zero_rows()
-        self.settle()
 
     def _measure(self, progress: float) -> None:
         self.ratio = self.file_bytes() / (self.compressor.size().stored_bits / 8)
@@ -160,7 +170,7 @@ class SizeControl:
     def _stored_bytes(self) -> float:
         """Bytes stored, with every row's depth as far as it has come to the next whole one."""
         size = self.compressor.size()
-        bits = size.stored_bits - 0.0
+        bits = float(size.stored_bits)
         for layer in self.compressor.layers.values():
             if layer.integer_bits:
                 # A row enters a depth in its middle, and leaves it half a bit farther on.
