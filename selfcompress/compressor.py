@@ -11,6 +11,7 @@ for x, y in loader:
 compressor.finish(loader)
 """
 
+import copy
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -236,6 +237,14 @@ class Compressor:
         }
         self._idle = self._zero_rows()
         return plan if plan and worth_it else None
+
+    @torch.no_grad()
+    def preview(self) -> nn.Module:
+        """A copy of the model as cutting what has no bits now would leave it."""
+        model = copy.deepcopy(self.model)
+        settle_statistics(self.graph, model)
+        apply_plan(plan_cut(self.graph, model, analyse(self.graph, model)), model)
+        return model
 
     def freeze(self) -> None:
         """Bit depths and exponents stay as they are from now on; dead channels still go."""

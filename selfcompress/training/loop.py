@@ -44,6 +44,7 @@ LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
+MOST_BITS = 8  # that rows are given to fill a file up to --target-size
 FIT_BATCHES = 8  # that tell what a bit is worth when the file is fitted to --target-size
 UNKNOWN_ACCURACY = 0.8765432198765432  # in the header of a file that is only measured
 SLACK = 32  # bytes by which a compressed header may grow when the true one is put in
@@ -185,8 +186,8 @@ class Run:
             compressor,
             self.optimizer,
             target,
-            math.ceil(config.bits),
-            lambda: self._file_bytes(self.model),
+            math.ceil(config.bits if target >= start else max(config.bits, MOST_BITS)),
+            lambda: self._file_bytes(compressor.preview()),
             self._losses,
         )
 
@@ -291,8 +292,10 @@ class Run:
         """What an epoch's metrics tell of the size if one was asked for."""
         if self.control is None:
             return {}
-        file_bytes = self._file_bytes(self.model)
-        return {"file_kb": file_bytes / 1000, "target_kb": self.control.target / 1000}
+        return {
+            "file_kb": self.control.file_bytes() / 1000,
+            "target_kb": self.control.target / 1000,
+        }
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """One step of everything: the task's loss and the number of images it got right."""

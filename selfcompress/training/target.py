@@ -111,7 +111,7 @@ class SizeControl:
         compressor, optimizer: of the run.
         target: bytes of the file.
         most_bits: that a row may be given where there is room.
-        file_bytes: the size of the network's file as it is now.
+        file_bytes: the size of the network's file, were it cut now.
         losses: the task's loss on a few batches, one after the other, with gradients.
     """
 
@@ -159,8 +159,8 @@ class SizeControl:
             self.fitter.drop_zero_rows()
         if not self.compressor.frozen:
             return
-        if not (1 - TOLERANCE) * self.target <= self.file_bytes() <= self.target:
-            self.fitter.fit(self.target, self.most_bits)
+        least = round((1 - TOLERANCE) * self.target)
+        self.fitter.fit(self.target, least, self.most_bits)
 
     def _measure(self, progress: float) -> None:
         self.ratio = self.file_bytes() / (self.compressor.size().stored_bits / 8)

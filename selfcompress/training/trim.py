@@ -25,8 +25,7 @@ from selfcompress.quantizer import (
     quantized_integers,
 )
 
-_ROW_BITS = 36  # of a file, for the format of a row: 4 for its depth and 32 for its exponent
-_ROUNDS = 20  # of trimming at most; in each, a row loses one bit or all
+_ROUNDS = 20  # of trimming, or filling, at most; in each, a row moves by one bit or loses all
 _TABLE_BITS = 4  # up to this depth integers are counted one by one to estimate their entropy
 
 
@@ -44,7 +43,7 @@ class Fitter:
         compressor: frozen already: nothing else may step the formats.
         optimizer: of the weights; cut along.
         losses: the task's loss on a few batches, one after the other, with gradients.
-        file_bytes: the size of the network's file as it is now.
+        file_bytes: the size of the network's file, were it cut now.
     """
 
     def __init__(
@@ -61,18 +60,20 @@ class Fitter:
     def _layers(self) -> list[QuantizedLayer]:
         return list(self.compressor.layers.values())
 
-    def fit(self, limit: int, most_bits: int) -> int:
-        """Trim to `limit` bytes at most, then fill up to it: the bytes of the file now.
+    def fit(self, limit: int, least: int, most_bits: int) -> int:
+        """Trim to `limit` bytes at most, then fill up to `least` or more: the bytes of the file.
 
         Rows get no more than `most_bits`. The result is above `limit` only if nothing more can
-        be taken.
+        be taken, and below `least` if nothing more that fits can be given.
         """
         for _ in range(_ROUNDS):
             if self.file_bytes() <= limit or not self._trim(limit):
                 break
             self.compressor.cut(self.optimizer)
-        # Channels that were cut took more with them than their own bits.
-        return self._fill(limit, most_bits)
+        for _ in range(_ROUNDS):
+            if self.file_bytes() >= least or not self._fill(limit, most_bits):
+                break
+        return self.file_bytes()
 
     def drop_zero_rows(self) -> None:
         """Cut the rows that quantise to nothing but zeros, as the end of training will."""
@@ -101,8 +102,8 @@ class Fitter:
         self._take(to, order, lambda: self.file_bytes() <= limit)
         return len(order) > 0
 
-    def _fill(self, limit: int, most_bits: int) -> int:
-        """Take the most useful steps up, as many as there is room for."""
+    def _fill(self, limit: int, most_bits: int) -> bool:
+        """Take the most useful steps up, as many as there is room for; whether there was any."""
         more, room = [], []
         for layer in self._layers:
             depth = integer_depth(layer.bit_depth)
@@ -115,9 +116,10 @@ class Fitter:
         to = _Formats(*(torch.cat(part) for part in zip(*more, strict=True)))
         before = self._now()
         count = self._take(to, order, lambda: self.file_bytes() > limit)
-        if self.file_bytes() > limit and count:
-            self._set(before, to, order[: count - 1])
-        return self.file_bytes()
+        if self.file_bytes() > limit:
+            count -= 1
+            self._set(before, to, order[:count])
+        return count > 0
 
     def _take(self, to: _Formats, order: Tensor, done: Callable[[], bool]) -> int:
         """Take the first steps in `order`, as few as make it `done`, or all: how many."""
@@ -148,11 +150,18 @@ class Fitter:
         self.compressor.keep_connected()
 
     def _saved(self, steps: list[_Formats]) -> Tensor:
-        """(rows,) the bits of the file that each step takes off, estimated."""
+        """(rows,) the bits of the file that each step takes off, estimated.
+
+        A row is taken to need, beside its weights, its share of everything that is not weights.
+        """
+        size = self.compressor.size()
+        rows = sum(layer.channels for layer in size.layers)
+        share = (size.stored_bits - size.q_bits) / max(1, rows)
         parts = []
         for layer, step in zip(self._layers, steps, strict=True):
             now = _Formats(layer.bit_depth.detach(), layer.exponent.detach())
-            parts.append(_file_bits(layer, now) - _file_bits(layer, step))
+            goes = (now.depth > 0).float() - (step.depth > 0).float()
+            parts.append(_weight_bits(layer, now) - _weight_bits(layer, step) + share * goes)
         return torch.cat(parts)
 
     def _harm(self, kinds: list[list[_Formats]]) -> list[Tensor]:
@@ -221,8 +230,8 @@ def _by_row(layer: QuantizedLayer, weight: Tensor) -> Tensor:
     return weight.transpose(0, 1) if layer.row_dim else weight
 
 
-def _file_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
-    """(rows,) what each row takes in a file, by the entropy of its integers."""
+def _weight_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
+    """(rows,) what the weights of each row take in a file, by the entropy of its integers."""
     depth = integer_depth(formats.depth)
     integers = quantized_integers(
         layer.weight_by_row(), *formats, integer_bits=layer.integer_bits
@@ -233,7 +242,7 @@ def _file_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
     for level in range(-(2 ** (_TABLE_BITS - 1)), 2 ** (_TABLE_BITS - 1)):
         share = (coarse == level).float().mean(1)
         entropy -= torch.special.xlogy(share, share) / math.log(2)
-    return torch.where(depth > 0, entropy * layer.fan_in + _ROW_BITS, 0)
+    return entropy * layer.fan_in
 
 
 def _price(harm: Tensor, saved: Tensor) -> Tensor:
