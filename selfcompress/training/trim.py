@@ -1,11 +1,12 @@
 """Fit a network's file to a number of bytes: a bit less, or more, where the task minds least.
 
-What a step of a row's format does to the loss is estimated to first order, as the mean square over
-batches of g · Δ: g the gradient of the quantised weight, Δ what the step adds to it. Per bit that
-the file saves, the rows that matter least are trimmed first; where there is room, those that
+What another format of a row does to the loss is estimated to first order, as the mean square over
+batches of g · Δ: g the gradient of the quantised weight, Δ what the format adds to it. Rows that
+matter least, for the bits that the file saves, are trimmed first; where there is room, those that
 matter most get a bit more.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,54 +84,83 @@ class Fitter:
         self.compressor.cut(self.optimizer)
 
     def _trim(self, limit: int) -> bool:
-        """Take the cheapest steps down, as few as it takes; whether there were any."""
-        less, none = [], []
-        for layer in self._layers:
-            depth = (integer_depth(layer.bit_depth) - 1).clamp(min=0)
-            less.append(_step(layer, depth))
-            none.append(_step(layer, torch.zeros_like(depth)))
-        harm_less, harm_none = self._harm([less, none])
-        saved_less, saved_none = self._saved(less), self._saved(none)
-        price_less, price_none = _price(harm_less, saved_less), _price(harm_none, saved_none)
-        whole = price_none < price_less
-        to = _Formats(
-            torch.where(whole, 0, torch.cat([step.depth for step in less])),
-            torch.cat([step.exponent for step in less]),
+        """Take bits, or all, from the rows where it costs least; whether there was any to take.
+
+        At a price of bits every row chooses by itself what to give: as it is best for the loss
+        plus the price. The lowest price is looked for at which the file is small enough.
+        """
+        choices = [self._now()]
+        for less in (1, 2, MAX_BITS):
+            depths = [integer_depth(layer.bit_depth) - less for layer in self._layers]
+            choices.append(self._steps([depth.clamp(min=0) for depth in depths]))
+        saved = torch.stack([self._saved(choice) for choice in choices]).double()
+        harm = torch.stack(self._harm(choices)).double()
+        harm = harm.where((saved > 0) & harm.isfinite(), math.inf)
+        harm[0] = 0
+        prices = torch.cat(
+            [
+                (harm[b] - harm[a]) / (saved[b] - saved[a])
+                for a, b in itertools.combinations(range(len(choices)), 2)
+            ]
         )
-        price = torch.where(whole, price_none, price_less)
-        order = price.argsort(stable=True)[: int(price.isfinite().sum())]
-        self._take(to, order, lambda: self.file_bytes() <= limit)
-        return len(order) > 0
+        prices = prices[(prices >= 0) & prices.isfinite()].unique()
+
+        def at(count: int) -> _Formats:
+            # A bit above the price at which a row changes its mind.
+            price = prices[count - 1] * (1 + 1e-9) if count else -1.0
+            best = (harm - price * saved).argmin(0, keepdim=True)
+            depth, exponent = (
+                torch.stack(part).gather(0, best)[0] for part in zip(*choices, strict=True)
+            )
+            return _Formats(depth, exponent)
+
+        self._set(at(self._fewest(len(prices), at, lambda: self.file_bytes() <= limit)))
+        return len(prices) > 0
 
     def _fill(self, limit: int, most_bits: int) -> bool:
-        """Take the most useful steps up, as many as there is room for; whether there was any."""
-        more, room = [], []
-        for layer in self._layers:
-            depth = integer_depth(layer.bit_depth)
-            more.append(_step(layer, (depth + 1).clamp(max=MAX_BITS)))
-            room.append((depth > 0) & (depth < most_bits))
-        (harm,) = self._harm([more])
-        price = _price(harm, -self._saved(more)).where(torch.cat(room), math.inf)
-        order = price.argsort(stable=True, descending=True)
-        order = order[price[order].isfinite()]
-        to = _Formats(*(torch.cat(part) for part in zip(*more, strict=True)))
+        """Give a bit to the rows where it changes most, as many as there is room for; if any."""
         before = self._now()
-        count = self._take(to, order, lambda: self.file_bytes() > limit)
+        depth = integer_depth(before.depth)
+        rows = [len(layer.bit_depth) for layer in self._layers]
+        more = self._steps(list((depth + 1).clamp(max=MAX_BITS).split(rows)))
+        added = -self._saved(more)
+        (harm,) = self._harm([more])
+        possible = (depth > 0) & (depth < most_bits) & (added > 0) & harm.isfinite()
+        use = torch.where(possible, harm / added, -1)
+        order = use.argsort(stable=True, descending=True)[: int(possible.sum())]
+
+        def at(count: int) -> _Formats:
+            chosen = order[:count]
+            return _Formats(
+                *(b.index_copy(0, chosen, m[chosen]) for b, m in zip(before, more, strict=True))
+            )
+
+        count = self._fewest(len(order), at, lambda: self.file_bytes() > limit)
+        self._set(at(count))
         if self.file_bytes() > limit:
             count -= 1
-            self._set(before, to, order[:count])
+            self._set(at(count))
         return count > 0
 
-    def _take(self, to: _Formats, order: Tensor, done: Callable[[], bool]) -> int:
-        """Take the first steps in `order`, as few as make it `done`, or all: how many."""
-        before = self._now()
-        low, high = 0, len(order)
+    def _fewest(self, most: int, at: Callable[[int], _Formats], done: Callable[[], bool]) -> int:
+        """The smallest count, up to `most`, at whose formats it is `done`, or else `most`."""
+        low, high = 0, most
         while low < high:
             middle = (low + high) // 2
-            self._set(before, to, order[:middle])
+            self._set(at(middle))
             low, high = (low, middle) if done() else (middle + 1, high)
-        self._set(before, to, order[:low])
         return low
+
+    def _steps(self, depths: list[Tensor]) -> _Formats:
+        """The formats of all rows at these whole bit depths, layer by layer."""
+        steps = [_step(layer, depth) for layer, depth in zip(self._layers, depths, strict=True)]
+        return _Formats(*(torch.cat(part) for part in zip(*steps, strict=True)))
+
+    def _by_layer(self, formats: _Formats) -> list[_Formats]:
+        rows = [len(layer.bit_depth) for layer in self._layers]
+        return [
+            _Formats(*pair) for pair in zip(*(part.split(rows) for part in formats), strict=True)
+        ]
 
     def _now(self) -> _Formats:
         return _Formats(
@@ -139,17 +169,13 @@ class Fitter:
         )
 
     @torch.no_grad()
-    def _set(self, before: _Formats, to: _Formats, chosen: Tensor) -> None:
-        """Give the `chosen` rows the formats `to`, all others those `before`."""
-        rows = [len(layer.bit_depth) for layer in self._layers]
-        depth = before.depth.index_copy(0, chosen, to.depth[chosen]).split(rows)
-        exponent = before.exponent.index_copy(0, chosen, to.exponent[chosen]).split(rows)
-        for layer, b, e in zip(self._layers, depth, exponent, strict=True):
-            layer.bit_depth.copy_(b)
-            layer.exponent.copy_(e)
+    def _set(self, formats: _Formats) -> None:
+        for layer, (depth, exponent) in zip(self._layers, self._by_layer(formats), strict=True):
+            layer.bit_depth.copy_(depth)
+            layer.exponent.copy_(exponent)
         self.compressor.keep_connected()
 
-    def _saved(self, steps: list[_Formats]) -> Tensor:
+    def _saved(self, steps: _Formats) -> Tensor:
         """(rows,) the bits of the file that each step takes off, estimated.
 
         A row is taken to need, beside its weights, its share of everything that is not weights.
@@ -158,20 +184,20 @@ class Fitter:
         rows = sum(layer.channels for layer in size.layers)
         share = (size.stored_bits - size.q_bits) / max(1, rows)
         parts = []
-        for layer, step in zip(self._layers, steps, strict=True):
+        for layer, step in zip(self._layers, self._by_layer(steps), strict=True):
             now = _Formats(layer.bit_depth.detach(), layer.exponent.detach())
             goes = (now.depth > 0).float() - (step.depth > 0).float()
             parts.append(_weight_bits(layer, now) - _weight_bits(layer, step) + share * goes)
         return torch.cat(parts)
 
-    def _harm(self, kinds: list[list[_Formats]]) -> list[Tensor]:
+    def _harm(self, kinds: list[_Formats]) -> list[Tensor]:
         """For each kind of steps, (rows,) the mean square over batches of what it does to the loss.
 
         The squares of the gradient's product with the step, summed up batch by batch.
         """
         layers = self._layers
         changes = [
-            [_change(layer, step) for layer, step in zip(layers, steps, strict=True)]
+            [_change(*pair) for pair in zip(layers, self._by_layer(steps), strict=True)]
             for steps in kinds
         ]
         sums = [[torch.zeros_like(layer.exponent) for layer in layers] for _ in kinds]
@@ -243,8 +269,3 @@ def _weight_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
         share = (coarse == level).float().mean(1)
         entropy -= torch.special.xlogy(share, share) / math.log(2)
     return entropy * layer.fan_in
-
-
-def _price(harm: Tensor, saved: Tensor) -> Tensor:
-    """Harm per bit; infinite for steps that save nothing."""
-    return torch.where(saved > 0, harm / saved.clamp(min=1e-9), math.inf)
