@@ -117,8 +117,8 @@ def network(
 
 @pytest.mark.parametrize("jump", [False, True])
 @pytest.mark.parametrize("steps", [200, 2000])
-@pytest.mark.parametrize("price", [0.001, 0.01, 0.1, 1.0])
-@pytest.mark.parametrize("end", [0.5, 0.2, 0.1])
+@pytest.mark.parametrize("price", [0.001, 0.03, 1.0])
+@pytest.mark.parametrize("end", [0.5, 0.15])
 def test_controller_arrives_whatever_a_gamma_is_worth(
     end: float, price: float, steps: int, jump: bool
 ) -> None:
@@ -134,6 +134,17 @@ def test_gamma_does_not_run_away_while_nothing_moves(stuck: float) -> None:
     print(f"{free:.3f} {late:.3f} {max(gammas):.3g} {max(more):.3g}")
     assert 0.85 < late < 1.25
     assert more[-1] < 10 * gammas[-1]
+
+
+def test_gamma_comes_down_as_soon_as_the_size_falls_faster_than_it_has_to() -> None:
+    controller = GammaController(1.0, 0.1)
+    for step in range(51):
+        stuck = controller.update(step / 100, 1.0)
+    assert controller.planned(0.5) > 0.9  # drawn anew: what is to go is still to go
+    falling = controller.update(
+        0.52, 0.75
+    )  # as fast as this it would arrive in a tenth of the time
+    assert falling < stuck / 5
 
 
 def test_size_that_stays_below_the_path_ends_the_pressure() -> None:
@@ -182,7 +193,7 @@ def test_trimming_takes_what_the_task_does_not_miss() -> None:
     assert limit - 8 - 33 <= after <= limit  # a bit more of one row of 64 weights is 8 bytes
     hidden = compressor.layers["hidden"]
     depth = torch.zeros(32).index_copy(0, hidden.rows, integer_depth(hidden.bit_depth))
-    assert depth[16:].sum() < 0.6 * depth[:16].sum()
+    assert depth[16:].max() == 0
     assert depth[:16].min() >= 3
 
 
@@ -198,7 +209,7 @@ def test_fitting_changes_formats_alone() -> None:
         assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("limit", [0, 1200])
+@pytest.mark.parametrize("limit", [0, 500])
 def test_trimming_never_cuts_the_output_off(limit: int) -> None:
     fitter, compressor = fitter_of(TwoHalves())
     smallest, other = fitter_of(TwoHalves())
@@ -260,11 +271,11 @@ def test_run_ends_in_the_size_asked_for(cli: Cli, tmp_path: Path) -> None:
     assert_refused(other, "target_size is 6000B there and 7000B here")
 
 
-@pytest.mark.parametrize("epoch", [3, 5, 7])
+@pytest.mark.parametrize("epoch", [2, 5])  # in the time of pressing, and after it
 def test_interrupted_run_comes_to_the_same_file(
     epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = [*TINY, "--target-size", "1.5%", "--width", "8"]
+    args = [*TINY, "--target-size", "1.5%", "--width", "8", "--epochs", "6"]
     assert cli(*args, "--run-dir", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_before(epoch, patch)
