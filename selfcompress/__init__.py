@@ -1,6 +1,8 @@
 """Networks that compress themselves while they train (Cséfalvay & Imber, arXiv 2301.13142)."""
 
 from selfcompress.compressor import Compressor
+from selfcompress.dense import to_dense
+from selfcompress.export import ExportError, export_onnx
 from selfcompress.file.header import About, Architecture, FileError
 from selfcompress.file.load import load
 from selfcompress.file.write import save
@@ -15,6 +17,7 @@ __all__ = [
     "Architecture",
     "Compressor",
     "CutError",
+    "ExportError",
     "FileError",
     "LayerReport",
     "LayerSize",
@@ -22,7 +25,9 @@ __all__ = [
     "Report",
     "Size",
     "apply_plan",
+    "export_onnx",
     "fake_quantize",
     "load",
     "save",
+    "to_dense",
 ]

@@ -1,18 +1,17 @@
-"""Put quantised layers into a model, and take them out again."""
+"""Put quantised layers into a model."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress import layers
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
 
-_TWINS: dict[type[nn.Module], Any] = {
+TWINS: dict[type[nn.Module], Any] = {
     nn.Conv1d: layers.QuantConv1d,
     nn.Conv2d: layers.QuantConv2d,
     nn.Conv3d: layers.QuantConv3d,
@@ -71,7 +70,7 @@ def quantize_layers(
                 raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
             continue
         if module not in twins:
-            twin: Any = _TWINS.get(type(module))
+            twin: Any = TWINS.get(type(module))
             if isinstance(module, _BatchNorm) and twin is not None:
                 twins[module] = twin.from_float(module)
             elif isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)):
@@ -90,7 +89,7 @@ def quantize_layers(
     for old, new in twins.items():
         _keep_hooks(old, new)
     for name, new in replacements:
-        _replace(model, name, new)
+        replace(model, name, new)
     _without_fast_paths(model)
     return left
 
@@ -104,7 +103,7 @@ def _why_in_float(
 ) -> str:
     if any(name == e or name.startswith(e + ".") for e in excluded):
         return "it is excluded"
-    if type(module) not in _TWINS:
+    if type(module) not in TWINS:
         return f"its type {type(module).__name__} is not known"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
         return "it is a grouped transposed convolution"
@@ -137,47 +136,8 @@ def _without_fast_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-@torch.no_grad()
-def restore_layers(model: nn.Module) -> None:
-    """Take the quantised layers out again, in place: ordinary layers, quantised weights baked in.
-
-    Output channels without a row come back as rows of zeros. Batch norms that have lost channels
-    stay `PlacedBatchNorm`; grouped convolutions that have lost rows come back ungrouped.
-    """
-    kinds = {twin: kind for kind, twin in _TWINS.items()}
-    for name, module in list(model.named_modules()):
-        new: nn.Module
-        if isinstance(module, QuantAttention):
-            new = module.to_float()
-        elif isinstance(module, QuantizedLayer) and not name.endswith((".in_proj", ".out_proj")):
-            new = _dense(module, kinds[type(module)])
-        elif isinstance(module, PlacedBatchNorm) and (
-            module.num_features == module.in_width == module.out_width
-        ):
-            new = kinds[type(module)](**layers.norm_options(module), device="meta")
-            new._parameters.update(module._parameters)
-            new._buffers.update({k: module._buffers[k] for k in new._buffers})
-        else:
-            continue
-        _replace(model, name, new.train(module.training))
-
-
-def _dense(layer: QuantizedLayer, kind: Any) -> nn.Module:
-    weight = layer.dense_weight()
-    if isinstance(layer, layers.QuantLinear):
-        options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
-        options["bias"] = layer.bias is not None
-    else:
-        options = layers.conv_options(layer)
-        if weight.shape[layer.fan_in_dim] == layer.in_width:
-            options["groups"] = 1
-    new = kind(**options, device="meta")
-    new.weight, new.bias = nn.Parameter(weight), layer.bias
-    assert isinstance(new, nn.Module)
-    return new
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module `name` is."""
     if not name:
         raise ValueError("the model is itself a single layer: wrap it in nn.Sequential(...)")
     parent, _, child = name.rpartition(".")

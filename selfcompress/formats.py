@@ -10,6 +10,10 @@ The gradient along that direction is ∂/∂b - ∂/∂e. A row that changes its
 the middle of the new one; at the border it would flicker between the two. (Fractional depths move
 alone, as in the paper.)
 
+*No row of one bit.* With a single bit a weight is 0 or -2^e, never positive. Half as many rows of
+two bits are worth more, so a row that falls below two bits loses both, and one that comes back
+gets two. (Left alone, most rows of a network under pressure end at one bit.)
+
 *Exponents* are learned, and every few steps fitted anew to the weights: in a short run the weights
 grow and shrink faster than steps small enough to be harmless can follow.
 
@@ -35,8 +39,8 @@ from torch.utils.hooks import RemovableHandle
 from selfcompress.layers import QuantizedLayer
 from selfcompress.quantizer import MAX_BITS, fit_exponent, integer_depth
 
-TASK_SHARE = 0.03  # of the task's gradient of a bit depth; see above
-EPSILON = 0.003  # the gradient, in units of γ, that moves a bit depth by half of the largest step
+TASK_SHARE = 0.1  # of the task's gradient of a bit depth; see above
+EPSILON = 0.01  # the gradient, in units of γ, that moves a bit depth by half of the largest step
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
 FIT_INTERVAL = 20  # steps between two fits of the exponents
@@ -135,6 +139,8 @@ class FormatStepper:
     def _settle(self, layer: QuantizedLayer, before: Tensor, fit: bool) -> None:
         """Move exponents and bit depths of a layer along with its integer depths."""
         depth = integer_depth(layer.bit_depth)
+        one = (depth == 1) & (before != 1)  # a row stays at one bit only if it started there
+        depth = torch.where(one, torch.where(before > 1, 0.0, 2.0), depth)
         layer.exponent.add_(before - depth)
         middle = (depth - 0.5).clamp(min=0)
         layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))

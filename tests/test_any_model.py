@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor
 from selfcompress.attention import QuantAttention
-from selfcompress.convert import quantize_layers, restore_layers
+from selfcompress.convert import quantize_layers
+from selfcompress.dense import to_dense
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import settle_statistics
 from selfcompress.report import LayerReport
@@ -194,10 +195,10 @@ def test_rows_of_attention_die_and_are_cut_and_come_back_in_float(kind: str) -> 
         assert layer.weight.shape[0] == len(layer.rows)
     compressor.size()
     want = computed(compressor.model, SEQUENCE, False)
-    restore_layers(compressor.model)
-    assert type(compressor.model.get_submodule("attention")) is nn.MultiheadAttention
-    assert not quantized_layers(compressor.model)
-    torch.testing.assert_close(computed(compressor.model, SEQUENCE, False), want)
+    dense = to_dense(compressor.model)
+    assert type(dense.get_submodule("attention")) is nn.MultiheadAttention
+    assert not quantized_layers(dense)
+    torch.testing.assert_close(computed(dense, SEQUENCE, False), want)
 
 
 def test_attention_learns_and_is_cut_in_a_plain_loop() -> None:

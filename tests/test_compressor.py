@@ -178,6 +178,17 @@ def test_the_parameters_stay_those_of_the_model() -> None:
     assert model.a[0].weight is weight
 
 
+def test_rows_pass_over_one_bit_unless_they_start_there() -> None:
+    for bits in (3, 1):
+        compressor, optimizer = started(bits=bits, min_channels=3)
+        seen: set[float] = set()
+        for x, y in batches(60):
+            one_step(compressor, optimizer, x, y)
+            seen |= {d for depth in depths(compressor).values() for d in depth.ceil().tolist()}
+        assert seen >= {0, 2}  # rows died, and those that were kept alive have two bits
+        assert (1 in seen) == (bits == 1)
+
+
 # --- cuts -----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from selfcompress.training.augment import Augment, normalise
-from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
+from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load, prepare
 from selfcompress.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -139,6 +139,13 @@ def test_images_of_other_modes_and_sizes_are_converted_when_a_size_is_given(pets
     paint(pets / "train" / "cat" / "grey.png", (9, 30), seed=0, mode="L")
     data = folder(pets, image_size=10)
     assert only_images(data.train).shape == (11, 3, 10, 10)
+
+
+@pytest.mark.parametrize("asked", [None, 10])
+def test_preparing_tells_the_image_size_that_loading_gives(pets: Path, asked: int | None) -> None:
+    assert prepare("folder", pets, asked) == folder(pets, asked).image_size
+    digits = load("digits", pets, asked, CPU)
+    assert prepare("digits", pets, asked) == digits.image_size
 
 
 def test_a_missing_data_dir(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from selfcompress.convert import restore_layers
+from selfcompress.dense import to_dense
 from selfcompress.layers import PlacedBatchNorm, quantized_layers
 from selfcompress.ops import Kind
 from selfcompress.size import measure, starting_weights
@@ -323,15 +323,15 @@ def test_one_batch_norm_for_two_tensors_is_left_whole() -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_restored_layers_compute_the_same(mode: str) -> None:
+def test_dense_layers_compute_the_same(mode: str) -> None:
     cut = prepare("residual", torch.float64)
     silence(cut, "one.0", "one.1", [1, 2])
     kill(cut.model, "two.0", [0])
     cut.cut()
     before = outputs(cut.model, cut.x, mode == "train")
-    restore_layers(cut.model)
-    assert not quantized_layers(cut.model)
-    torch.testing.assert_close(outputs(cut.model, cut.x, mode == "train"), before)
+    dense = to_dense(cut.model)
+    assert not quantized_layers(dense)
+    torch.testing.assert_close(outputs(dense, cut.x, mode == "train"), before)
 
 
 # --- optimisers -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from models import NAMES, default_width
 from selfcompress.training import loop, runs
 from selfcompress.training.config import Config
 from selfcompress.training.data import load as load_dataset
+from selfcompress.training.lock import LOCK, hold
 
 TINY = (
     "--dataset digits --width 4 --image-size 8 --epochs 4 --batch-size 128 --device cpu "
@@ -139,6 +140,9 @@ def test_what_a_run_leaves_behind(cli: Cli, tmp_path: Path) -> None:
     assert "bit_depth/prep.conv" in events.Tags()["histograms"]
     assert "widths" in events.Tags()["images"]
     assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(name.encode() in hparams for name in ("gamma", "seed", "width"))
+    assert events.Scalars("size/file_bytes")[-1].value == summary["file_bytes"]
     last = events.Scalars("size/stored_kb")[-1].value
     assert last == pytest.approx(summary["stored_bits"] / 8000, rel=1e-6)
 
@@ -356,7 +360,7 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
         patch.setattr(os, "replace", full)
         assert_refused(cli(*args), "No space left on device", "checkpoint.pt")
     assert (tmp_path / "run" / runs.CHECKPOINT).read_bytes() == before
-    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
     assert cli(*args)[0] == 0
 
 
@@ -391,6 +395,24 @@ def test_overwrite_removes_nothing_but_a_run(cli: Cli, tmp_path: Path) -> None:
     before = sorted(f.name for f in (tmp_path / "run").iterdir())
     assert_refused(cli(*args, "--exclude", "nothing", "--overwrite"), "nothing")
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY, "--epochs", "1", "--run-dir", tmp_path / "run"]
+    monkeypatch.setattr(runs, "_LET_GO", 0.2)
+    for more in ([], ["--overwrite"]):
+        with hold(tmp_path / "run", "train.py"):
+            assert_refused(cli(*args, *more), "another train.py is at work", "run")
+        assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
+    # A process that is killed while it writes leaves this, and lets go of its lock.
+    (tmp_path / "run" / ".config.json.x1").write_text("{")
+    (tmp_path / "run" / ".checkpoint.pt.x2").write_text("")
+    assert cli(*args)[0] == 0
+    assert not [
+        f for f in (tmp_path / "run").iterdir() if f.name.startswith(".") and f.name != LOCK
+    ]
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:

@@ -11,11 +11,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from selfcompress.layers import quantized_layers
 from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 
+# What HPARAMS shows; TensorBoard begins with the first five options, by name, so γ has to be there.
+HPARAMS_OPTIONS = (
+    "bits", "dataset", "epochs", "gamma", "lr", "model", "seed", "weight_decay", "width",
+)  # fmt: skip
+HPARAMS_METRICS = (
+    "val/accuracy", "size/file_bytes", "size/stored_percent", "size/weights_percent",
+    "time/epoch_seconds",
+)  # fmt: skip
 LISTED_LAYERS = 16  # whose channels an epoch's line has room for
 
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
@@ -55,6 +64,16 @@ class Board:
         """The figure of layer widths, as PNG bytes."""
         pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
         self.writer.add_image("widths", torch.from_numpy(pixels), epoch, dataformats="HWC")
+
+    def write_hyperparameters(self, summary: dict[str, Any]) -> None:
+        """A finished run's line in HPARAMS: its options beside what it came to."""
+        epoch = summary["epochs"] - 1
+        self.writer.add_scalar("size/file_bytes", summary["file_bytes"], epoch)
+        config = summary["config"]
+        chosen = {name: config[name] for name in HPARAMS_OPTIONS if config[name] is not None}
+        shown = dict.fromkeys(HPARAMS_METRICS)  # the scalars of these names that are there already
+        for part in hparams(chosen, shown):
+            self.writer._get_file_writer().add_summary(part)
 
     def close(self) -> None:
         self.writer.close()

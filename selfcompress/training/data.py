@@ -6,13 +6,14 @@ outside this module knows which kind it has.
 """
 
 import os
+import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from selfcompress.training.augment import Channels
+from selfcompress.training.config import DatasetName
 from selfcompress.training.errors import UserError
 
+T = TypeVar("T")
 READ_AT_ONCE = 256  # images per piece of work when a whole folder is read
+CIFAR10_SIZE, DIGITS_SIZE = 32, 16  # pixels, unless others are asked for
 MAX_WORKERS = 8  # processes that decode images
 
 
@@ -121,7 +125,7 @@ class Dataset:
 
 
 def load(
-    name: Literal["cifar10", "digits", "folder"],
+    name: DatasetName,
     data_dir: Path,
     image_size: int | None,
     device: torch.device,
@@ -133,10 +137,45 @@ def load(
     default a split is streamed if it takes more than a quarter of the device's memory.
     """
     if name == "cifar10":
-        return _cifar10(data_dir, image_size or 32, device)
+        return _cifar10(data_dir, image_size or CIFAR10_SIZE, device)
     if name == "digits":
-        return _digits(image_size or 16, device)
+        return _digits(image_size or DIGITS_SIZE, device)
     return _folder(data_dir, image_size, device, streamed)
+
+
+def choose(asked: DatasetName | None, get: Callable[[DatasetName], T]) -> tuple[DatasetName, T]:
+    """What `get` makes of the dataset asked for, or of digits if none was and CIFAR-10 fails.
+
+    Raises:
+        DatasetUnavailableError: the dataset asked for cannot be had.
+    """
+    name: DatasetName = asked or "cifar10"
+    try:
+        return name, get(name)
+    except DatasetUnavailableError as unavailable:
+        if asked is not None:
+            raise
+        print(
+            f"WARNING: CIFAR-10 is not to be had ({unavailable}); TRAINING ON DIGITS INSTEAD "
+            "(scikit-learn's handwritten digits): results are of digits, not of CIFAR-10",
+            file=sys.stderr,
+        )
+        return "digits", get("digits")
+
+
+def prepare(name: DatasetName, data_dir: Path, image_size: int | None) -> int:
+    """Download what is missing of a dataset, without reading it: its image size in pixels.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    if name == "digits":
+        return image_size or DIGITS_SIZE
+    if name == "cifar10":
+        _cifar10_part(data_dir, train=True)
+        return image_size or CIFAR10_SIZE
+    train, _ = _image_folders(data_dir)
+    return image_size or read_image(train.samples[0][0]).width
 
 
 def read_image(path: str) -> Image.Image:
@@ -150,17 +189,21 @@ def read_image(path: str) -> Image.Image:
 
 def _cifar10(data_dir: Path, image_size: int, device: torch.device) -> Dataset:
     """CIFAR-10 from `data_dir`, downloaded first if need be."""
-    # The files are pickles; torchvision checks their MD5 sums before it opens them.
-    try:
-        train = CIFAR10(data_dir, train=True)
-    except RuntimeError:  # absent or damaged
-        _download_cifar10(data_dir)
-        train = CIFAR10(data_dir, train=True)
+    parts = [_cifar10_part(data_dir, train) for train in (True, False)]
     splits = [
         _resized(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets, image_size, device)
-        for part in (train, CIFAR10(data_dir, train=False))
+        for part in parts
     ]
-    return _dataset("cifar10", train.classes, splits, image_size)
+    return _dataset("cifar10", parts[0].classes, splits, image_size)
+
+
+def _cifar10_part(data_dir: Path, train: bool) -> CIFAR10:
+    # The files are pickles; torchvision checks their MD5 sums before it opens them.
+    try:
+        return CIFAR10(data_dir, train)
+    except RuntimeError:  # absent or damaged
+        _download_cifar10(data_dir)
+        return CIFAR10(data_dir, train)
 
 
 def _download_cifar10(data_dir: Path) -> None:
@@ -223,13 +266,7 @@ def _folder(
     data_dir: Path, image_size: int | None, device: torch.device, streamed: bool | None
 ) -> Dataset:
     """`data_dir`/train/CLASS/* and `data_dir`/test/CLASS/*."""
-    train, test = (_image_folder(data_dir / part) for part in ("train", "test"))
-    if train.classes != test.classes:
-        odd = min(set(train.classes) ^ set(test.classes))
-        raise UserError(
-            f"only one of {data_dir}/train and {data_dir}/test has a folder {odd}; "
-            "give both the same class folders"
-        )
+    train, test = _image_folders(data_dir)
     size = image_size or read_image(train.samples[0][0]).width
     splits: list[Split] = []
     for part in (train, test):
@@ -239,6 +276,18 @@ def _folder(
         stays = _fits(3 * size * size * len(split), device) if streamed is None else not streamed
         splits.append(_resident(split, size) if stays else split)
     return _dataset(data_dir.resolve().name, train.classes, splits, size)
+
+
+def _image_folders(data_dir: Path) -> tuple[ImageFolder, ImageFolder]:
+    """The training and the test files, of the same classes."""
+    train, test = (_image_folder(data_dir / part) for part in ("train", "test"))
+    if train.classes != test.classes:
+        odd = min(set(train.classes) ^ set(test.classes))
+        raise UserError(
+            f"only one of {data_dir}/train and {data_dir}/test has a folder {odd}; "
+            "give both the same class folders"
+        )
+    return train, test
 
 
 def _image_folder(folder: Path) -> ImageFolder:

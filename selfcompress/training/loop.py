@@ -31,7 +31,7 @@ from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName
-from selfcompress.training.data import Dataset, DatasetUnavailableError, Split, load
+from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
 from selfcompress.training.target import SizeControl, TargetSize
 
@@ -50,12 +50,18 @@ UNKNOWN_ACCURACY = 0.8765432198765432  # in the header of a file that is only me
 SLACK = 32  # bytes by which a compressed header may grow when the true one is put in
 
 
-def run(config: Config, default_width: int | None, build_model: BuildModel) -> dict[str, Any]:
+def run(
+    config: Config,
+    default_width: int | None,
+    build_model: BuildModel,
+    make: "Callable[..., Run] | None" = None,
+) -> dict[str, Any]:
     """Train, or go on training, or find that it is done: the run's summary.
 
     Args:
         default_width: of the model `config` names; None if that has no width to choose.
         build_model: makes it.
+        make: what to make the run with, if not `Run` itself.
 
     Raises:
         UserError: something the user can mend.
@@ -72,9 +78,9 @@ def run(config: Config, default_width: int | None, build_model: BuildModel) -> d
         print(f"{folder.path} is finished; --overwrite starts it over")
         return summary
     # Whatever is wrong with the options shows here, before anything on disk is touched.
-    one = Run(config, dataset, device, folder, build_model)
-    folder.claim(config.overwrite)
-    return one.train()
+    one = (make or Run)(config, dataset, device, folder, build_model)
+    with folder.claim(config.overwrite):
+        return one.train()
 
 
 class Run:
@@ -227,6 +233,7 @@ class Run:
         image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
         write_atomically(self.folder.path / runs.WIDTHS, image)
         board.write_widths(image, self.epochs - 1)
+        board.write_hyperparameters(summary)
         board.close()
         self.folder.write_summary(summary)
         print(self._result(summary))
@@ -523,19 +530,9 @@ def evaluate(
 
 def _load(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
     """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
-    name: DatasetName = config.dataset or "cifar10"
-    try:
-        dataset = load(name, config.data_dir, config.image_size, device)
-    except DatasetUnavailableError as unavailable:
-        if config.dataset is not None:
-            raise
-        print(
-            f"WARNING: CIFAR-10 is not to be had ({unavailable}); TRAINING ON DIGITS INSTEAD "
-            "(scikit-learn's handwritten digits): results are of digits, not of CIFAR-10",
-            file=sys.stderr,
-        )
-        name = "digits"
-        dataset = load(name, config.data_dir, config.image_size, device)
+    name, dataset = choose(
+        config.dataset, lambda name: load(name, config.data_dir, config.image_size, device)
+    )
     if dataset.image_size < 8:
         raise UserError(
             f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"

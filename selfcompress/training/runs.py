@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from selfcompress.disk import write_atomically
 from selfcompress.training.errors import UserError
+from selfcompress.training.lock import LOCK, hold
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -18,6 +21,8 @@ SUMMARY = "summary.json"
 NETWORK = "net.scnn"
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
+_FILES = (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG)
+_LET_GO = 5.0  # seconds in which a process that was just killed is gone
 
 
 class RunFolder:
@@ -35,27 +40,37 @@ class RunFolder:
         there = self._read_json(CONFIG)
         if there is None:
             self._require_ours()
-        elif (difference := _difference(there, self.config)) is not None:
-            raise UserError(f"{self.path} holds another run ({difference}); "
+        elif (other := difference(there, self.config)) is not None:
+            raise UserError(f"{self.path} holds another run ({other}); "
                             "choose another --run-dir, or start over with --overwrite")  # fmt: skip
         return self._read_json(SUMMARY)
 
-    def claim(self, overwrite: bool) -> None:
-        """Make the folder, and with `overwrite` remove the run that is in it."""
+    @contextmanager
+    def claim(self, overwrite: bool) -> Iterator[None]:
+        """Make the folder, keep other processes out, and with `overwrite` remove the run in it.
+
+        Raises:
+            UserError: another process trains in it.
+        """
         if overwrite:
             self._require_ours()
-            self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / CONFIG).exists():
-            write_atomically(self.path / CONFIG, _json_bytes(self.config))
+        with hold(self.path, "train.py", _LET_GO):
+            if overwrite:
+                self._clear()
+            for file in filter(_is_temporary, self.path.iterdir()):
+                file.unlink()  # a killed process left it
+            if not (self.path / CONFIG).exists():
+                write_atomically(self.path / CONFIG, _json_bytes(self.config))
+            yield
 
     def _require_ours(self) -> None:
         """Refuse a folder that holds files but no run's configuration, unless that is damaged."""
-        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        files = self.path.iterdir() if self.path.exists() else ()
+        names = {f.name for f in files if f.name != LOCK and not _is_temporary(f)}
         try:
             ours = {"dataset", "gamma", "seed"} <= (self._read_json(CONFIG) or {}).keys()
         except UserError:
-            ours = names <= {CONFIG, METRICS, CHECKPOINT, SUMMARY, NETWORK, TENSORBOARD, WIDTHS}
+            ours = names <= {*_FILES, TENSORBOARD}
         if names and not ours:
             raise UserError(
                 f"{self.path} holds files but no run's {CONFIG}, so it is not a run's folder; "
@@ -111,7 +126,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs leave behind, and nothing else."""
-        for name in (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
@@ -128,11 +143,16 @@ class RunFolder:
         return value
 
 
+def _is_temporary(file: Path) -> bool:
+    """Whether `write_atomically` makes such files on the way to a run's."""
+    return file.name.startswith(tuple(f".{name}." for name in _FILES))
+
+
 def _json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """The first option that differs; one that is missing was not there yet, and so is None."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):

@@ -92,7 +92,8 @@ class Fitter:
         choices = [self._now()]
         for less in (1, 2, MAX_BITS):
             depths = [integer_depth(layer.bit_depth) - less for layer in self._layers]
-            choices.append(self._steps([depth.clamp(min=0) for depth in depths]))
+            # No row comes to one bit: `formats.py` says why.
+            choices.append(self._steps([depth.where(depth > 1, 0) for depth in depths]))
         saved = torch.stack([self._saved(choice) for choice in choices]).double()
         harm = torch.stack(self._harm(choices)).double()
         harm = harm.where((saved > 0) & harm.isfinite(), math.inf)

@@ -1,0 +1,263 @@
+"""Self-compression beside what one could do instead: accuracy against the bytes of the file.
+
+    python -m benchmarks.peers --dataset folder --data-dir data/cifar10-jpeg --epochs 12
+    python -m benchmarks.peers --dataset digits --width 8          small, no network needed
+    pip install diffq, and add --diffq 3 10 30                      DiffQ too (CC-BY-NC licence)
+
+The peers, all trained by train.py's own loop with the same data, epochs, schedule and seeds:
+
+- *float*: the full width in 32 bits, the accuracy to aim at;
+- *uniform*: what a user would type first, a narrower network whose weights all have 2, 3 or 4
+  bits (quantisation-aware training by the same quantiser, with exponents fitted and learned per
+  row like ours, and packed into the same file);
+- *DiffQ* (with --diffq, its penalties): groups of 8 weights, bits learned by Adam as its authors
+  advise; its bytes are those that it reports itself, compressed.
+
+The bar is the upper hull of the uniform networks in (log bytes, accuracy): every network on it can
+be had by choosing a width, everything between by luck. The table says how many points a network is
+above the bar, and which share of the way from the bar to float that is. Every network is a run
+folder of train.py's below --runs, so the command goes on where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models import build, default_width
+from selfcompress.compressor import Compressor
+from selfcompress.disk import write_atomically
+from selfcompress.training.config import Config, DatasetName
+from selfcompress.training.errors import UserError
+from selfcompress.training.loop import Run, run
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train the peers and put them into one table and one figure."""
+
+    data_dir: Path = Path("data")
+    """As train.py's."""
+    dataset: DatasetName = "cifar10"
+    """As train.py's."""
+    model: str = "resnet9"
+    """As train.py's."""
+    width: int = 16
+    """Of our network and of the float one."""
+    epochs: int | None = None
+    """Of every network; as train.py's."""
+    gammas: tuple[float, ...] = (0.003, 0.006, 0.01, 0.02, 0.04)
+    """Of our networks."""
+    widths: tuple[int, ...] = (4, 6, 8, 10, 12, 14)
+    """Of the uniform networks."""
+    bits: tuple[int, ...] = (2, 3, 4)
+    """Of the uniform networks."""
+    diffq: tuple[float, ...] = ()
+    """Penalties of DiffQ per MB; none: it is left out."""
+    seeds: int = 1
+    """Runs of every network, seeds 0, 1, ..."""
+    runs: Annotated[Path, tyro.conf.arg(name="runs")] = Path("runs/peers")
+    """Where the run folders, the table and the figure go."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network: means over its seeds.
+
+    Attributes:
+        kind: "float", "uniform", "ours" or "DiffQ".
+        spread: standard deviation of the accuracy over seeds; NaN for a single one.
+        accuracy: percent of the test images.
+    """
+
+    kind: str
+    name: str
+    size: float  # bytes of the file
+    accuracy: float
+    spread: float = math.nan
+
+
+class UniformRun(Run):
+    """Quantisation-aware training: every row keeps the bit depth it starts with."""
+
+    def _compressor(self) -> Compressor:
+        compressor = super()._compressor()
+        for layer in compressor.layers.values():
+            layer.bit_depth.requires_grad_(False)
+        return compressor
+
+
+class DiffQRun(Run):
+    """A float network that DiffQ quantises."""
+
+    def __init__(self, *args: Any, penalty: float) -> None:
+        super().__init__(*args)
+        from diffq import DiffQuantizer
+
+        self.penalty = penalty
+        self.model.to(memory_format=torch.contiguous_format)  # it views weights as flat
+        # Convolutions and the linear layer; DiffQ leaves what is no multiple of 8 alone.
+        self.quantizer = DiffQuantizer(self.model, group_size=8, min_size=0.001)
+        self.bits = torch.optim.Adam(
+            [p for name, p in self.model.named_parameters() if name.endswith("_diffq")], lr=5e-3
+        )
+        self.quantizer.no_optimizer()
+
+    def train(self) -> dict[str, Any]:
+        """Train, from the start; the summary has what `Point` needs and no more."""
+        for epoch in range(self.epochs):
+            metrics = self._epoch(epoch)
+        summary = {
+            "test_accuracy": metrics["val"]["accuracy"],
+            "file_bytes": round(2**20 * self.quantizer.compressed_model_size()),
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        self.bits.zero_grad()
+        result = super()._step(step, images, labels)
+        (self.penalty * self.quantizer.model_size()).backward()
+        self.bits.step()
+        return result
+
+
+def main() -> int:
+    args = tyro.cli(Args)
+    try:
+        points = list(train_all(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = table(points)
+    write_atomically(args.runs / "peers.md", text.encode())
+    figure(points).savefig(args.runs / "peers.png", dpi=120)
+    print(f"\n{text}\n{args.runs}/peers.md, peers.png")
+    return 0
+
+
+def train_all(args: Args) -> Iterable[Point]:
+    """Every network's point, its runs trained if they are not there yet."""
+    base = Config(
+        dataset=args.dataset, data_dir=args.data_dir, model=args.model, width=args.width,
+        epochs=args.epochs,
+    )  # fmt: skip
+    full = dataclasses.replace(base, float_baseline=True)
+    yield _point("float", f"width {args.width}", _runs(args, full, "float", Run))
+    for width, bits in itertools.product(args.widths, args.bits):
+        narrow = dataclasses.replace(base, gamma=0.0, width=width, bits=bits, penalty_until=1.0)
+        summaries = _runs(args, narrow, f"uniform-w{width}-b{bits}", UniformRun)
+        yield _point("uniform", f"width {width}, {bits} bits", summaries)
+    for gamma in args.gammas:
+        ours = dataclasses.replace(base, gamma=gamma)
+        yield _point("ours", f"γ = {gamma:g}", _runs(args, ours, f"gamma{gamma:g}", Run))
+    for penalty in args.diffq:
+        make = partial(DiffQRun, penalty=penalty)
+        yield _point("DiffQ", f"penalty {penalty:g}", _runs(args, full, f"diffq{penalty:g}", make))
+
+
+def _runs(args: Args, config: Config, name: str, make: Callable[..., Run]) -> list[dict[str, Any]]:
+    return [
+        run(
+            dataclasses.replace(config, seed=seed, run_dir=args.runs / f"{name}-seed{seed}"),
+            default_width(config.model),
+            build,
+            make,
+        )
+        for seed in range(args.seeds)
+    ]
+
+
+def _point(kind: str, name: str, summaries: Sequence[dict[str, Any]]) -> Point:
+    accuracies = [100 * summary["test_accuracy"] for summary in summaries]
+    spread = stdev(accuracies) if len(accuracies) > 1 else math.nan
+    size = mean(summary["file_bytes"] for summary in summaries)
+    return Point(kind, name, size, mean(accuracies), spread)
+
+
+def bar(points: Iterable[Point]) -> list[Point]:
+    """The corners of the uniform networks' upper hull over log bytes, smallest first."""
+    hull: list[Point] = []
+    uniform = sorted((p for p in points if p.kind == "uniform"), key=lambda p: (p.size, p.accuracy))
+    for point in uniform:
+        while hull and point.accuracy >= hull[-1].accuracy and point.size == hull[-1].size:
+            hull.pop()
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    best = max(hull, key=lambda p: p.accuracy)
+    return hull[: hull.index(best) + 1]
+
+
+def _slope(a: Point, b: Point) -> float:
+    return (b.accuracy - a.accuracy) / math.log(b.size / a.size)
+
+
+def height(size: float, hull: Sequence[Point]) -> float:
+    """The bar's accuracy at so many bytes; NaN below its smallest network."""
+    if size < hull[0].size:
+        return math.nan
+    for a, b in itertools.pairwise(hull):
+        if size <= b.size:
+            return a.accuracy + _slope(a, b) * math.log(size / a.size)
+    return hull[-1].accuracy
+
+
+def table(points: Sequence[Point]) -> str:
+    """All networks by kind and size, as markdown."""
+    hull = bar(points)
+    full = next(p for p in points if p.kind == "float")
+    lines = [
+        "| | | file KB | of float | accuracy | ± | above the bar | of the way to float |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for p in sorted(points, key=lambda p: (p.kind, p.size)):
+        at = height(p.size, hull)
+        above = p.accuracy - at
+        way = 100 * above / (full.accuracy - at) if full.accuracy > at else math.nan
+        cells = (
+            p.kind, p.name, f"{p.size / 1000:.1f}", f"{100 * p.size / full.size:.2f} %",
+            f"{p.accuracy:.2f} %", _number(p.spread, ".2f"), _number(above, "+.2f"),
+            _number(way, ".0f", " %"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
+
+
+def figure(points: Sequence[Point]) -> Figure:
+    """Accuracy over bytes of the file, with the bar as a line."""
+    drawing = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawing.add_subplot()
+    full = next(p for p in points if p.kind == "float")
+    axes.axhline(full.accuracy, color="gray", linestyle=":", label=f"float, {full.name}")
+    hull = bar(points)
+    axes.plot([p.size / 1000 for p in hull], [p.accuracy for p in hull], "C1-", linewidth=1)
+    for kind, style in (("uniform", "C1s"), ("DiffQ", "C2^"), ("ours", "C0o-")):
+        some = sorted((p for p in points if p.kind == kind), key=lambda p: p.size)
+        if some:
+            x, y = [p.size / 1000 for p in some], [p.accuracy for p in some]
+            error = [0.0 if math.isnan(p.spread) else p.spread for p in some]
+            axes.errorbar(x, y, error, fmt=style, markersize=5, capsize=2, label=kind)
+    axes.set(xscale="log", xlabel="file, KB", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right")
+    return drawing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""The command `selfcompress`: look at a packed network, evaluate it, ask it, export it.
+
+    selfcompress info net.scnn                            layers, widths, bits, bytes, accuracy
+    selfcompress eval net.scnn --data-dir DIR             accuracy on the test images
+    selfcompress predict net.scnn IMAGE [IMAGE ...]       the five likeliest classes
+    selfcompress export net.scnn --onnx net.onnx          for ONNX Runtime and others
+    selfcompress pick RUNS --max-bytes 100KB              the best of many runs, and its network
+
+Networks of the package `models` are built from the file, where the folder models/ can be imported
+from; for any other, --model package.module:callable names what makes the starting network.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import msgspec
+import torch
+import tyro
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from selfcompress.export import ExportError, export_onnx
+from selfcompress.file.header import About, FileError
+from selfcompress.file.load import load
+from selfcompress.file.read import Contents, read
+from selfcompress.training.augment import Channels, normalise
+from selfcompress.training.config import DatasetName
+from selfcompress.training.data import load as load_dataset
+from selfcompress.training.data import read_image
+from selfcompress.training.errors import UserError
+from selfcompress.training.loop import evaluate
+from selfcompress.training.pick import describe as describe_pick
+from selfcompress.training.pick import pick
+from selfcompress.training.runs import NETWORK
+
+TOP = 5  # classes that `predict` names
+BATCH = 500  # images at a time in `eval`
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnFile:
+    file: tyro.conf.Positional[Path]
+    """What train.py or selfcompress.save wrote."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnNetwork(_OnFile):
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODULE:CALLABLE")] = None
+    """What makes the starting network, if it is your own."""
+
+    def load(self) -> tuple[nn.Module, "_Prepared"]:
+        """The network, and how it wants its images."""
+        sys.path.insert(0, os.getcwd())  # for models/, and for modules of the user's
+        model = load(self.file, None if self.model is None else _built(self.model))
+        return model, _Prepared.of(self.file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(_OnFile):
+    """Show what is in a packed network: nothing is built or run."""
+
+    def run(self) -> None:
+        facts = describe(read(self.file))
+        print(json.dumps(facts, indent=2) if self.json else _table(self.file, facts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(_OnNetwork):
+    """Measure a packed network's accuracy on the test images of a dataset."""
+
+    data_dir: Path = Path("data")
+    """Where the images are; for a folder dataset, the folder with train/ and test/."""
+    dataset: DatasetName | None = None
+    """None is the one it was trained on."""
+
+    def run(self) -> None:
+        model, images = self.load()
+        kinds = {kind: kind for kind in get_args(DatasetName)}
+        name: DatasetName | None = self.dataset or kinds.get(images.about.dataset_kind)
+        if name is None:
+            raise UserError(f"{self.file} does not say what it was trained on: give --dataset")
+        dataset = load_dataset(name, self.data_dir, images.size, torch.device("cpu"))
+        trained_on = tuple(images.about.class_names)
+        if trained_on and dataset.classes != trained_on:
+            raise UserError(
+                f"{dataset.name} has other classes than {self.file} was trained on: "
+                f"{_some(dataset.classes)} instead of {_some(trained_on)}"
+            )
+        dataset = dataclasses.replace(dataset, mean=images.mean, std=images.std)
+        loss, accuracy = evaluate(model, dataset, dataset.test, BATCH)
+        facts = {
+            "dataset": dataset.name,
+            "images": len(dataset.test),
+            "accuracy": accuracy,
+            "loss": loss,
+            "file_bytes": self.file.stat().st_size,
+        }
+        text = (
+            f"{100 * accuracy:.2f} % of {len(dataset.test):,} test images of {dataset.name} right "
+            f"(cross-entropy {loss:.4f}), from {facts['file_bytes']:,} bytes"
+        )
+        print(json.dumps(facts, indent=2) if self.json else text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(_OnNetwork):
+    """Name the likeliest classes of images."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files; each is resized to the size that the network was trained on."""
+
+    def run(self) -> None:
+        if not self.images:
+            raise UserError("no image to look at: give one or more image files")
+        model, prepared = self.load()
+        names = prepared.about.class_names
+        found = {}
+        for path in self.images:
+            with torch.no_grad():
+                logits = model(prepared.read(path))[0]
+            probabilities, classes = logits.softmax(0).topk(min(TOP, len(logits)))
+            found[str(path)] = [
+                {"class": names[i] if i < len(names) else str(i), "probability": p}
+                for p, i in zip(probabilities.tolist(), classes.tolist(), strict=True)
+            ]
+        if self.json:
+            print(json.dumps(found, indent=2))
+            return
+        for image, best in found.items():
+            print(image)
+            for entry in best:
+                print(f"  {100 * entry['probability']:6.2f} %  {entry['class']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(_OnNetwork):
+    """Write a packed network as an ONNX file."""
+
+    onnx: Path
+    """The file to write."""
+
+    def run(self) -> None:
+        model, images = self.load()
+        notes = {
+            "class_names": json.dumps(images.about.class_names),
+            "mean": json.dumps(images.mean),
+            "std": json.dumps(images.std),
+        }
+        example = torch.zeros(2, 3, images.size, images.size)
+        size = export_onnx(model, example, self.onnx, notes=notes)
+        facts = {"onnx": str(self.onnx), "onnx_bytes": size, "file_bytes": self.file.stat().st_size}
+        text = f"{self.onnx}: {size:,} bytes (the packed file: {facts['file_bytes']:,})"
+        print(json.dumps(facts, indent=2) if self.json else text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """Find the most accurate run that is small enough, or the smallest that is accurate enough."""
+
+    runs: tyro.conf.Positional[Path]
+    """A folder with runs of one dataset in it, such as a sweep's."""
+    max_bytes: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """100KB (100,000 bytes), 1.5MB, 20000, or 3% of 32 bits for each weight at the start."""
+    min_accuracy: float | None = None
+    """On the test images, from 0 to 1."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        best = pick(self.runs, self.max_bytes, self.min_accuracy)
+        facts = best.row() | {"file": str(best.folder / NETWORK)}
+        print(json.dumps(facts, indent=2) if self.json else describe_pick(best))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """How a network wants its images."""
+
+    about: About
+    size: int
+    mean: Channels
+    std: Channels
+
+    @classmethod
+    def of(cls, path: Path) -> "_Prepared":
+        about = read(path).header.about
+        if about.image_size is None or len(about.mean) != 3 or len(about.std) != 3:
+            raise UserError(
+                f"{path} does not say how its images are prepared: save it with "
+                "About(image_size=…, mean=…, std=…)"
+            )
+        (r, g, b), (sr, sg, sb) = about.mean, about.std
+        return cls(about, about.image_size, (r, g, b), (sr, sg, sb))
+
+    def read(self, path: Path) -> Tensor:
+        """(1, 3, size, size) of an image file."""
+        if not path.is_file():
+            raise UserError(f"there is no image file {path}")
+        pixels = v2.functional.pil_to_tensor(read_image(str(path)))
+        pixels = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
+        return normalise(pixels[None], self.mean, self.std)
+
+
+def main() -> int:
+    """Run the command: 0 if it went well, 2 for a user's mistake, 1 for what else went wrong."""
+    commands = Info | Eval | Predict | Export | Pick
+    command = tyro.cli(
+        commands,
+        prog="selfcompress",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        command.run()
+        sys.stdout.flush()
+    except (UserError, FileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def describe(contents: Contents) -> dict[str, Any]:
+    """What `info` shows, as plain values. Sizes in bits or bytes as named, accuracy from 0 to 1."""
+    header, about, size = contents.header, contents.header.about, contents.size
+    layers = []
+    for entry in header.layers:
+        layer = contents.layers[entry.name]
+        q_bits = int(layer.depths.sum()) * entry.fan_in
+        layers.append(
+            {
+                "name": entry.name,
+                "channels_at_start": about.channels_at_start.get(entry.name),
+                "channels": entry.live,
+                "mean_bits": float(layer.depths.sum()) / max(1, entry.live),
+                "weights": entry.live * entry.fan_in,
+                "q_bits": q_bits,
+                "macs_at_start": about.macs_at_start.get(entry.name),
+                "macs": about.macs.get(entry.name),
+            }
+        )
+    float_bits = 32 * about.starting_weights if about.starting_weights else None
+    return {
+        "model": about.architecture and msgspec.structs.asdict(about.architecture),
+        "dataset": about.dataset or None,
+        "gamma": about.gamma,
+        "test_accuracy": about.test_accuracy,
+        "classes": len(about.class_names) or None,
+        "image_size": about.image_size,
+        "layers": layers,
+        "layers_in_float": [entry.name for entry in header.float_layers],
+        "q_bits": header.q_bits,
+        "stored_bits": header.stored_bits,
+        "entropy_bits_of_integers": contents.entropy_bits(),
+        "file_bytes": size.total,
+        "file_bytes_of": dataclasses.asdict(size),
+        "file_percent_of_float": 100 * 8 * size.total / float_bits if float_bits else None,
+    }
+
+
+def _table(path: Path, facts: dict[str, Any]) -> str:
+    rows = [("layer", "channels", "mean bits", "weights", "Q bits", "MACs")]
+    for layer in facts["layers"]:
+        rows.append(
+            (
+                layer["name"],
+                _before_after(layer["channels_at_start"], layer["channels"]),
+                f"{layer['mean_bits']:.2f}",
+                f"{layer['weights']:,}",
+                f"{layer['q_bits']:,}",
+                _before_after(layer["macs_at_start"], layer["macs"]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [_about(path, facts)]
+    lines += [
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    if facts["layers_in_float"]:
+        lines.append("in float: " + ", ".join(facts["layers_in_float"]))
+    parts = facts["file_bytes_of"]
+    of_float = facts["file_percent_of_float"]
+    percent = "" if of_float is None else f", {of_float:.2f} % of the starting weights at 32 bits"
+    lines += [
+        f"Q {facts['q_bits']:,} bits; stored {facts['stored_bits']:,} bits "
+        f"({facts['stored_bits'] / 8:,.0f} bytes); the integers' entropy "
+        f"{facts['entropy_bits_of_integers'] / 8:,.0f} bytes",
+        f"file {facts['file_bytes']:,} bytes{percent}: "
+        + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _about(path: Path, facts: dict[str, Any]) -> str:
+    """One line of what is known of the network beside its layers."""
+    model = facts["model"] or {}
+    width = f" of width {model['width']}" if model.get("width") else ""
+    said = [
+        f"{model['name']}{width}" if model else "",
+        f"{facts['classes']} classes" if facts["classes"] else "",
+        f"{facts['image_size']} pixels" if facts["image_size"] else "",
+        f"trained on {facts['dataset']}" if facts["dataset"] else "",
+        "" if facts["gamma"] is None else f"γ = {facts['gamma']:g}",
+        ""
+        if facts["test_accuracy"] is None
+        else f"test accuracy {100 * facts['test_accuracy']:.2f} %",
+    ]
+    return f"{path}: {', '.join(part for part in said if part) or 'a packed network'}"
+
+
+def _before_after(before: int | None, now: int | None) -> str:
+    if now is None:
+        return "-"
+    return f"{now:,}" if before is None else f"{before:,} → {now:,}"
+
+
+def _built(builder: str) -> nn.Module:
+    """What the callable of "package.module:callable" returns."""
+    module_name, colon, name = builder.partition(":")
+    if not colon or not name:
+        raise UserError(f"--model {builder}: give MODULE:CALLABLE, such as my.networks:make")
+    try:
+        model = getattr(importlib.import_module(module_name), name)()
+    except Exception as error:  # whatever the user's code does when it is imported and called
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--model {builder}: {type(error).__name__}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {builder}: it returns {type(model).__name__}, not a torch module")
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

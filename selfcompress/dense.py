@@ -1,0 +1,158 @@
+"""Take the quantised layers out again: a network of plain torch, quantised weights baked in."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from selfcompress.attention import QuantAttention
+from selfcompress.convert import TWINS, replace
+from selfcompress.layers import (
+    PlacedBatchNorm,
+    QuantizedLayer,
+    QuantLinear,
+    _QuantConv,
+    conv_options,
+    norm_options,
+    place,
+)
+
+_KINDS = {twin: kind for kind, twin in TWINS.items()}
+
+
+@torch.no_grad()
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of `model` in ordinary layers, which needs torch and nothing else.
+
+    It computes what `model` computes, up to rounding. An ordinary layer makes all of its output
+    channels, so rows that were cut come back as zeros where the channel had to stay: in a branch
+    that is added to a wider trunk, say. Where zeros would make it wrong or wasteful (batch norms
+    that read other channels than they make, grouped convolutions with groups of several widths) a
+    `torch.fx.GraphModule` picks the channels around an ordinary layer.
+
+    Args:
+        model: with quantised layers, in any mode; it stays as it is.
+    """
+    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    attentions = {n for n, m in model.named_modules() if isinstance(m, QuantAttention)}
+    parts = {f"{n}.{part}" for n in attentions for part in ("in_proj", "out_proj")}
+    made: dict[nn.Module, nn.Module] = {}  # a layer may have several names
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module not in made and name not in parts:
+            new = _ordinary(module)
+            if new is None:
+                continue
+            made[module] = new.train(module.training)
+        if module in made:
+            replace(model, name, made[module])
+    return model
+
+
+def _ordinary(module: nn.Module) -> nn.Module | None:
+    """What computes the same as `module` without selfcompress; None for what needs no change."""
+    if isinstance(module, QuantAttention):
+        return module.to_float()
+    if isinstance(module, PlacedBatchNorm):
+        return _norm(module)
+    if isinstance(module, _QuantConv) and module.grouped:
+        return _grouped(module)
+    if isinstance(module, QuantizedLayer):
+        return _layer(module)
+    return None
+
+
+def _layer(layer: QuantizedLayer) -> nn.Module:
+    if isinstance(layer, QuantLinear):
+        options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
+        options["bias"] = layer.bias is not None
+    else:
+        options = conv_options(layer)
+    return _filled(type(layer), options, layer.dense_weight(), layer.bias)
+
+
+def _grouped(layer: _QuantConv) -> nn.Module:
+    rows = len(layer.rows)
+    if rows == 0:
+        options = conv_options(layer) | {"groups": 1}
+        return _filled(type(layer), options, layer.dense_weight(), layer.bias)
+    # torch wants groups of equal width: the rows that some lack are zeros.
+    slots = layer.groups * layer.group_width
+    weight = place(layer.quantized_weight(), layer.slots, slots, 0)
+    whole = rows == layer.out_width == slots and len(layer.columns) == layer.in_width
+    options = conv_options(layer) | {"in_channels": len(layer.columns), "out_channels": slots}
+    core = _filled(type(layer), options, weight, layer.bias if whole else None)
+    if whole:
+        return core
+    where = torch.full((layer.out_width,), slots, device=weight.device)
+    where[layer.rows] = layer.slots
+    columns = layer.columns if len(layer.columns) < layer.in_width else None
+    return _picking(core, columns, where, layer.bias, layer.channel_dim)
+
+
+def _norm(norm: PlacedBatchNorm) -> nn.Module:
+    every = norm.num_features == norm.in_width == norm.out_width
+    core: Any = _KINDS[type(norm)](**norm_options(norm), device="meta")
+    core._parameters.update(norm._parameters)
+    core._buffers.update(norm._buffers)
+    if every:
+        return core  # type: ignore[no-any-return]
+    zeros = norm.weight is not None and norm.running_mean is not None
+    if zeros and norm.in_width == norm.out_width and torch.equal(norm.rows, norm.columns):
+        core.num_features = norm.out_width
+        for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
+            if tensor.dim():
+                wide = place(tensor, norm.rows, norm.out_width, 0)
+                setattr(core, name, nn.Parameter(wide) if name in core._parameters else wide)
+        return core  # type: ignore[no-any-return]
+    columns = norm.columns if norm.num_features < norm.in_width else None
+    where = torch.full((norm.out_width,), norm.num_features, device=norm.rows.device)
+    where[norm.rows] = torch.arange(norm.num_features, device=norm.rows.device)
+    return _picking(core if norm.num_features else None, columns, where, None, 1)
+
+
+def _filled(twin: type, options: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
+    options["bias"] = bias is not None
+    new: Any = _KINDS[twin](**options, device="meta")
+    new.weight, new.bias = nn.Parameter(weight), bias
+    return new  # type: ignore[no-any-return]
+
+
+def _picking(
+    core: nn.Module | None, columns: Tensor | None, where: Tensor, bias: Tensor | None, dim: int
+) -> nn.Module:
+    """A module that feeds the channels `columns` to `core` and spreads what it makes.
+
+    Args:
+        core: None if no channel is left.
+        columns: None for all channels.
+        where: (output channels,) the channel of core's output; one past its last for zeros.
+        bias: (output channels,) added at the end.
+        dim: of the channels.
+    """
+    root, graph = nn.Module(), fx.Graph()
+    root.register_buffer("where", where, persistent=True)
+    x = graph.placeholder("input")
+    if core is None:
+        zeros = graph.call_function(
+            torch.zeros_like, (graph.call_method("narrow", (x, dim, 0, 1)),)
+        )
+        out = graph.call_method("index_select", (zeros, dim, graph.get_attr("where")))
+    else:
+        root.add_module("core", core)
+        if columns is not None:
+            root.register_buffer("columns", columns)
+            x = graph.call_method("index_select", (x, dim, graph.get_attr("columns")))
+        out = graph.call_module("core", (x,))
+        zeros = graph.call_function(
+            torch.zeros_like, (graph.call_method("narrow", (out, dim, 0, 1)),)
+        )
+        out = graph.call_function(torch.cat, ([out, zeros], dim))
+        out = graph.call_method("index_select", (out, dim, graph.get_attr("where")))
+    if bias is not None:
+        root.register_parameter("bias", nn.Parameter(bias))
+        shape = (-1,) + (1,) * (-1 - dim)
+        column = graph.call_method("view", (graph.get_attr("bias"), *shape))
+        out = graph.call_function(torch.add, (out, column))
+    graph.output(out)
+    return fx.GraphModule(root, graph, class_name="PickChannels")

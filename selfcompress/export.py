@@ -1,0 +1,228 @@
+"""Export to ONNX: weights as small integers, multiplied with their channel's step when read.
+
+The graph is that of the dense copy, simplified by torch's exporter, which also folds batch norms
+into the convolutions in front of them. In place of a quantised layer's float weight the file has
+its integers, int4 where all of a layer's fit and else int8 or int16, and a DequantizeLinear with
+one float32 scale per channel: 2^e, times what a folded batch norm multiplies the channel with.
+
+This makes the *file* small; what a runtime makes of it is its own affair. ONNX Runtime 1.32 on a
+CPU keeps the integers in memory, dequantises those of convolutions anew at every call, and
+multiplies matrices with activations rounded to 8 bits (`MatMulNBits`). With its session option
+`session.disable_quant_qdq` set to 1 it dequantises once, when it loads: float32 weights in memory,
+faster calls, and logits that differ from ours by rounding alone.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selfcompress.dense import to_dense
+from selfcompress.disk import write_atomically
+from selfcompress.layers import _QuantConv, quantized_layers
+from selfcompress.look import Inputs, eagerly, positional
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, TensorProto
+
+OPSET = 21  # the first with int4
+_ROUNDING = 1e-5  # of a channel's largest weight: how close integer times scale has to come
+
+
+class ExportError(RuntimeError):
+    """The network cannot be exported; the message says why in one line."""
+
+
+def export_onnx(
+    model: nn.Module,
+    example_input: Inputs,
+    path: str | os.PathLike[str],
+    *,
+    notes: dict[str, str] | None = None,
+) -> int:
+    """Write `model` as an ONNX file whose first dimension, the batch, is free; its size in bytes.
+
+    Needs `pip install 'selfcompress[onnx]'`. A single output is called "logits".
+
+    Args:
+        model: with or without quantised layers; it is exported in eval mode and in float32, and
+            stays as it is.
+        example_input: a batch of at least two; a tuple holds several inputs. Of every tensor the
+            first dimension is the batch.
+        notes: key → text, to be kept in the file's metadata.
+
+    Raises:
+        ExportError: torch cannot export the model, or a package is missing.
+        OSError: the file cannot be written.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise ExportError(f"{error.name} is missing: pip install 'selfcompress[onnx]'") from error
+    dense = to_dense(model).eval().float()
+    inputs = pytree.tree_map_only(
+        Tensor, lambda t: t.float() if t.is_floating_point() else t, positional(example_input)
+    )
+    batch = torch.export.Dim("batch")
+    shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, inputs)
+    with torch.no_grad():
+        single = isinstance(dense(*inputs), Tensor)
+    try:
+        with warnings.catch_warnings(), eagerly():
+            warnings.simplefilter("ignore")  # of torch, about its own insides
+            program = torch.onnx.export(
+                dense,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                output_names=["logits"] if single else None,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # whatever the model does that torch.export does not follow
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch cannot export the model to ONNX: {reason}") from error
+    assert program is not None
+    network = program.model_proto
+    _strip(network.graph)
+    _quantise(network.graph, _weights(model, dense))
+    for key, text in (notes or {}).items():
+        network.metadata_props.add(key=key, value=text)
+    onnx.checker.check_model(network, full_check=True)
+    content = network.SerializeToString()
+    write_atomically(Path(path), content)
+    return len(content)
+
+
+class _Weight:
+    """A quantised weight as the dense copy has it.
+
+    Attributes:
+        dense: the float weight.
+        integers: of the same shape.
+        row_dim: the dimension that counts channels, each of which has its step.
+    """
+
+    def __init__(self, dense: Tensor, step: Tensor, row_dim: int) -> None:
+        column = [-1 if dim == row_dim else 1 for dim in range(dense.dim())]
+        self.dense: np.ndarray = dense.float().cpu().numpy()
+        self.integers: np.ndarray = (
+            (dense / step.view(column)).round().to(torch.int32).cpu().numpy()
+        )
+        self.row_dim = row_dim
+
+    @property
+    def transposed(self) -> "_Weight":
+        new = object.__new__(_Weight)
+        new.dense, new.integers = self.dense.T, self.integers.T
+        new.row_dim = self.dense.ndim - 1 - self.row_dim
+        return new
+
+
+@torch.no_grad()
+def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
+    """The quantised weights by their names in the dense copy."""
+    parameters = dict(dense.named_parameters())
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        step = torch.exp2(layer.exponent)
+        owner, _, part = name.rpartition(".")
+        at = f"{name}.weight"
+        if at in parameters or part == "in_proj":
+            at = at if at in parameters else f"{owner}.in_proj_weight"
+            step = step.new_ones(layer.out_width).index_copy(0, layer.rows, step)
+        else:  # a grouped convolution with channels picked around it
+            at = f"{name}.core.weight"
+            assert isinstance(layer, _QuantConv)
+            slots = layer.groups * layer.group_width
+            step = step.new_ones(slots).index_copy(0, layer.slots, step)
+        found[at] = _Weight(parameters[at].detach(), step, layer.row_dim)
+    return found
+
+
+def _strip(graph: "GraphProto") -> None:
+    """Take out what only tells where in the source a node comes from: it outweighs the weights."""
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        del value.metadata_props[:]
+    del graph.value_info[:]
+
+
+def _quantise(graph: "GraphProto", weights: dict[str, _Weight]) -> None:
+    """Replace float weights by their integers, scales, and a node that multiplies them."""
+    from onnx import helper, numpy_helper
+
+    # The exporter renames weights that it turns round for a matrix product.
+    turned = {w.dense.T.tobytes(): w.transposed for w in weights.values() if w.dense.ndim == 2}
+    nodes = []
+    for initializer in list(graph.initializer):
+        values = numpy_helper.to_array(initializer)
+        weight = weights.get(initializer.name) or turned.get(values.tobytes())
+        if weight is None or weight.integers.shape != values.shape:
+            continue
+        scaled = _scales(values, weight)
+        if scaled is None:
+            continue
+        integers, scales = scaled
+        name = initializer.name
+        graph.initializer.remove(initializer)
+        graph.initializer.append(_integer_tensor(f"{name}.integers", integers))
+        graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scale"))
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.integers", f"{name}.scale"],
+                [name],
+                axis=weight.row_dim,
+            )
+        )
+    whole = [*nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(whole)
+
+
+def _scales(values: np.ndarray, weight: _Weight) -> tuple[np.ndarray, np.ndarray] | None:
+    """Integers and scales per channel whose products are `values`, which a norm may be folded into.
+
+    None if there are none.
+    """
+    by_row = np.moveaxis(weight.integers, weight.row_dim, 0)
+    by_row = by_row.reshape(len(by_row), -1)
+    wanted = np.moveaxis(values, weight.row_dim, 0).reshape(by_row.shape)
+    if by_row.size == 0:
+        return None
+    largest = np.abs(by_row).argmax(1)[:, None]
+    integer = np.take_along_axis(by_row, largest, 1)[:, 0]
+    value = np.take_along_axis(wanted, largest, 1)[:, 0]
+    scales = np.where(integer == 0, 1.0, value / np.where(integer == 0, 1, integer))
+    scales = scales.astype(np.float32)
+    off = np.abs(by_row * scales[:, None] - wanted).max(1)
+    if (off > _ROUNDING * np.abs(wanted).max(1)).any():
+        return None
+    # Negative ones come from batch norms; not every runtime expects them.
+    signs = np.where(scales < 0, -1, 1)
+    column = [-1 if dim == weight.row_dim else 1 for dim in range(values.ndim)]
+    return weight.integers * signs.reshape(column), np.abs(scales)
+
+
+def _integer_tensor(name: str, integers: np.ndarray) -> "TensorProto":
+    """As int4 (two to a byte, low half first), int8 or int16, whichever is the narrowest."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    low, high = int(integers.min()), int(integers.max())
+    if low >= -8 and high <= 7:
+        flat = np.append(integers.ravel(), np.zeros(integers.size % 2, np.int32)) & 15
+        packed = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
+        shape = integers.shape
+        return helper.make_tensor(name, TensorProto.INT4, shape, packed.tobytes(), raw=True)
+    kind = np.int8 if low >= -128 and high <= 127 else np.int16
+    return numpy_helper.from_array(np.ascontiguousarray(integers.astype(kind)), name)

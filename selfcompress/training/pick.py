@@ -1,0 +1,89 @@
+"""Which run to take: the most accurate that is small enough, or the smallest that is accurate."""
+
+import re
+from pathlib import Path
+
+from selfcompress.training.errors import UserError
+from selfcompress.training.results import Result, read_all
+from selfcompress.training.runs import NETWORK
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Result:
+    """The best of the finished runs in `runs` and below.
+
+    It is the most accurate one whose file is no larger than `max_bytes`, or else the smallest one
+    that is at least as accurate as `min_accuracy`. Accuracies are those on the test images, so the
+    winner's is a little flattered by having been chosen.
+
+    Args:
+        max_bytes: as `parse_size` takes it.
+        min_accuracy: 0-1. With both limits, both hold.
+
+    Raises:
+        UserError: no run is good enough, or a limit makes no sense.
+    """
+    if max_bytes is None and min_accuracy is None:
+        raise UserError("give --max-bytes, such as 100KB or 3%, or --min-accuracy, such as 0.93")
+    if min_accuracy is not None and not 0 <= min_accuracy <= 1:
+        raise UserError("--min-accuracy must be a fraction from 0 to 1, such as 0.93")
+    results = read_all(runs)
+    if not results:
+        raise UserError(f"there are no finished runs in {runs}")
+    datasets = sorted({result.summary["dataset"] for result in results})
+    if len(datasets) > 1:
+        raise UserError(
+            f"the runs in {runs} are of several datasets ({', '.join(datasets)}), whose accuracies "
+            "say nothing about each other; give a folder with runs of one"
+        )
+    fitting = [
+        result
+        for result in results
+        if (max_bytes is None or result.file_bytes <= parse_size(max_bytes, _float_bytes(result)))
+        and (min_accuracy is None or result.accuracy >= min_accuracy)
+    ]
+    if not fitting:
+        small = min(results, key=lambda r: r.file_bytes)
+        best = max(results, key=lambda r: r.accuracy)
+        raise UserError(
+            f"none of {len(results)} runs is as good as that; the smallest, {small.name}, has "
+            f"{small.file_bytes:,} bytes, the most accurate, {best.name}, {best.accuracy:.4f}"
+        )
+    if max_bytes is None:
+        best = min(fitting, key=lambda r: (r.file_bytes, -r.accuracy))
+    else:
+        best = max(fitting, key=lambda r: (r.accuracy, -r.file_bytes))
+    if not (best.folder / NETWORK).exists():
+        raise UserError(f"the best run is {best.folder}, but its {NETWORK} is gone; train it again")
+    return best
+
+
+def describe(result: Result) -> str:
+    """A picked run in two lines, the second of them the path of its network."""
+    gamma = "float" if result.gamma is None else f"γ = {result.gamma:g}"
+    percent = 100 * result.file_bytes / _float_bytes(result)
+    return (
+        f"{result.name} ({gamma}): {100 * result.accuracy:.2f} % test accuracy, "
+        f"{result.file_bytes:,} bytes, {percent:.2f} % of the 32-bit size\n"
+        f"{result.folder / NETWORK}"
+    )
+
+
+def parse_size(text: str, whole: float) -> float:
+    """Bytes from "100KB" (100,000 bytes), "1.5 MB", "20000" or "3%", a percentage of `whole` bytes.
+
+    Raises:
+        UserError: it is none of these, or not above 0.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]?B|%|)", text.strip(), re.IGNORECASE)
+    number = float(match[1]) if match else 0.0
+    if match is None or number == 0:
+        raise UserError(f"{text!r} is no size; write one as 100KB, 1.5MB, 20000 (bytes) or 3%")
+    unit = match[2].upper()
+    return number * (whole / 100 if unit == "%" else _UNITS[unit])
+
+
+def _float_bytes(result: Result) -> float:
+    """32 bits for each weight at the start."""
+    return float(result.summary["float_bits"]) / 8

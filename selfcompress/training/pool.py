@@ -1,0 +1,102 @@
+"""A bounded pool of processes that share a machine's cores and GPUs and never outlive their parent.
+
+Every process is held on a leash (leash.py): it ends when its parent does, however that ends.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfcompress.training import leash
+
+POLL = 0.2  # seconds between looks at the processes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that is over: its exit code, and the last lines of what it printed."""
+
+    name: str
+    code: int
+    lines: list[str]
+
+
+def run_all(
+    scripts: Mapping[str, Sequence[str]], jobs: int, logs: Path, gpus: Sequence[str] = ()
+) -> Generator[tuple[set[str], list[Ended]], None, None]:
+    """Run Python scripts, at most `jobs` at a time, in order; closing the generator ends them.
+
+    Args:
+        scripts: by name, the script's path and its arguments.
+        logs: folder of what they print, NAME.log.
+        gpus: as CUDA_VISIBLE_DEVICES names them; processes take turns at them.
+
+    Yields, several times a second: the names of those that run, and those that just ended.
+    """
+    jobs = min(jobs, len(scripts)) or 1
+    waiting, free = deque(scripts), list(range(jobs))
+    running: dict[str, tuple[subprocess.Popen[bytes], int, int]] = {}  # process, slot, log's start
+    environment = os.environ | dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores() // jobs))
+    )
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, slot = waiting.popleft(), free.pop(0)
+                own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+                with (logs / f"{name}.log").open("ab") as log:
+                    running[name] = (
+                        subprocess.Popen(
+                            [sys.executable, leash.__file__, *scripts[name]],
+                            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                            env=environment | own,
+                        ),
+                        slot,
+                        log.tell(),
+                    )  # fmt: skip
+            ended = []
+            for name, (process, slot, start) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[name]
+                    _let_go(process)
+                    free.append(slot)
+                    ended.append(Ended(name, code, _last_lines(logs / f"{name}.log", start, code)))
+            yield set(running), ended
+            time.sleep(POLL)
+    finally:
+        for process, _, _ in running.values():
+            process.kill()  # what a run writes is whole at any time
+        for process, _, _ in running.values():
+            _let_go(process)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _let_go(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _last_lines(log: Path, start: int, code: int, count: int = 3) -> list[str]:
+    """What the log tells from `start` on, and the signal if one ended the process.
+
+    That is its errors, lines that begin with "error: ", if there are any, or else its last lines.
+    """
+    content = log.read_bytes()[start:] if log.exists() else b""
+    lines = [line for line in content.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    ending = [f"ended by {signal.Signals(-code).name}"] if code < 0 else []
+    return (errors or lines)[-count:] + ending

@@ -1,0 +1,39 @@
+"""Train a network for every γ and seed, and see how accuracy falls with size.
+
+    python sweep.py --gammas 0.001 0.01 0.1 --seeds 3 --jobs 2      any option of train.py besides
+    python sweep.py --gamma-range 0.001 0.3 --points 8              γ in equal ratios
+    python sweep.py --gammas 0.01 0.1 --list                        the runs' commands, one a line
+    tensorboard --logdir runs/SWEEP                                 all runs; see HPARAMS
+
+A sweep's folder ends up with results.csv, curve.png and .svg, more figures, and report.html. The
+same command again finishes what was interrupted and tries again what failed.
+"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from models import UnknownModelError, default_width
+from selfcompress.training.errors import UserError
+from selfcompress.training.sweep import Sweep, run
+
+
+def main() -> int:
+    train = Path(__file__).resolve().with_name("train.py")
+    sweep = tyro.cli(Sweep, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        return run(sweep, default_width(sweep.model), train)
+    except (UserError, UnknownModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command finishes what is missing", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

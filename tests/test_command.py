@@ -1,0 +1,217 @@
+"""The command: what it says of a trained network, as text and as JSON, and of mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sweep_runs import make_sweep
+from torch import nn
+
+from models import build
+from selfcompress import About, Architecture, Compressor, save
+from selfcompress.command import main
+from selfcompress.convert import quantize_layers
+from selfcompress.training.config import Config
+from selfcompress.training.loop import run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on digits."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    config = Config(
+        gamma=0.1, dataset="digits", width=4, epochs=2, image_size=8, run_dir=folder, device="cpu"
+    )
+    run(config, 64, build)
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str | Path) -> tuple[int, Any]:
+    """The command's exit code, and what it printed (stdout if it went well, else stderr)."""
+    monkeypatch.setattr(sys, "argv", ["selfcompress", *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    capsys.readouterr()
+    code = main()
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    if code:
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+    return code, printed.err if code else printed.out
+
+
+def test_info_says_what_the_summary_and_the_disk_say(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    net = trained / "net.scnn"
+    code, text = call(monkeypatch, capsys, "info", net, "--json")
+    assert code == 0
+    facts, summary = json.loads(text), json.loads((trained / "summary.json").read_text())
+    assert facts["file_bytes"] == summary["file_bytes"] == net.stat().st_size
+    assert facts["file_bytes"] == sum(facts["file_bytes_of"].values())
+    for name in ("stored_bits", "q_bits", "test_accuracy", "gamma"):
+        assert facts[name] == summary[name], name
+    layers = {layer["name"]: layer for layer in facts["layers"]}
+    assert {n: layer["channels"] for n, layer in layers.items()} == summary["channels_end"]
+    assert {n: layer["channels_at_start"] for n, layer in layers.items()} == (
+        summary["channels_start"]
+    )
+    assert sum(layer["macs"] for layer in layers.values()) == summary["macs_end"]
+    assert sum(layer["q_bits"] for layer in layers.values()) == summary["q_bits"]
+    code, text = call(monkeypatch, capsys, "info", net)
+    assert code == 0
+    assert f"file {net.stat().st_size:,} bytes" in text
+    assert f"test accuracy {100 * summary['test_accuracy']:.2f} %" in text
+    assert "4 → " in text
+
+
+def test_eval_finds_the_accuracy_of_the_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn", "--json")
+    assert code == 0
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads(text)["accuracy"] == last["val"]["accuracy"]
+    assert json.loads(text)["images"] == 360
+    code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn")
+    assert f"{100 * last['val']['accuracy']:.2f} % of 360 test images of digits" in text
+
+
+def test_predict_names_classes_likeliest_first(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    pixels = (load_digits().images[0] * (255 / 16)).round().astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "zero.png")
+    Image.fromarray(pixels).resize((40, 40)).save(tmp_path / "big.png")
+    images = [tmp_path / "zero.png", tmp_path / "big.png"]
+    code, text = call(monkeypatch, capsys, "predict", trained / "net.scnn", *images, "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert list(found) == list(map(str, images))
+    for best in found.values():
+        chances = [entry["probability"] for entry in best]
+        assert len(best) == 5
+        assert chances == sorted(chances, reverse=True)
+        assert all(entry["class"] in "0123456789" for entry in best)
+    code, text = call(monkeypatch, capsys, "predict", trained / "net.scnn", images[0])
+    assert text.splitlines()[0] == str(images[0])
+    assert len(text.splitlines()) == 6
+
+
+def make_network() -> nn.Module:
+    """What --model names below."""
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10))
+
+
+def test_networks_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    model = make_network()
+    quantize_layers(model, bits=4)
+    about = About(image_size=8, mean=[0.5] * 3, std=[0.5] * 3, dataset_kind="digits")
+    save(model, tmp_path / "net.scnn", about)
+    code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn")
+    assert code == 2
+    assert "give the starting model" in text
+    for wrong, says in (
+        ("test_command", "MODULE:CALLABLE"),
+        ("no_such_module:make", "no_such_module"),
+        ("test_command:no_such", "no_such"),
+        ("json:dumps", "dumps"),
+        ("builtins:dict", "not a torch module"),
+    ):
+        code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn", "--model", wrong)
+        assert code == 2
+        assert says in text
+    maker = "test_command:make_network"
+    code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn", "--model", maker)
+    assert code == 0
+
+
+def test_export_writes_what_onnx_runtime_runs(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    import onnx
+
+    target = tmp_path / "net.onnx"
+    code, text = call(monkeypatch, capsys, "export", trained / "net.scnn", "--onnx", target)
+    assert code == 0
+    assert f"{target.stat().st_size:,} bytes" in text
+    notes = {p.key: json.loads(p.value) for p in onnx.load(target).metadata_props}
+    assert notes["class_names"] == list("0123456789")
+    assert len(notes["mean"]) == len(notes["std"]) == 3
+
+
+def test_mistakes_are_told_in_one_line(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    net = trained / "net.scnn"
+    (tmp_path / "text.scnn").write_text("no network")
+    (tmp_path / "image.png").write_text("no image")
+    bare = tmp_path / "bare.scnn"
+    save(build("resnet9", 10, 2), bare, About(architecture=Architecture("resnet9", 10, 2, 8)))
+    other = tmp_path / "other.scnn"
+    save(build("resnet9", 10, 2), other, About(architecture=Architecture("nonet", 10, 2, 8)))
+    for arguments, says in (
+        (["info", tmp_path / "text.scnn"], "no safetensors file"),
+        (["info", tmp_path], "directory"),
+        (["info", tmp_path / "absent.scnn"], "No such file"),
+        (["predict", net], "no image"),
+        (["predict", net, tmp_path / "absent.png"], "absent.png"),
+        (["predict", net, tmp_path / "image.png"], "image.png"),
+        (["predict", bare, tmp_path / "image.png"], "how its images are prepared"),
+        (["eval", other], "nonet"),
+        (["eval", net, "--dataset", "folder", "--data-dir", tmp_path / "no"], "no folder"),
+        (["export", net, "--onnx", tmp_path / "no" / "net.onnx"], "No such file"),
+    ):
+        code, text = call(monkeypatch, capsys, *arguments)  # type: ignore[arg-type]
+        assert code in (1, 2)
+        assert says in text, text
+
+
+def test_a_float_network_is_described_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    compressor = Compressor(nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), 0.1)
+    for network in (model, compressor.model):
+        save(network, tmp_path / "net.scnn")
+        code, text = call(monkeypatch, capsys, "info", tmp_path / "net.scnn")
+        assert code == 0
+        assert "bytes" in text
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).parent / "selfcompress"
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "predict" in done.stdout
+
+
+def test_pick_names_the_best_run_and_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    make_sweep(tmp_path, [0.003, 0.03, 0.3])
+    code, text = call(monkeypatch, capsys, "pick", tmp_path, "--max-bytes", "3%")
+    assert code == 0
+    file = Path(text.splitlines()[-1])
+    assert file.stat().st_size <= 30_000  # of 250,000 weights
+    assert f"{file.stat().st_size:,} bytes" in text
+    code, text = call(monkeypatch, capsys, "pick", tmp_path, "--min-accuracy", "0.96", "--json")
+    assert code == 0
+    facts = json.loads(text)
+    assert facts["test_accuracy"] >= 0.96
+    assert facts["file_bytes"] == Path(facts["file"]).stat().st_size
+
+    for arguments, part in (
+        ([], "--max-bytes"),
+        (["--max-bytes", "much"], "'much' is no size"),
+        (["--max-bytes", "1"], "none of 8 runs"),
+    ):
+        code, text = call(monkeypatch, capsys, "pick", tmp_path, *arguments)
+        assert code == 2
+        assert part in text

@@ -1,0 +1,126 @@
+"""Dense copies: plain torch that computes the same, exports, compiles, without selfcompress."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, Cut, kill, outputs, prepare
+from test_random_networks import compressed, kill_at_random, told, zero_biases
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from selfcompress import to_dense
+from selfcompress.convert import quantize_layers
+from selfcompress.layers import Placed, quantized_layers
+
+
+@torch.no_grad()
+def cut_some(name: str, seed: int = 0) -> Cut:
+    """One of NETWORKS with a third of its rows dead and cut."""
+    cut = prepare(name, torch.float64, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for layer_name, layer in quantized_layers(cut.model).items():
+        kill(cut.model, layer_name, torch.randperm(len(layer.rows), generator=generator)[::3])
+        if layer.bias is not None:
+            layer.bias.zero_()
+    cut.cut()
+    return cut
+
+
+def is_plain(model: nn.Module) -> bool:
+    modules = [type(m).__module__ for m in model.modules()]
+    return not any(name.startswith("selfcompress") for name in modules)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_dense_copy_of_any_network_computes_the_same(seed: int) -> None:
+    with told(seed):
+        compressor = compressed(seed)
+        kill_at_random(compressor, seed)
+        zero_biases(compressor)
+        compressor.cut()
+        model, x = compressor.model.eval(), compressor.example_input
+        dense = to_dense(model)
+        assert not any(isinstance(m, Placed) for m in dense.modules())
+        inputs = x if isinstance(x, tuple) else (x,)
+        with torch.no_grad():
+            want, got = (pytree.tree_leaves(m(*inputs)) for m in (model, dense))
+        for a, b in zip(got, want, strict=True):
+            scale = float(b.abs().amax().clamp(min=1e-3)) if b.numel() else 1.0
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dense_copies_are_plain_and_train_alike(name: str) -> None:
+    cut = cut_some(name)
+    dense = to_dense(cut.model)
+    assert is_plain(dense)
+    for training in (True, False):
+        want, got = (outputs(model, cut.x, training) for model in (cut.model, dense))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dense_copies_export(name: str) -> None:
+    cut = cut_some(name)
+    dense = to_dense(cut.model.eval())
+    exported = torch.export.export(dense, (cut.x,))
+    torch.testing.assert_close(exported.module()(cut.x), dense(cut.x))
+
+
+def test_dense_copies_compile_whole() -> None:
+    cut = cut_some("depthwise")
+    dense = to_dense(cut.model.eval())
+    with torch.no_grad():
+        compiled = torch.compile(dense, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(cut.x), dense(cut.x))
+
+
+def test_the_model_stays_as_it_was() -> None:
+    cut = cut_some("residual")
+    before = {n: t.clone() for n, t in cut.model.state_dict().items()}
+    layers = quantized_layers(cut.model)
+    to_dense(cut.model)
+    assert quantized_layers(cut.model) == layers
+    for name, tensor in cut.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_groups_that_stay_groups_are_not_spread_out() -> None:
+    """A depthwise convolution that lost whole channels costs what its channels cost."""
+    cut = cut_some("depthwise")
+    deep = to_dense(cut.model).get_submodule("deep.0")
+    weights = sum(p.numel() for p in deep.parameters() if p.dim() > 1)
+    assert weights <= 12 * 9
+
+
+def test_a_layer_with_two_names_stays_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    model.add_module("again", model[0])
+    quantize_layers(model, bits=4)
+    dense = to_dense(model)
+    assert dense.get_submodule("again") is dense.get_submodule("0")
+    assert is_plain(dense)
+
+
+def test_a_dense_copy_needs_no_selfcompress(tmp_path: Path) -> None:
+    cut = cut_some("residual-relu-after")  # its norms read other channels than they make
+    dense = to_dense(cut.model.eval())
+    code = (
+        "import sys, torch\n"
+        "sys.modules['selfcompress'] = None\n"
+        "model = torch.export.load(sys.argv[1] + '/dense.pt2').module()\n"
+        "x, want = torch.load(sys.argv[1] + '/want.pt', weights_only=True)\n"
+        "torch.testing.assert_close(model(x), want)\n"
+    )
+    torch.export.save(torch.export.export(dense, (cut.x,)), tmp_path / "dense.pt2")
+    torch.save((cut.x, dense(cut.x).detach()), tmp_path / "want.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
