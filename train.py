@@ -2,6 +2,7 @@
 
     python train.py --gamma 0.01                        CIFAR-10 (downloaded), ResNet-9
     python train.py --gamma 0.01 --dataset digits       small real images, no network needed
+    python train.py --target-size 150KB                 as small as that, instead of a γ
     python train.py --model resnet20                    another network; --help lists them
     python train.py --float                             the uncompressed baseline
     python train.py --dataset folder --data-dir DIR     DIR/train/CLASS/* and DIR/test/CLASS/*

@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import build, default_width
 from selfcompress.compressor import Compressor
@@ -91,8 +91,8 @@ class Point:
 class UniformRun(Run):
     """Quantisation-aware training: every row keeps the bit depth it starts with."""
 
-    def _compressor(self) -> Compressor:
-        compressor = super()._compressor()
+    def _compressor(self, model: nn.Module) -> Compressor:
+        compressor = super()._compressor(model)
         for layer in compressor.layers.values():
             layer.bit_depth.requires_grad_(False)
         return compressor

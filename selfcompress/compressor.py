@@ -11,6 +11,7 @@ for x, y in loader:
 compressor.finish(loader)
 """
 
+import copy
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -178,7 +179,7 @@ class Compressor:
         self.steps += 1
         if not self.frozen:
             self.formats.step(fit=self.steps % FIT_INTERVAL == 0)
-            self._keep_connected()
+            self.keep_connected()
         self._shrink_lingering_biases()
         self._update_idle()
         if not due:
@@ -215,7 +216,7 @@ class Compressor:
         self._require_finite()
         for name, idle in self._idle.items():
             self.layers[name].bit_depth[idle] = 0
-        self._keep_connected()
+        self.keep_connected()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model))
         worth_it = not patient or _worth_recompiling(plan, self.model)
@@ -236,6 +237,14 @@ class Compressor:
         }
         self._idle = self._zero_rows()
         return plan if plan and worth_it else None
+
+    @torch.no_grad()
+    def preview(self) -> nn.Module:
+        """A copy of the model as cutting what has no bits now would leave it."""
+        model = copy.deepcopy(self.model)
+        settle_statistics(self.graph, model)
+        apply_plan(plan_cut(self.graph, model, analyse(self.graph, model)), model)
+        return model
 
     def freeze(self) -> None:
         """Bit depths and exponents stay as they are from now on; dead channels still go."""
@@ -382,7 +391,7 @@ class Compressor:
         self.formats.watch()
 
     @torch.no_grad()
-    def _keep_connected(self) -> None:
+    def keep_connected(self) -> None:
         """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
         alive = [layer.live_rows().sum() for layer in self.layers.values()]
         dead: set[str] = set()

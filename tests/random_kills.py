@@ -60,7 +60,7 @@ def kill_at_random(compressor: Compressor, seed: int) -> None:
     # What a cut does before it cuts: rows that are nothing but zeros die, vital ones come back.
     for name, idle in compressor._idle.items():
         compressor.layers[name].bit_depth[idle] = 0
-    compressor._keep_connected()
+    compressor.keep_connected()
     avoid_ties(compressor)
     settle_statistics(compressor.graph, compressor.model)
 

@@ -13,7 +13,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
-import train
 from models import NAMES, default_width
 from selfcompress.training import loop, runs
 from selfcompress.training.config import Config
@@ -26,19 +25,6 @@ TINY = (
 ).split()
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run train.py in this process: its exit code, and what it printed."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["train.py", *map(str, args)])
-        code = train.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:

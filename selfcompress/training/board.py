@@ -41,6 +41,8 @@ class Board:
                     "selfcompress": {
                         "accuracy": ["Multiline", ["val/accuracy"]],
                         "size (percent of 32-bit)": ["Multiline", ["size/stored_percent"]],
+                        "file and target (KB)": ["Multiline", ["size/file_kb", "size/target_kb"]],
+                        "γ": ["Multiline", ["train/gamma"]],
                         "weights left (percent)": ["Multiline", ["size/weights_percent"]],
                         "seconds per epoch": ["Multiline", ["time/epoch_seconds"]],
                     }
@@ -110,6 +112,12 @@ def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) ->
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     """One epoch in one line; live channels in the layers' order, or their sum for many layers."""
     size, epoch, counts = metrics["size"], metrics["epoch"], metrics["channels"].values()
+    file = ""
+    if "target_kb" in size:
+        file = (
+            f"  file {size['file_kb']:,.1f} KB, to be {size['target_kb']:,.1f}"
+            f"  γ {metrics['train']['gamma']:.2g}"
+        )
     channels = " ".join(map(str, counts)) if len(counts) <= LISTED_LAYERS else f"{sum(counts):,}"
     return (
         f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
@@ -117,7 +125,7 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
         f"  test accuracy {100 * metrics['val']['accuracy']:.2f} %"
         f"  Q {size['q_percent']:.2f} %"
         f"  stored {size['stored_kb']:,.1f} KB"
-        f"  weights {size['weights_percent']:.1f} %"
+        f"{file}  weights {size['weights_percent']:.1f} %"
         f"  channels {channels}"
         f"  {metrics['time']['epoch_seconds']:.2f} s"
     )

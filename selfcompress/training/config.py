@@ -11,10 +11,15 @@ import tyro
 
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.training.errors import UserError
+from selfcompress.training.target import TargetSize
 
 DatasetName = Literal["cifar10", "digits", "folder"]
-COMPRESSION = ("gamma", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until")
+COMPRESSION = (
+    "gamma", "target_size", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until"
+)  # fmt: skip
 """The options that --float makes meaningless."""
+
+GAMMA = 0.01  # unless γ or a size is asked for
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,12 @@ class Config:
     starts.
     """
 
-    gamma: float = 0.01
-    """The price of size: larger is smaller and less accurate. 0 quantises without any penalty."""
+    gamma: float | None = None
+    """The price of size: larger is smaller and less accurate (0.01, unless there is a
+    --target-size). 0 quantises without any penalty."""
+    target_size: str | None = None
+    """Instead of γ, the size of the file: 150KB, 1.5MB, 20000B (KB is 1000 bytes), or 3%, of the
+    starting weights at 32 bits. The run ends at most 3 % below it, and never above."""
     float_baseline: Annotated[bool, tyro.conf.arg(name="float")] = False
     """Train the uncompressed float network instead, by the same schedule."""
     model: str = "resnet9"
@@ -75,7 +84,14 @@ class Config:
     def validate(self) -> None:
         """Raise UserError, in one line, for what cannot be run."""
         checks: list[tuple[bool, str]] = [
-            (math.isfinite(self.gamma) and self.gamma >= 0, "--gamma must be a number ≥ 0"),
+            (
+                self.gamma is None or (math.isfinite(self.gamma) and self.gamma >= 0),
+                "--gamma must be a number ≥ 0",
+            ),
+            (
+                self.gamma is None or self.target_size is None or self.float_baseline,
+                "--target-size finds its own γ: leave --gamma out",
+            ),
             (self.width is None or self.width >= 1, "--width must be at least 1"),
             (self.image_size is None or self.image_size >= 8, "--image-size must be at least 8"),
             (self.epochs is None or self.epochs >= 1, "--epochs must be at least 1"),
@@ -92,10 +108,21 @@ class Config:
                 0 <= self.penalty_from <= self.penalty_until <= 1,
                 "0 ≤ --penalty-from ≤ --penalty-until ≤ 1 does not hold",
             ),
+            (
+                self.target_size is None
+                or self.float_baseline
+                or self.penalty_from < self.penalty_until,
+                "--target-size needs time between --penalty-from and --penalty-until",
+            ),
         ]
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
+        if self.target_size is not None:
+            try:
+                TargetSize.parse(self.target_size)
+            except ValueError as error:
+                raise UserError(f"--target-size: {error}") from error
 
     def without_effect(self) -> list[str]:
         """Warnings for options that were changed but do nothing in this combination."""
@@ -104,7 +131,7 @@ class Config:
             warnings += [(name, "with --float") for name in COMPRESSION if self._changed(name)]
         elif self.gamma == 0 and self._changed("penalty_from"):
             warnings.append(("penalty_from", "with --gamma 0"))
-        elif self.gamma > 0 and self.penalty_from in (self.penalty_until, 1):
+        elif self.gamma != 0 and self.penalty_from in (self.penalty_until, 1):
             warnings.append(("gamma", "with nothing between --penalty-from and --penalty-until"))
         if self.model.startswith("torchvision:") and self._changed("width"):
             warnings.append(("width", f"with --model {self.model}"))
@@ -132,6 +159,7 @@ class Config:
             epochs=self.epochs or (40 if digits else 24),
             batch_size=self.batch_size or (64 if digits else 512),
             flip=(not digits) if self.flip is None else self.flip,
+            gamma=GAMMA if self.gamma is None and self.target_size is None else self.gamma,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -139,6 +167,8 @@ class Config:
         values = dataclasses.asdict(self)
         del values["run_dir"], values["overwrite"]
         values["float"] = values.pop("float_baseline")
+        if self.target_size is not None:
+            values["target_size"] = str(TargetSize.parse(self.target_size))  # 20KB is 20000B
         if self.float_baseline:
             for name in COMPRESSION:
                 values[name] = None  # has no effect, so it makes no other run

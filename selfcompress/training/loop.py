@@ -23,7 +23,7 @@ from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
 from selfcompress.file.header import About, Architecture
 from selfcompress.file.read import Contents, read
-from selfcompress.file.write import save
+from selfcompress.file.write import pack, save
 from selfcompress.follow import channel_graph
 from selfcompress.look import kept_modes
 from selfcompress.size import Size, measure, starting_weights
@@ -33,6 +33,7 @@ from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
+from selfcompress.training.target import SizeControl, TargetSize
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Name, number of classes, width, image size → the network to train, in float."""
@@ -43,6 +44,10 @@ LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
+MOST_BITS = 8  # that rows are given to fill a file up to --target-size
+FIT_BATCHES = 8  # that tell what a bit is worth when the file is fitted to --target-size
+UNKNOWN_ACCURACY = 0.8765432198765432  # in the header of a file that is only measured
+SLACK = 32  # bytes by which a compressed header may grow when the true one is put in
 
 
 def run(
@@ -109,7 +114,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = self._build(build_model)
         self.starting_weights = starting_weights(self.model)
-        self.compressor = None if config.float_baseline else self._compressor()
+        self.compressor = None if config.float_baseline else self._compressor(self.model)
         self.graph = (
             self.compressor.graph if self.compressor else channel_graph(self.model, self.examples)
         )
@@ -119,6 +124,7 @@ class Run:
             weights, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
         )
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
+        self.control = None if config.target_size is None else self._control(build_model)
 
     def _build(self, build_model: BuildModel) -> nn.Module:
         """The network, after it has shown that it accepts the images."""
@@ -136,7 +142,7 @@ class Run:
             ) from error
         return model
 
-    def _compressor(self) -> Compressor:
+    def _compressor(self, model: nn.Module) -> Compressor:
         config = self.config
         steps = self.epochs * self.steps_per_epoch
         window = max(1.0, steps * (config.penalty_until - config.penalty_from))
@@ -144,9 +150,9 @@ class Run:
         bit_step = min(0.1, BIT_TRAVEL / window)
         try:
             return Compressor(
-                self.model,
+                model,
                 self.examples,
-                config.gamma,
+                config.gamma or 0.0,
                 bits=config.bits,
                 integer_bits=not config.fractional_bits,
                 exclude=config.exclude,
@@ -155,6 +161,52 @@ class Run:
             )
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def _control(self, build_model: BuildModel) -> SizeControl | None:
+        """What --target-size asks for, after it has shown to be possible."""
+        config, compressor = self.config, self.compressor
+        if compressor is None:
+            return None
+        assert config.target_size is not None
+        target = TargetSize.parse(config.target_size).bytes(self.start.float_bits)
+        smallest = self._compressor(self._build(build_model))
+        with torch.no_grad():
+            for layer in smallest.layers.values():
+                layer.bit_depth.zero_()
+        smallest.cut()
+        least = self._file_bytes(smallest.model)
+        if target < least:
+            raise UserError(
+                f"--target-size {config.target_size} is {target:,} bytes, but no file of "
+                f"{config.model} is smaller than {least:,}: a row in every layer that cannot go"
+            )
+        start = self._file_bytes(self.model)
+        if target >= start:
+            print(
+                f"warning: --target-size {config.target_size} has no effect: it is {target:,} "
+                f"bytes, and the network has {start:,} at its {config.bits:g} starting bits (give "
+                "more --bits, or ask for less)",
+                file=sys.stderr,
+            )
+        return SizeControl(
+            compressor,
+            self.optimizer,
+            target,
+            math.ceil(config.bits if target >= start else max(config.bits, MOST_BITS)),
+            lambda: self._file_bytes(compressor.preview()),
+            self._losses,
+        )
+
+    def _file_bytes(self, model: nn.Module) -> int:
+        """The size of the file that the network as it is now would make, at most."""
+        return len(pack(model, self._about(UNKNOWN_ACCURACY))) + SLACK
+
+    def _losses(self) -> Iterator[Tensor]:
+        """The task's loss on a few training batches."""
+        for images, labels in self._batches(FIT_BATCHES):
+            with self.autocast:
+                logits = self.model(images)
+            yield F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
     def size(self) -> Size:
         """All sizes of the network as it is now; the float baseline's too."""
@@ -176,7 +228,7 @@ class Run:
             self.folder.write_checkpoint(self._state(epoch + 1))
             print(epoch_line(metrics, self.epochs), flush=True)
         network = self.folder.path / runs.NETWORK
-        save(self.model, network, self._about(history))
+        save(self.model, network, self._about(history[-1]["val"]["accuracy"]))
         summary = self._summary(history, read(network))
         image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
         write_atomically(self.folder.path / runs.WIDTHS, image)
@@ -185,6 +237,12 @@ class Run:
         board.close()
         self.folder.write_summary(summary)
         print(self._result(summary))
+        if self.control is not None and summary["file_bytes"] > self.control.target:
+            print(
+                f"warning: the file has more than the {self.control.target:,} bytes asked for: "
+                "nothing more could be taken from the network (train for more epochs)",
+                file=sys.stderr,
+            )
         return summary
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -230,10 +288,20 @@ class Run:
                 "weights_percent": size.weights_percent,
                 "parameters": size.parameters,
                 "macs": size.macs,
+                **self._file_against_target(),
             },
             "bits": {layer.name: layer.mean_bits for layer in layers},
             "channels": {layer.name: layer.channels for layer in layers},
             "time": {"epoch_seconds": seconds, "eval_seconds": time.perf_counter() - started},
+        }
+
+    def _file_against_target(self) -> dict[str, float]:
+        """What an epoch's metrics tell of the size if one was asked for."""
+        if self.control is None:
+            return {}
+        return {
+            "file_kb": self.control.file_bytes() / 1000,
+            "target_kb": self.control.target / 1000,
         }
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -267,10 +335,16 @@ class Run:
         if self.compressor is None:
             return
         done = step / (self.epochs * self.steps_per_epoch)
-        begun = done >= self.config.penalty_from
-        self.compressor.gamma = self.config.gamma if begun else 0.0
-        if done >= self.config.penalty_until and not self.compressor.frozen:
+        begin, end = self.config.penalty_from, self.config.penalty_until
+        if self.control is None:
+            assert self.config.gamma is not None
+            self.compressor.gamma = self.config.gamma if done >= begin else 0.0
+        elif done < end:
+            self.control.press((done - begin) / (end - begin))
+        if done >= end and not self.compressor.frozen:
             self.compressor.freeze()
+            if self.control is not None:
+                self.control.settle()
 
     def _lr_factor(self, step: int) -> float:
         """One cycle: up in a straight line, and down to zero in another."""
@@ -278,16 +352,24 @@ class Run:
         return max(0.0, min((done + 0.01) / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
     def _settle(self, last: bool) -> None:
-        """Batch-norm statistics of the network as it is: running ones lag behind formats."""
-        if last and self.compressor is not None:
-            self.compressor.finish(self._batches(STATISTICS_BATCHES), self.optimizer)
-        else:
-            update_bn(self._batches(STATISTICS_BATCHES if last else EVALUATION_BATCHES), self.model)
+        """The size asked for, and batch-norm statistics of the network as it is.
 
-    def _batches(self, count: int) -> Iterator[Tensor]:
+        Running statistics lag behind formats.
+        """
+        if self.control is not None:
+            self.control.settle(last)
+        if last and self.compressor is not None:
+            self.compressor.finish(self._images(STATISTICS_BATCHES), self.optimizer)
+        else:
+            update_bn(self._images(STATISTICS_BATCHES if last else EVALUATION_BATCHES), self.model)
+
+    def _images(self, count: int) -> Iterator[Tensor]:
+        return (images for images, _ in self._batches(count))
+
+    def _batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.dataset.train.batches(self.batch_size, shuffle=True, drop_last=True)
-        for images, _ in itertools.islice(batches, count):
-            yield self.augment(images)
+        for images, labels in itertools.islice(batches, count):
+            yield self.augment(images), labels
 
     def _state(self, epoch: int) -> dict[str, Any]:
         if self.compressor is not None:
@@ -297,7 +379,12 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-        return {"epoch": epoch, "network": network, "scheduler": self.scheduler.state_dict()}
+        return {
+            "epoch": epoch,
+            "network": network,
+            "scheduler": self.scheduler.state_dict(),
+            "control": None if self.control is None else self.control.state_dict(),
+        }
 
     def _resume(self) -> int:
         """Load the checkpoint, if there is one: the number of epochs done."""
@@ -311,6 +398,8 @@ class Run:
                 self.model.load_state_dict(state["network"]["model"])
                 self.optimizer.load_state_dict(state["network"]["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if self.control is not None:
+                self.control.load_state_dict(state["control"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
@@ -319,7 +408,7 @@ class Run:
             ) from error
         return int(state["epoch"])
 
-    def _about(self, history: list[dict[str, Any]]) -> About:
+    def _about(self, accuracy: float) -> About:
         """What the file of the network tells beside the network."""
         config, data, end = self.config, self.dataset, self.size()
         assert config.dataset is not None
@@ -333,10 +422,10 @@ class Run:
             image_size=data.image_size,
             dataset=data.name,
             dataset_kind=config.dataset,
-            gamma=None if config.float_baseline else config.gamma,
+            gamma=self._gamma(),
             seed=config.seed,
             epochs=self.epochs,
-            test_accuracy=history[-1]["val"]["accuracy"],
+            test_accuracy=accuracy,
             starting_weights=self.starting_weights,
             channels_at_start=_by_layer(self.start, "channels"),
             macs_at_start=_by_layer(self.start, "macs"),
@@ -349,7 +438,8 @@ class Run:
         return {
             "dataset": self.dataset.name,
             "model": self.config.model,
-            "gamma": None if self.config.float_baseline else self.config.gamma,
+            "gamma": self._gamma(),
+            "target_bytes": None if self.control is None else self.control.target,
             "seed": self.config.seed,
             "epochs": self.epochs,
             "test_accuracy": history[-1]["val"]["accuracy"],
@@ -383,9 +473,17 @@ class Run:
             },
         }
 
+    def _gamma(self) -> float | None:
+        """The γ asked for, or the one that the size asked for has taken so far."""
+        if self.config.gamma is not None or self.compressor is None:
+            return None if self.compressor is None else self.config.gamma
+        return self.compressor.gamma
+
     def _headline(self) -> str:
         config, data = self.config, self.dataset
-        how = "in float" if config.float_baseline else f"at γ = {config.gamma:g}"
+        how = "in float" if config.float_baseline else f"at γ = {self._gamma():g}"
+        if self.control is not None:
+            how = f"to {self.control.target:,} bytes"
         width = "" if config.width is None else f" of width {config.width}"
         return (
             f"{config.model}{width} {how} on {data.name}: "
@@ -396,7 +494,9 @@ class Run:
         )
 
     def _title(self) -> str:
-        how = "float" if self.config.float_baseline else f"γ = {self.config.gamma:g}"
+        how = "float" if self.compressor is None else f"γ = {self._gamma():g}"
+        if self.control is not None:
+            how = f"{self.control.target:,} bytes"
         width = "" if self.config.width is None else f", width {self.config.width}"
         return f"{self.config.model}{width}, {self.dataset.name}, {how}"
 
@@ -443,7 +543,12 @@ def _load(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
 def _run_dir(config: Config, dataset: Dataset) -> Path:
     if config.run_dir is not None:
         return config.run_dir
-    how = "float" if config.float_baseline else f"gamma{config.gamma:g}"
+    if config.float_baseline:
+        how = "float"
+    elif config.target_size is not None:
+        how = f"size{TargetSize.parse(config.target_size)}"
+    else:
+        how = f"gamma{config.gamma:g}"
     model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
     width = "" if config.width is None else f"-w{config.width}"
     return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"

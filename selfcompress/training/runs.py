@@ -40,8 +40,8 @@ class RunFolder:
         there = self._read_json(CONFIG)
         if there is None:
             self._require_ours()
-        elif there != self.config:
-            raise UserError(f"{self.path} holds another run ({difference(there, self.config)}); "
+        elif (other := difference(there, self.config)) is not None:
+            raise UserError(f"{self.path} holds another run ({other}); "
                             "choose another --run-dir, or start over with --overwrite")  # fmt: skip
         return self._read_json(SUMMARY)
 
@@ -152,12 +152,12 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The first value in which two configurations differ, for a message."""
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first option that differs; one that is missing was not there yet, and so is None."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
-    return "the same"
+    return None
 
 
 def _first_line(error: Exception) -> str:

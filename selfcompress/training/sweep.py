@@ -52,7 +52,8 @@ class Sweep(Config):
     run_dir: Path | None = None
     """Folder of the sweep. None makes a name from the options, in runs/."""
     # What a sweep chooses itself.
-    gamma: tyro.conf.Suppress[tyro.conf.Fixed[float]] = Config.gamma
+    gamma: tyro.conf.Suppress[tyro.conf.Fixed[float | None]] = None
+    target_size: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = None
     seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = Config.seed
     float_baseline: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
     overwrite: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
@@ -134,10 +135,9 @@ class Plan:
             here = dataclasses.replace(self.resolved, **same).as_json()
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged; remove {file.parent}") from error
-        if there != here:
+        if (other := runs.difference(there, here)) is not None:
             raise UserError(
-                f"{file.parent} is a run with other options ({runs.difference(there, here)}); "
-                "choose another --run-dir"
+                f"{file.parent} is a run with other options ({other}); choose another --run-dir"
             )
 
 
