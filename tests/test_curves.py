@@ -21,7 +21,7 @@ from selfcompress.training import curves
 from selfcompress.training.curves import Group, write_figures
 from selfcompress.training.errors import UserError
 from selfcompress.training.page import write_page
-from selfcompress.training.pick import describe, parse_size, pick
+from selfcompress.training.pick import describe, pick
 from selfcompress.training.results import front, read, read_all, write_csv
 
 THREE = [0.003, 0.03, 0.3]
@@ -179,23 +179,6 @@ def test_unfinished_runs_are_no_results_and_others_are_refused_in_a_line(tmp_pat
     summary.unlink()
     assert read(tmp_path / "a") is None
     assert read_all(tmp_path) == read_all(tmp_path / "nowhere") == []
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("100KB", 100_000), ("1.5 MB", 1_500_000), ("20000", 20_000), ("7b", 7), ("2kb", 2_000),
-        ("3%", 300), ("0.5 %", 50), (".5%", 50), ("1GB", 10**9),
-    ],
-)  # fmt: skip
-def test_sizes(text: str, size: float) -> None:
-    assert parse_size(text, whole=10_000) == pytest.approx(size)
-
-
-@pytest.mark.parametrize("text", ["", "KB", "-1", "0", "0%", "1e5", "100KiB", "3 percent", "1,5MB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="100KB"):
-        parse_size(text, whole=1)
 
 
 def test_pick_is_the_most_accurate_that_fits_or_the_smallest_that_is_good(tmp_path: Path) -> None:

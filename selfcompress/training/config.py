@@ -11,7 +11,7 @@ import tyro
 
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.training.errors import UserError
-from selfcompress.training.target import TargetSize
+from selfcompress.training.target import FileSize
 
 DatasetName = Literal["cifar10", "digits", "folder"]
 COMPRESSION = (
@@ -35,7 +35,7 @@ class Config:
     --target-size). 0 quantises without any penalty."""
     target_size: str | None = None
     """Instead of γ, the size of the file: 150KB, 1.5MB, 20000B (KB is 1000 bytes), or 3%, of the
-    starting weights at 32 bits. The run ends at most 3 % below it, and never above."""
+    starting weights at 32 bits. The run ends at most 3 % below it."""
     float_baseline: Annotated[bool, tyro.conf.arg(name="float")] = False
     """Train the uncompressed float network instead, by the same schedule."""
     model: str = "resnet9"
@@ -120,7 +120,7 @@ class Config:
                 raise UserError(message)
         if self.target_size is not None:
             try:
-                TargetSize.parse(self.target_size)
+                FileSize.parse(self.target_size)
             except ValueError as error:
                 raise UserError(f"--target-size: {error}") from error
 
@@ -168,7 +168,7 @@ class Config:
         del values["run_dir"], values["overwrite"]
         values["float"] = values.pop("float_baseline")
         if self.target_size is not None:
-            values["target_size"] = str(TargetSize.parse(self.target_size))  # 20KB is 20000B
+            values["target_size"] = str(FileSize.parse(self.target_size))  # 20KB is 20000B
         if self.float_baseline:
             for name in COMPRESSION:
                 values[name] = None  # has no effect, so it makes no other run

@@ -33,7 +33,7 @@ from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
-from selfcompress.training.target import SizeControl, TargetSize
+from selfcompress.training.target import FileSize, SizeControl
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Name, number of classes, width, image size → the network to train, in float."""
@@ -168,7 +168,7 @@ class Run:
         if compressor is None:
             return None
         assert config.target_size is not None
-        target = TargetSize.parse(config.target_size).bytes(self.start.float_bits)
+        target = FileSize.parse(config.target_size).bytes(self.start.float_bits)
         smallest = self._compressor(self._build(build_model))
         with torch.no_grad():
             for layer in smallest.layers.values():
@@ -546,7 +546,7 @@ def _run_dir(config: Config, dataset: Dataset) -> Path:
     if config.float_baseline:
         how = "float"
     elif config.target_size is not None:
-        how = f"size{TargetSize.parse(config.target_size)}"
+        how = f"size{FileSize.parse(config.target_size)}"
     else:
         how = f"gamma{config.gamma:g}"
     model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file

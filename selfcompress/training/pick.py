@@ -1,13 +1,11 @@
 """Which run to take: the most accurate that is small enough, or the smallest that is accurate."""
 
-import re
 from pathlib import Path
 
 from selfcompress.training.errors import UserError
 from selfcompress.training.results import Result, read_all
 from selfcompress.training.runs import NETWORK
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from selfcompress.training.target import FileSize
 
 
 def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Result:
@@ -18,7 +16,7 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
     winner's is a little flattered by having been chosen.
 
     Args:
-        max_bytes: as `parse_size` takes it.
+        max_bytes: as `FileSize.parse` takes it.
         min_accuracy: 0-1. With both limits, both hold.
 
     Raises:
@@ -28,6 +26,10 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
         raise UserError("give --max-bytes, such as 100KB or 3%, or --min-accuracy, such as 0.93")
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise UserError("--min-accuracy must be a fraction from 0 to 1, such as 0.93")
+    try:
+        limit = None if max_bytes is None else FileSize.parse(max_bytes)
+    except ValueError as error:
+        raise UserError(f"--max-bytes: {error}") from error
     results = read_all(runs)
     if not results:
         raise UserError(f"there are no finished runs in {runs}")
@@ -40,8 +42,7 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
     fitting = [
         result
         for result in results
-        if (max_bytes is None or result.file_bytes <= parse_size(max_bytes, _float_bytes(result)))
-        and (min_accuracy is None or result.accuracy >= min_accuracy)
+        if _fits(result, limit) and (min_accuracy is None or result.accuracy >= min_accuracy)
     ]
     if not fitting:
         small = min(results, key=lambda r: r.file_bytes)
@@ -70,18 +71,8 @@ def describe(result: Result) -> str:
     )
 
 
-def parse_size(text: str, whole: float) -> float:
-    """Bytes from "100KB" (100,000 bytes), "1.5 MB", "20000" or "3%", a percentage of `whole` bytes.
-
-    Raises:
-        UserError: it is none of these, or not above 0.
-    """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]?B|%|)", text.strip(), re.IGNORECASE)
-    number = float(match[1]) if match else 0.0
-    if match is None or number == 0:
-        raise UserError(f"{text!r} is no size; write one as 100KB, 1.5MB, 20000 (bytes) or 3%")
-    unit = match[2].upper()
-    return number * (whole / 100 if unit == "%" else _UNITS[unit])
+def _fits(result: Result, limit: FileSize | None) -> bool:
+    return limit is None or result.file_bytes <= limit.bytes(result.summary["float_bits"])
 
 
 def _float_bytes(result: Result) -> float:

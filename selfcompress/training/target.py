@@ -32,26 +32,26 @@ LOWEST, HIGHEST = 1e-6, 1e4
 CONTROLS = 200  # times in a window that γ is set
 MEASUREMENTS = 20  # times in a window that the file is measured
 
-_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
 @dataclass(frozen=True)
-class TargetSize:
-    """What --target-size asks for: bytes, or percent of the starting weights at 32 bits."""
+class FileSize:
+    """The size of a file as people write it: bytes, or percent of the starting weights in float."""
 
     amount: float
     unit: str  # B or %
 
     @classmethod
-    def parse(cls, text: str) -> "TargetSize":
-        """From 150KB, 1.5 MB, 20000B (KB = 1000 bytes) or 3%.
+    def parse(cls, text: str) -> "FileSize":
+        """From 150KB, 1.5 MB, 20000 (bytes; 1 KB is 1,000 of them) or 3%.
 
         Raises:
             ValueError: it is none of these, or zero.
         """
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmg]?b|%)\s*", text, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmg]?b|%|)\s*", text, re.IGNORECASE)
         if not match or float(match[1]) == 0:
-            raise ValueError(f"{text!r} is no size: give one such as 150KB, 1.5MB, 20000B or 3%")
+            raise ValueError(f"{text!r} is no size: give one such as 150KB, 1.5MB, 20000 or 3%")
         if match[2] == "%":
             return cls(float(match[1]), "%")
         return cls(float(match[1]) * _UNITS[match[2].lower()], "B")
