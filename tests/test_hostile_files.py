@@ -248,7 +248,7 @@ def check_edited(name: str, other: str, changes: list[Edit]) -> None:
 SOME = st.sampled_from(list(STARTS))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(name=SOME, other=SOME, changes=edits(4))
 def test_damaged_files_are_refused(name: str, other: str, changes: list[Edit]) -> None:
     check_edited(name, other, changes)
@@ -338,7 +338,7 @@ def edits_of_streams() -> st.SearchStrategy[list[tuple[float, Edit]]]:
     return st.lists(st.tuples(st.floats(0, 1, width=32), one), max_size=2)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(name=SOME, other=SOME, header=changes_of_headers(), streams=edits_of_streams())
 def test_forged_files_are_refused_or_loaded(
     name: str, other: str, header: list[Change], streams: list[tuple[float, Edit]]
@@ -446,6 +446,9 @@ def test_every_other_placement_is_refused(name: str) -> None:
 
 def test_streams_of_other_types_and_shapes_are_refused() -> None:
     """Their bytes, and so the checksum, being the same."""
+    tensors = safetensors.torch.load(victim("float"))
+    data = safetensors.torch.save(tensors | {"float32": tensors["float32"].view(torch.int32)})
+    assert load_forged("float", data)
     tensors = safetensors.torch.load(victim("chain"))
     floats = tensors["float32"]
     for other in (floats.view(torch.int32), floats.view(torch.uint8), floats.view(2, -1)):
@@ -608,7 +611,7 @@ def claims() -> Iterator[tuple[str, Header, Streams]]:
     yield "weights without bits", layer([2**14, 2**14], (1, 2**14), 1, 0), none_has_bits
     yield "a fan-in of no rows", layer([0, 2**31, 2**31, 2**31], (0, 0), 0, 0), {}
     for width in (2**23, 2**28):
-        yield "a norm", header | {"norms": [["z", width, width, width, False]]}, little
+        yield "a norm", header | {"norms": [["z", width, width, width, False]]}, {}
     for shape in ([2**31 - 1], [0, 2**31, 2**31, 2**31]):
         yield "a tensor", header | {"tensors": [["z", "float64", shape, False]]}, {}
 
