@@ -32,7 +32,8 @@ TINY = (
     ("text", "of_a_million_bits"),
     [
         ("150KB", 150_000), ("150kB", 150_000), ("1.5MB", 1_500_000), ("20000B", 20_000),
-        ("20000", 20_000), (" 20 kb ", 20_000), (".5KB", 500), ("3%", 3_750), ("0.25 %", 312), ("0.0314KB", 31),
+        ("20000", 20_000), (" 20 kb ", 20_000), (".5KB", 500), ("3%", 3_750), ("0.25 %", 312),
+        ("0.0314KB", 31),
     ],
 )  # fmt: skip
 def test_sizes_are_bytes_or_a_share_of_the_starting_weights(
@@ -292,7 +293,7 @@ def test_interrupted_run_comes_to_the_same_file(
     ("args", "parts"),
     [
         (["--target-size", "6KB", "--gamma", "0.01"], ["--target-size", "leave --gamma out"]),
-        (["--target-size", "6"], ["--target-size", "'6' is no size"]),
+        (["--target-size", "six"], ["--target-size", "'six' is no size"]),
         (["--target-size", "-6KB"], ["--target-size", "is no size"]),
         (["--target-size", "6KB", "--penalty-from", "0.6"], ["--penalty-from"]),
     ],
