@@ -106,6 +106,8 @@ def _onnx_calls(original: nn.Module, model: nn.Module, images: Tensor) -> dict[s
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = torch.get_num_threads()
             settings.add_session_config_entry("session.disable_quant_qdq", unpack)
+            # Its threads would go on spinning while torch is timed.
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(
                 str(path), settings, providers=["CPUExecutionProvider"]
             )
