@@ -9,7 +9,8 @@ The peers, all trained by train.py's own loop with the same data, epochs, schedu
 - *float*: the full width in 32 bits, the accuracy to aim at;
 - *uniform*: what a user would type first, a narrower network whose weights all have 2, 3 or 4
   bits (quantisation-aware training by the same quantiser, with exponents fitted and learned per
-  row like ours, and packed into the same file);
+  row like ours, and packed into the same file). They learn in 8 bits for the first 30 % of the
+  run: with two bits from the start they end several points lower;
 - *DiffQ* (with --diffq, its penalties): groups of 8 weights, bits learned by Adam as its authors
   advise; its bytes are those that it reports itself, compressed.
 
@@ -38,9 +39,12 @@ from torch import Tensor, nn
 from models import build, default_width
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
+from selfcompress.quantizer import fit_exponent
 from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.errors import UserError
 from selfcompress.training.loop import Run, run
+
+LEARN = 0.3  # of the run: until then uniform networks have 8 bits
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,26 @@ class Point:
 
 
 class UniformRun(Run):
-    """Quantisation-aware training: every row keeps the bit depth it starts with."""
+    """Quantisation-aware training: all rows keep the bit depth of --bits, later on `bits`."""
+
+    def __init__(self, *args: Any, bits: int) -> None:
+        super().__init__(*args)
+        self.bits = bits
 
     def _compressor(self, model: nn.Module) -> Compressor:
         compressor = super()._compressor(model)
         for layer in compressor.layers.values():
             layer.bit_depth.requires_grad_(False)
         return compressor
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        if step == round(LEARN * self.epochs * self.steps_per_epoch):
+            assert self.compressor is not None
+            with torch.no_grad():
+                for layer in self.compressor.layers.values():
+                    layer.bit_depth.fill_(self.bits - 0.5)  # the middle of those that round up
+                    layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+        return super()._step(step, images, labels)
 
 
 class DiffQRun(Run):
@@ -156,15 +173,16 @@ def train_all(args: Args) -> Iterable[Point]:
     full = dataclasses.replace(base, float_baseline=True)
     yield _point("float", f"width {args.width}", _runs(args, full, "float", Run))
     for width, bits in itertools.product(args.widths, args.bits):
-        narrow = dataclasses.replace(base, gamma=0.0, width=width, bits=bits, penalty_until=1.0)
-        summaries = _runs(args, narrow, f"uniform-w{width}-b{bits}", UniformRun)
+        narrow = dataclasses.replace(base, gamma=0.0, width=width, bits=8, penalty_until=1.0)
+        fixed = partial(UniformRun, bits=bits)
+        summaries = _runs(args, narrow, f"uniform-w{width}-b{bits}", fixed)
         yield _point("uniform", f"width {width}, {bits} bits", summaries)
     for gamma in args.gammas:
         ours = dataclasses.replace(base, gamma=gamma)
         yield _point("ours", f"γ = {gamma:g}", _runs(args, ours, f"gamma{gamma:g}", Run))
     for penalty in args.diffq:
-        make = partial(DiffQRun, penalty=penalty)
-        yield _point("DiffQ", f"penalty {penalty:g}", _runs(args, full, f"diffq{penalty:g}", make))
+        peer = partial(DiffQRun, penalty=penalty)
+        yield _point("DiffQ", f"penalty {penalty:g}", _runs(args, full, f"diffq{penalty:g}", peer))
 
 
 def _runs(args: Args, config: Config, name: str, make: Callable[..., Run]) -> list[dict[str, Any]]:
