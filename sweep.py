@@ -15,24 +15,18 @@ from pathlib import Path
 import tyro
 
 from models import UnknownModelError, default_width
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import exit_code
 from selfcompress.training.sweep import Sweep, run
 
 
 def main() -> int:
     train = Path(__file__).resolve().with_name("train.py")
     sweep = tyro.cli(Sweep, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
-        return run(sweep, default_width(sweep.model), train)
-    except (UserError, UnknownModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command finishes what is missing", file=sys.stderr)
-        return 130
+    return exit_code(
+        lambda: run(sweep, default_width(sweep.model), train),
+        mistakes=(UnknownModelError,),
+        stopped="stopped; the same command finishes what is missing",
+    )
 
 
 if __name__ == "__main__":

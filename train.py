@@ -19,29 +19,24 @@ import tyro
 from models import UnknownModelError, build, default_width
 from selfcompress import CutError
 from selfcompress.training.config import Config
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import UserError, exit_code
 from selfcompress.training.loop import run
 
 
 def main() -> int:
     config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-            raise UserError("WORLD_SIZE is not 1: training on several devices is not supported")
-        run(config, default_width(config.model), build)
-    except (UserError, UnknownModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CutError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = os.fsdecode(error.filename or "a file")  # TensorBoard's are bytes
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
-        return 130
+    return exit_code(
+        lambda: train(config),
+        mistakes=(UnknownModelError,),
+        failures=(CutError, FloatingPointError),
+        stopped="stopped; the same command goes on after the last finished epoch",
+    )
+
+
+def train(config: Config) -> int:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise UserError("WORLD_SIZE is not 1: training on several devices is not supported")
+    run(config, default_width(config.model), build)
     return 0
 
 

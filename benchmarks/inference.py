@@ -23,9 +23,9 @@ import tyro
 from torch import Tensor, nn
 
 from models import build
-from selfcompress import export_onnx, load, to_dense
+from selfcompress import export_onnx, to_dense
 from selfcompress.file.header import FileError
-from selfcompress.file.read import read
+from selfcompress.file.load import load_described
 
 Call = Callable[[], object]
 
@@ -48,19 +48,17 @@ class Options:
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     try:
-        contents = read(options.file)
-        model = load(options.file)
+        model, about = load_described(options.file)
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    start = contents.header.about.architecture
+    start = about.architecture
     assert start is not None  # load() has built it
     original = build(start.name, start.classes, start.width, start.image_size).eval()
     dense = to_dense(model)
-    macs = contents.header.about
-    share = sum(macs.macs.values()) / max(1, sum(macs.macs_at_start.values()))
+    share = sum(about.macs.values()) / max(1, sum(about.macs_at_start.values()))
     print(
         f"{start.name} of width {start.width}, {start.image_size} pixels: {100 * share:.0f} % of "
         f"its MACs left; torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, "

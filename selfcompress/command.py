@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -28,13 +28,14 @@ from torchvision.transforms import v2
 
 from selfcompress.export import ExportError, export_onnx
 from selfcompress.file.header import About, FileError
-from selfcompress.file.load import load
+from selfcompress.file.load import load_described
 from selfcompress.file.read import Contents, read
+from selfcompress.text import aligned
 from selfcompress.training.augment import Channels, normalise
 from selfcompress.training.config import DatasetName
 from selfcompress.training.data import load as load_dataset
 from selfcompress.training.data import read_image
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import UserError, exit_code
 from selfcompress.training.loop import evaluate
 from selfcompress.training.pick import describe as describe_pick
 from selfcompress.training.pick import pick
@@ -60,8 +61,9 @@ class _OnNetwork(_OnFile):
     def load(self) -> tuple[nn.Module, "_Prepared"]:
         """The network, and how it wants its images."""
         sys.path.insert(0, os.getcwd())  # for models/, and for modules of the user's
-        model = load(self.file, None if self.model is None else _built(self.model))
-        return model, _Prepared.of(self.file)
+        start = None if self.model is None else _built(self.model)
+        model, about = load_described(self.file, start)
+        return model, _Prepared.of(self.file, about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +193,7 @@ class _Prepared:
     std: Channels
 
     @classmethod
-    def of(cls, path: Path) -> "_Prepared":
-        about = read(path).header.about
+    def of(cls, path: Path, about: About) -> "_Prepared":
         if about.image_size is None or len(about.mean) != 3 or len(about.std) != 3:
             raise UserError(
                 f"{path} does not say how its images are prepared: save it with "
@@ -219,23 +220,15 @@ def main() -> int:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    return exit_code(lambda: _printed(command.run), mistakes=(FileError,), failures=(ExportError,))
+
+
+def _printed(show: Callable[[], None]) -> int:
     try:
-        command.run()
+        show()
         sys.stdout.flush()
-    except (UserError, FileError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -290,13 +283,7 @@ def _table(path: Path, facts: dict[str, Any]) -> str:
                 _before_after(layer["macs_at_start"], layer["macs"]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_about(path, facts)]
-    lines += [
-        row[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    lines = [_about(path, facts), *aligned(rows, numbers=True)]
     if facts["layers_in_float"]:
         lines.append("in float: " + ", ".join(facts["layers_in_float"]))
     parts = facts["file_bytes_of"]

@@ -7,6 +7,7 @@ from torch import nn
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
 from selfcompress.ops import Kind
+from selfcompress.text import aligned
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,7 @@ class Report:
             bits = "learned" if layer.quantized else "float"
             count = f"{layer.removable:,} of {layer.rows:,}"
             rows.append((layer.name, layer.kind, bits, count, layer.why))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, numbers=False)
         quantized = [layer for layer in self.layers if layer.quantized]
         total, removable = (
             sum(layer.rows for layer in self.layers),

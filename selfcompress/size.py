@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
 from selfcompress.quantizer import integer_depth
+from selfcompress.text import aligned
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
@@ -123,12 +124,7 @@ class Size:
             own = own if layer.out_width else ("", "", "")
             rows.append((layer.name, *own, *_counts(layer)))
         rows.append(("in all", "", "", "", *_counts(self)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        text = "\n".join(
-            row[0].ljust(widths[0])
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        )
+        text = "\n".join(aligned(rows, numbers=True))
         return (
             f"{text}\nQ {self.q_percent:.2f} % and stored {self.stored_percent:.2f} % of "
             f"{self.float_bits:,} bits (32 per starting weight); channels: rows with bits, of the "

@@ -40,9 +40,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             then is as it was.
         OSError: it cannot be read.
     """
+    return load_described(path, model)[0]
+
+
+def load_described(
+    path: str | os.PathLike[str], model: nn.Module | None = None
+) -> tuple[nn.Module, h.About]:
+    """What `load` returns, and what the file tells about it."""
     contents = read(path)
     try:
-        return set_up(contents, model)
+        return set_up(contents, model), contents.header.about
     except h.FileError as error:
         raise h.FileError(f"{path}: {error}") from error
 
