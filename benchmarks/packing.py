@@ -1,7 +1,7 @@
 """How long it takes to pack a network into a file and to load it, and how large the file is.
 
-    python benchmarks/packing.py                     ResNet-9 of width 64, and ResNet-50
-    python benchmarks/packing.py --repeats 9
+    python -m benchmarks.packing                     ResNet-9 of width 64, and ResNet-50
+    python -m benchmarks.packing --repeats 9
 
 Weights are random. 30 % of the rows of every layer have no bits; the others have 1 to 6, with
 exponents fitted to them, and nothing has been cut, which makes the network as large as it can be.
@@ -17,17 +17,13 @@ Columns, in milliseconds, medians over the repeats, in this process and on this 
     entropy    bytes that ideal coding of the integers would take, of all else as stored
 """
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+import tyro
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import build
 from selfcompress.convert import quantize_layers
@@ -44,13 +40,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+def main(repeats: int = 5) -> None:
+    """Time packing and loading.
+
+    Args:
+        repeats: of every measurement.
+    """
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':18} coded  pack  unpack  set up       bytes      stored     entropy")
     for name, build_network in NETWORKS.items():
+        torch.manual_seed(0)
         model = build_network()
         quantize_layers(model, bits=4)
         mix_bits(model)
@@ -95,4 +94,4 @@ def measured(
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

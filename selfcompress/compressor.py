@@ -30,7 +30,7 @@ from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.look import Inputs, device_of, kept_modes, positional
+from selfcompress.look import Inputs, device_of, kept_modes, positional, without_compile
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
@@ -94,7 +94,7 @@ class Compressor:
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         self.gamma = gamma
-        self.model = model = _without_compile(model)
+        self.model = model = without_compile(model)
         self.example_input = example_input
         self.min_channels = min_channels
         self.interval = interval
@@ -483,16 +483,9 @@ class _Spread(nn.Module):
         return self.model(*positional(inputs))
 
 
-def _without_compile(model: nn.Module) -> nn.Module:
-    """The user's own module inside of what torch.compile(model) returned."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
 def _averaged(model: nn.Module) -> nn.Module:
     """What an AveragedModel, or another copy of the model, holds."""
-    return model.module if isinstance(model, AveragedModel) else _without_compile(model)
+    return model.module if isinstance(model, AveragedModel) else without_compile(model)
 
 
 def _compiled_anything() -> bool:

@@ -17,6 +17,7 @@ from selfcompress.layers import (
     norm_options,
     place,
 )
+from selfcompress.look import without_compile
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 
@@ -34,7 +35,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Args:
         model: with quantised layers, in any mode; it stays as it is.
     """
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    model = copy.deepcopy(without_compile(model))
     attentions = {n for n, m in model.named_modules() if isinstance(m, QuantAttention)}
     parts = {f"{n}.{part}" for n in attentions for part in ("in_proj", "out_proj")}
     made: dict[nn.Module, nn.Module] = {}  # a layer may have several names
@@ -131,24 +132,17 @@ def _picking(
         dim: of the channels.
     """
     root, graph = nn.Module(), fx.Graph()
-    root.register_buffer("where", where, persistent=True)
+    root.register_buffer("where", where)
     x = graph.placeholder("input")
-    if core is None:
-        zeros = graph.call_function(
-            torch.zeros_like, (graph.call_method("narrow", (x, dim, 0, 1)),)
-        )
-        out = graph.call_method("index_select", (zeros, dim, graph.get_attr("where")))
-    else:
+    if core is not None and columns is not None:
+        root.register_buffer("columns", columns)
+        x = graph.call_method("index_select", (x, dim, graph.get_attr("columns")))
+    if core is not None:
         root.add_module("core", core)
-        if columns is not None:
-            root.register_buffer("columns", columns)
-            x = graph.call_method("index_select", (x, dim, graph.get_attr("columns")))
-        out = graph.call_module("core", (x,))
-        zeros = graph.call_function(
-            torch.zeros_like, (graph.call_method("narrow", (out, dim, 0, 1)),)
-        )
-        out = graph.call_function(torch.cat, ([out, zeros], dim))
-        out = graph.call_method("index_select", (out, dim, graph.get_attr("where")))
+        x = graph.call_module("core", (x,))
+    zeros = graph.call_function(torch.zeros_like, (graph.call_method("narrow", (x, dim, 0, 1)),))
+    made = zeros if core is None else graph.call_function(torch.cat, ([x, zeros], dim))
+    out = graph.call_method("index_select", (made, dim, graph.get_attr("where")))
     if bias is not None:
         root.register_parameter("bias", nn.Parameter(bias))
         shape = (-1,) + (1,) * (-1 - dim)

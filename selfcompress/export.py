@@ -14,6 +14,7 @@ faster calls, and logits that differ from ours by rounding alone.
 
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,7 @@ def export_onnx(
     return len(content)
 
 
+@dataclass(frozen=True)
 class _Weight:
     """A quantised weight as the dense copy has it.
 
@@ -110,20 +112,13 @@ class _Weight:
         row_dim: the dimension that counts channels, each of which has its step.
     """
 
-    def __init__(self, dense: Tensor, step: Tensor, row_dim: int) -> None:
-        column = [-1 if dim == row_dim else 1 for dim in range(dense.dim())]
-        self.dense: np.ndarray = dense.float().cpu().numpy()
-        self.integers: np.ndarray = (
-            (dense / step.view(column)).round().to(torch.int32).cpu().numpy()
-        )
-        self.row_dim = row_dim
+    dense: np.ndarray
+    integers: np.ndarray
+    row_dim: int
 
     @property
     def transposed(self) -> "_Weight":
-        new = object.__new__(_Weight)
-        new.dense, new.integers = self.dense.T, self.integers.T
-        new.row_dim = self.dense.ndim - 1 - self.row_dim
-        return new
+        return _Weight(self.dense.T, self.integers.T, self.dense.ndim - 1 - self.row_dim)
 
 
 @torch.no_grad()
@@ -132,18 +127,19 @@ def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
     parameters = dict(dense.named_parameters())
     found = {}
     for name, layer in quantized_layers(model).items():
-        step = torch.exp2(layer.exponent)
-        owner, _, part = name.rpartition(".")
+        places, width = layer.rows, layer.out_width
         at = f"{name}.weight"
-        if at in parameters or part == "in_proj":
-            at = at if at in parameters else f"{owner}.in_proj_weight"
-            step = step.new_ones(layer.out_width).index_copy(0, layer.rows, step)
-        else:  # a grouped convolution with channels picked around it
-            at = f"{name}.core.weight"
+        if f"{name}.core.weight" in parameters:  # a grouped convolution, channels picked around it
             assert isinstance(layer, _QuantConv)
-            slots = layer.groups * layer.group_width
-            step = step.new_ones(slots).index_copy(0, layer.slots, step)
-        found[at] = _Weight(parameters[at].detach(), step, layer.row_dim)
+            at = f"{name}.core.weight"
+            places, width = layer.slots, layer.groups * layer.group_width
+        elif at not in parameters:
+            at = f"{name}_weight"  # of an attention: in_proj_weight
+        steps = layer.exponent.new_ones(width).index_copy(0, places, torch.exp2(layer.exponent))
+        weight = parameters[at]
+        column = [-1 if dim == layer.row_dim else 1 for dim in range(weight.dim())]
+        integers = (weight / steps.view(column)).round().to(torch.int32)
+        found[at] = _Weight(weight.float().cpu().numpy(), integers.cpu().numpy(), layer.row_dim)
     return found
 
 

@@ -109,7 +109,11 @@ class QuantizedLayer(Placed):
 
     def weight_by_row(self) -> Tensor:
         """(live rows, fan-in ...): the weight, rows first."""
-        return self.weight.transpose(0, 1) if self.row_dim else self.weight
+        return self.by_row(self.weight)
+
+    def by_row(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape, rows first."""
+        return weight.transpose(0, 1) if self.row_dim else weight
 
     def live_rows(self) -> Tensor:
         """(rows,) bool: the rows that still have bits."""

@@ -24,6 +24,13 @@ def device_of(inputs: Inputs) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def without_compile(model: nn.Module) -> nn.Module:
+    """The user's own module inside of what torch.compile(model) returned."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
     """Inside, modules may be switched to train() or eval(); afterwards each is as it was."""

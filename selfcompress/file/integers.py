@@ -53,7 +53,7 @@ def encode(groups: Sequence[Group], entropy_coding: bool) -> np.ndarray:
     is_coded = np.array([table is not None for table in tables], bool)
     flags = np.packbits(is_coded, bitorder="little")
     parts = [flags, *(t for t in tables if t is not None)]
-    parts.append(np.packbits(_joined(plain[::-1]), bitorder="little"))
+    parts.append(np.packbits(np.concatenate([*plain[::-1], flags[:0]]), bitorder="little"))
     return np.concatenate([*parts, coded])
 
 
@@ -113,10 +113,6 @@ def entropy_bits(groups: Sequence[Group]) -> float:
 def _unsigned(depth: int, values: np.ndarray) -> np.ndarray:
     shifted: np.ndarray = (values.astype(np.int32) + 2 ** (depth - 1)).astype(np.uint16)
     return shifted
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.uint8)
 
 
 def _to_bits(depth: int, values: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from selfcompress.layers import (
     _QuantConv,
     quantized_layers,
 )
+from selfcompress.look import without_compile
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 
@@ -73,7 +74,7 @@ def pack(
     entropy_coding: bool = True,
 ) -> bytes:
     """What `save` writes."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) holds
+    model = without_compile(model)
     layers = quantized_layers(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
     folded = {n for n, norm in norms.items() if fold_norms and _can_be_folded(norm)}

@@ -475,9 +475,9 @@ class Run:
 
     def _gamma(self) -> float | None:
         """The γ asked for, or the one that the size asked for has taken so far."""
-        if self.config.gamma is not None or self.compressor is None:
-            return None if self.compressor is None else self.config.gamma
-        return self.compressor.gamma
+        if self.compressor is None:
+            return None
+        return self.compressor.gamma if self.config.gamma is None else self.config.gamma
 
     def _headline(self) -> str:
         config, data = self.config, self.dataset

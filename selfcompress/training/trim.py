@@ -209,7 +209,7 @@ class Fitter:
                 for layer_index, gradient in enumerate(gradients):
                     if gradient is None:
                         continue
-                    by_row = _by_row(layers[layer_index], gradient)
+                    by_row = layers[layer_index].by_row(gradient)
                     for change, total in zip(changes, sums, strict=True):
                         product = (by_row * change[layer_index]).flatten(1).sum(1)
                         total[layer_index] += product.square()
@@ -248,13 +248,8 @@ def _step(layer: QuantizedLayer, depth: Tensor) -> _Formats:
 def _change(layer: QuantizedLayer, step: _Formats) -> Tensor:
     """(rows, fan-in ...): what `step` adds to the quantised weight."""
     weight = layer.weight_by_row()
-    return fake_quantize(weight, step.depth, step.exponent) - _by_row(
-        layer, layer.quantized_weight()
-    )
-
-
-def _by_row(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    return weight.transpose(0, 1) if layer.row_dim else weight
+    now = layer.by_row(layer.quantized_weight())
+    return fake_quantize(weight, step.depth, step.exponent) - now
 
 
 def _weight_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
