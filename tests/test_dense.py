@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Cut, kill, outputs, prepare
+from networks import NETWORKS, Cut, kill, outputs, prepare, randomise_norms
 from random_kills import compressed, kill_at_random, told
 from test_random_networks import zero_biases
 from torch import nn
@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import to_dense
 from selfcompress.convert import quantize_layers
-from selfcompress.layers import Placed, quantized_layers
+from selfcompress.layers import Placed, PlacedBatchNorm2d, quantized_layers
+from selfcompress.surgery import Wiring, rewire
 
 
 @torch.no_grad()
@@ -125,3 +126,22 @@ def test_a_dense_copy_needs_no_selfcompress(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 2], [1, 2], []])
+@pytest.mark.parametrize("columns", [[0, 1], [0, 2], [1, 2]])
+def test_norms_read_and_make_the_channels_that_they_should(
+    rows: list[int], columns: list[int]
+) -> None:
+    """Of as many channels in as out, but not the same ones."""
+    norm = PlacedBatchNorm2d.from_float(nn.BatchNorm2d(3))
+    randomise_norms(norm)
+    kept = columns[: len(rows)]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, name).detach()[kept].clone()
+        setattr(norm, name, nn.Parameter(tensor) if name in norm._parameters else tensor)
+    rewire(norm, Wiring(3, 3, rows, kept))
+    x = torch.randn(2, 3, 4, 4)
+    dense = to_dense(nn.Sequential(norm.eval()))
+    assert is_plain(dense)
+    torch.testing.assert_close(dense(x), norm(x))
