@@ -292,9 +292,11 @@ class Compressor:
     def __str__(self) -> str:
         return str(self.report())
 
-    def size(self) -> Size:
-        """All the sizes of the model as it is now."""
-        return measure(self.model, self.graph, self.starting_weights)
+    def size(self, *, fold_norms: bool = False, half: bool = False) -> Size:
+        """All the sizes of the model as it is now, stored as `selfcompress.save` is told to."""
+        return measure(
+            self.model, self.graph, self.starting_weights, fold_norms=fold_norms, half=half
+        )
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """The cut model, its formats and, if given, its optimiser, as tensors and plain values.

@@ -348,6 +348,11 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         new.in_width = new.out_width = norm.num_features
         return new.train(norm.training)
 
+    @property
+    def can_be_folded(self) -> bool:
+        """Whether it is a scale and a shift per channel in evaluation."""
+        return self.weight is not None and self.bias is not None and self.running_var is not None
+
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.num_features == 0:

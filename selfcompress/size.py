@@ -19,7 +19,8 @@ layers that the channel graph follows.
                     parameter or buffer) as it is held: 32 bits for a float32; counters of seen
                     batches are not needed and not counted
 
-It is computed from the network alone, without packing anything. Percentages of either are of
+It is computed from the network alone, without packing anything; if the network is to be saved with
+`fold_norms` or `half`, with the numbers and widths that leaves. Percentages of either are of
 `float_bits`.
 
 *File bytes* is what a file of the network takes on disk: see `selfcompress.save`.
@@ -37,6 +38,7 @@ from selfcompress.text import aligned
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
+_HALF_BITS = 16
 _WEIGHTED = (
     *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
     nn.RNNCellBase,
@@ -165,13 +167,21 @@ def q_bits(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, graph: ChannelGraph | None, weights_at_start: int) -> Size:
+def measure(
+    model: nn.Module,
+    graph: ChannelGraph | None,
+    weights_at_start: int,
+    *,
+    fold_norms: bool = False,
+    half: bool = False,
+) -> Size:
     """The size of `model` now.
 
     Args:
         graph: its channel graph, for the pixels each layer computes; without it, or if the model
             is untraced, there are no MACs to report (0).
         weights_at_start: `starting_weights` of the network before anything was cut.
+        fold_norms, half: how it is to be stored; see `selfcompress.save`.
     """
     pixels: dict[str, int] = {}
     for node in graph.nodes if graph else ():
@@ -179,7 +189,7 @@ def measure(model: nn.Module, graph: ChannelGraph | None, weights_at_start: int)
             pixels[node.module] = pixels.get(node.module, 0) + node.pixels
     layers = []
     for name, module in model.named_modules():
-        layer = _measure_module(name, module, pixels.get(name, 0))
+        layer = _measure_module(name, module, pixels.get(name, 0), fold_norms, half)
         if layer.stored_bits or layer.out_width:
             layers.append(layer)
     parameters = sum(
@@ -190,14 +200,17 @@ def measure(model: nn.Module, graph: ChannelGraph | None, weights_at_start: int)
     return Size(tuple(layers), 32 * weights_at_start, parameters)
 
 
-def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
+def _measure_module(
+    name: str, module: nn.Module, pixels: int, fold_norms: bool, half: bool
+) -> LayerSize:
     if isinstance(module, QuantizedLayer):
         depth = integer_depth(module.bit_depth)
         live = int((depth > 0).sum())
         weights = live * module.fan_in
         counted = depth if module.integer_bits else module.bit_depth
-        stored = int(depth.sum()) * module.fan_in + live * (_DEPTH_BITS + _EXPONENT_BITS)
-        stored += _as_held(module.bias)
+        stored = int(depth.sum()) * module.fan_in
+        stored += live * (_DEPTH_BITS + (_HALF_BITS if half else _EXPONENT_BITS))
+        stored += _as_held(module.bias, half)
         stored += module.out_width if live < module.out_width else 0
         stored += module.in_width if len(module.columns) < module.in_width else 0
         return LayerSize(
@@ -210,11 +223,12 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
             stored_bits=stored,
             macs=weights * pixels,
         )
-    stored = sum(_as_held(p) for p in module.parameters(recurse=False))
+    folded = fold_norms and isinstance(module, PlacedBatchNorm) and module.can_be_folded
+    stored = sum(_as_held(p, half) for p in module.parameters(recurse=False))
     stored += sum(
-        _as_held(buffer)
+        _as_held(buffer, half)
         for key, buffer in module.named_buffers(recurse=False)
-        if key != "num_batches_tracked"
+        if key != "num_batches_tracked" and not folded
     )
     if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
@@ -237,5 +251,8 @@ def _measure_module(name: str, module: nn.Module, pixels: int) -> LayerSize:
     )
 
 
-def _as_held(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size() * 8
+def _as_held(tensor: Tensor | None, half: bool) -> int:
+    if tensor is None:
+        return 0
+    narrow = half and tensor.is_floating_point()
+    return tensor.numel() * (_HALF_BITS if narrow else tensor.element_size() * 8)

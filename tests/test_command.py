@@ -77,11 +77,11 @@ def test_eval_finds_the_accuracy_of_the_run(
 ) -> None:
     code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn", "--json")
     assert code == 0
-    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    assert json.loads(text)["accuracy"] == last["val"]["accuracy"]
+    accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
+    assert json.loads(text)["accuracy"] == accuracy
     assert json.loads(text)["images"] == 360
     code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn")
-    assert f"{100 * last['val']['accuracy']:.2f} % of 360 test images of digits" in text
+    assert f"{100 * accuracy:.2f} % of 360 test images of digits" in text
 
 
 def test_predict_names_classes_likeliest_first(

@@ -139,6 +139,19 @@ def test_stored_bits_of_what_is_placed_after_a_cut() -> None:
     assert by_name(compressor.size()) == layers
 
 
+def test_stored_bits_of_folded_norms_and_floats_of_16_bits() -> None:
+    _, compressor = chain()
+    full, folded = by_name(compressor.size()), by_name(compressor.size(fold_norms=True))
+    half, both = by_name(compressor.size(half=True)), compressor.size(fold_norms=True, half=True)
+    # 6 rows of 27 weights at 4 bits, their formats, 6 biases; a norm of 6 channels.
+    assert full["a.0"].stored_bits == folded["a.0"].stored_bits == 27 * 24 + 6 * 40 + 6 * 32
+    assert half["a.0"] == by_name(both)["a.0"]
+    assert half["a.0"].stored_bits == 27 * 24 + 6 * 24 + 6 * 16
+    norms = [size["a.1"].stored_bits for size in (full, folded, half, by_name(both))]
+    assert norms == [4 * 6 * 32, 2 * 6 * 32, 4 * 6 * 16, 2 * 6 * 16]
+    assert both.q_bits == compressor.size().q_bits
+
+
 def test_an_excluded_layer_counts_at_32_bits() -> None:
     _, compressor = chain(exclude=("b",))
     size = compressor.size()

@@ -77,10 +77,10 @@ def pack(
     model = without_compile(model)
     layers = quantized_layers(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
-    folded = {n for n, norm in norms.items() if fold_norms and _can_be_folded(norm)}
+    folded = {n for n, norm in norms.items() if fold_norms and norm.can_be_folded}
     _require_finite(model)
     tensors = dict(_other_tensors(model, layers, norms, folded))
-    size = measure(model, None, 1)
+    size = measure(model, None, 1, fold_norms=fold_norms, half=half)
     header = h.Header(
         format=h.FORMAT,
         version=h.VERSION,
@@ -237,10 +237,6 @@ def is_stored(key: str, of_quantized_layer: bool, of_folded_norm: bool) -> bool:
     if of_folded_norm and key in ("running_mean", "running_var"):
         return False
     return key != "num_batches_tracked"
-
-
-def _can_be_folded(norm: PlacedBatchNorm) -> bool:
-    return norm.weight is not None and norm.bias is not None and norm.running_var is not None
 
 
 def _folded(norm: PlacedBatchNorm) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
 from selfcompress.file.header import About, Architecture
-from selfcompress.file.read import Contents, read
-from selfcompress.file.write import pack, save
+from selfcompress.file.load import set_up
+from selfcompress.file.read import Contents, read, unpack
+from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
 from selfcompress.look import kept_modes
 from selfcompress.size import Size, measure, starting_weights
@@ -96,7 +97,8 @@ class Run:
     ) -> None:
         assert config.epochs and config.batch_size and config.flip is not None
         self.config, self.dataset, self.device = config, dataset, device
-        self.folder = folder
+        self.folder, self.build_model = folder, build_model
+        self.storage = {} if config.float_baseline else runs.STORAGE
         self.epochs, self.batch_size = config.epochs, config.batch_size
         self.augment = Augment.for_size(
             dataset.image_size, dataset.mean, dataset.std, config.flip, config.augment
@@ -112,7 +114,7 @@ class Run:
         examples = next(dataset.train.batches(EXAMPLES))[0]
         self.examples = normalise(examples, dataset.mean, dataset.std)
         torch.manual_seed(config.seed)
-        self.model = self._build(build_model)
+        self.model = self._build()
         self.starting_weights = starting_weights(self.model)
         self.compressor = None if config.float_baseline else self._compressor(self.model)
         self.graph = (
@@ -124,13 +126,13 @@ class Run:
             weights, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
         )
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
-        self.control = None if config.target_size is None else self._control(build_model)
+        self.control = None if config.target_size is None else self._control()
 
-    def _build(self, build_model: BuildModel) -> nn.Module:
+    def _build(self) -> nn.Module:
         """The network, after it has shown that it accepts the images."""
         config, size = self.config, self.dataset.image_size
         try:
-            model = build_model(config.model, len(self.dataset.classes), config.width, size)
+            model = self.build_model(config.model, len(self.dataset.classes), config.width, size)
             model.to(self.device).to(memory_format=torch.channels_last)
             with kept_modes(model), torch.no_grad():
                 model.eval()(self.examples)
@@ -162,14 +164,14 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def _control(self, build_model: BuildModel) -> SizeControl | None:
+    def _control(self) -> SizeControl | None:
         """What --target-size asks for, after it has shown to be possible."""
         config, compressor = self.config, self.compressor
         if compressor is None:
             return None
         assert config.target_size is not None
         target = FileSize.parse(config.target_size).bytes(self.start.float_bits)
-        smallest = self._compressor(self._build(build_model))
+        smallest = self._compressor(self._build())
         with torch.no_grad():
             for layer in smallest.layers.values():
                 layer.bit_depth.zero_()
@@ -199,7 +201,23 @@ class Run:
 
     def _file_bytes(self, model: nn.Module) -> int:
         """The size of the file that the network as it is now would make, at most."""
-        return len(pack(model, self._about(UNKNOWN_ACCURACY))) + SLACK
+        return len(self._pack(model, UNKNOWN_ACCURACY)) + SLACK
+
+    def _pack(self, model: nn.Module, accuracy: float) -> bytes:
+        """The file of a network whose `accuracy` this is."""
+        about = self._about(accuracy)
+        try:
+            return pack(model, about, **self.storage)
+        except ValueError:  # a number that 16 bits cannot hold
+            self.storage = {}
+            return pack(model, about)
+
+    def _write_network(self, path: Path) -> float:
+        """Write the network: the accuracy of what is in the file, where floats are rounded."""
+        stored = set_up(unpack(self._pack(self.model, UNKNOWN_ACCURACY)), self._build())
+        _, accuracy = evaluate(stored, self.dataset, self.dataset.test, self.batch_size)
+        write_atomically(path, self._pack(self.model, accuracy))
+        return accuracy
 
     def _losses(self) -> Iterator[Tensor]:
         """The task's loss on a few training batches."""
@@ -209,8 +227,8 @@ class Run:
             yield F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
     def size(self) -> Size:
-        """All sizes of the network as it is now; the float baseline's too."""
-        return measure(self.model, self.graph, self.starting_weights)
+        """All sizes of the network as it is now and would be stored; the float baseline's too."""
+        return measure(self.model, self.graph, self.starting_weights, **self.storage)
 
     def train(self) -> dict[str, Any]:
         """Train the epochs that are missing and write the summary."""
@@ -228,8 +246,8 @@ class Run:
             self.folder.write_checkpoint(self._state(epoch + 1))
             print(epoch_line(metrics, self.epochs), flush=True)
         network = self.folder.path / runs.NETWORK
-        save(self.model, network, self._about(history[-1]["val"]["accuracy"]))
-        summary = self._summary(history, read(network))
+        accuracy = self._write_network(network)
+        summary = self._summary(history, accuracy, read(network))
         image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
         write_atomically(self.folder.path / runs.WIDTHS, image)
         board.write_widths(image, self.epochs - 1)
@@ -432,7 +450,9 @@ class Run:
             macs=_by_layer(end, "macs"),
         )
 
-    def _summary(self, history: list[dict[str, Any]], contents: Contents) -> dict[str, Any]:
+    def _summary(
+        self, history: list[dict[str, Any]], accuracy: float, contents: Contents
+    ) -> dict[str, Any]:
         end, sizes = self.size(), contents.size
         seconds = [row["time"]["epoch_seconds"] for row in history]
         return {
@@ -442,7 +462,7 @@ class Run:
             "target_bytes": None if self.control is None else self.control.target,
             "seed": self.config.seed,
             "epochs": self.epochs,
-            "test_accuracy": history[-1]["val"]["accuracy"],
+            "test_accuracy": accuracy,
             "float_bits": self.start.float_bits,
             "q_bits": end.q_bits,
             "stored_bits": end.stored_bits,

@@ -19,6 +19,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUMMARY = "summary.json"
 NETWORK = "net.scnn"
+STORAGE = {"fold_norms": True, "half": True}  # how `save` is told to write it, if not in float
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
 _FILES = (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG)

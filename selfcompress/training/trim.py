@@ -25,6 +25,7 @@ from selfcompress.quantizer import (
     integer_depth,
     quantized_integers,
 )
+from selfcompress.training.runs import STORAGE
 
 _ROUNDS = 20  # of trimming, or filling, at most; in each, a row moves by one bit or loses all
 _TABLE_BITS = 4  # up to this depth integers are counted one by one to estimate their entropy
@@ -181,7 +182,7 @@ class Fitter:
 
         A row is taken to need, beside its weights, its share of everything that is not weights.
         """
-        size = self.compressor.size()
+        size = self.compressor.size(**STORAGE)
         rows = sum(layer.channels for layer in size.layers)
         share = (size.stored_bits - size.q_bits) / max(1, rows)
         parts = []
