@@ -9,8 +9,8 @@ The peers, all trained by train.py's own loop with the same data, epochs, schedu
 - *float*: the full width in 32 bits, the accuracy to aim at;
 - *uniform*: what a user would type first, a narrower network whose weights all have 2, 3 or 4
   bits (quantisation-aware training by the same quantiser, with exponents fitted and learned per
-  row like ours, and packed into the same file). They learn in 8 bits for the first 30 % of the
-  run: with two bits from the start they end several points lower;
+  row like ours, and packed into the same file). They learn in 8 bits for the first 60 % of the
+  run: with two bits from the start, or from 30 %, they end several points lower, or one;
 - *DiffQ* (with --diffq, its penalties): groups of 8 weights, bits learned by Adam as its authors
   advise; its bytes are those that it reports itself, compressed.
 
@@ -44,7 +44,7 @@ from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.errors import UserError
 from selfcompress.training.loop import Run, run
 
-LEARN = 0.3  # of the run: until then uniform networks have 8 bits
+LEARN = 0.6  # of the run: until then uniform networks have 8 bits
 
 
 @dataclass(frozen=True)

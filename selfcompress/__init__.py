@@ -8,6 +8,7 @@ from selfcompress.file.load import load
 from selfcompress.file.write import save
 from selfcompress.quantizer import fake_quantize
 from selfcompress.report import LayerReport, Report
+from selfcompress.schedule import Schedule
 from selfcompress.size import LayerSize, Size
 from selfcompress.surgery import Plan, apply_plan
 from selfcompress.verify import CutError
@@ -23,6 +24,7 @@ __all__ = [
     "LayerSize",
     "Plan",
     "Report",
+    "Schedule",
     "Size",
     "apply_plan",
     "export_onnx",

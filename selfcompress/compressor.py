@@ -1,8 +1,9 @@
 """Self-compression for a training loop of your own.
 
-compressor = selfcompress.Compressor(model, example_input, gamma=0.01)
+schedule = selfcompress.Schedule(steps=epochs * len(loader))
+compressor = selfcompress.Compressor(model, example_input, gamma=0.01, schedule=schedule)
 optimizer = torch.optim.AdamW(compressor.weights(), lr=1e-3)
-for x, y in loader:
+for x, y in every_epoch_of(loader):
     loss = F.cross_entropy(model(x), y) + compressor.penalty()
     optimizer.zero_grad()
     loss.backward()
@@ -27,13 +28,14 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
-from selfcompress.formats import FIT_INTERVAL, TASK_SHARE, FormatStepper
+from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import Inputs, device_of, kept_modes, positional, without_compile
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
+from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
 from selfcompress.verify import compare, snapshot
@@ -64,7 +66,10 @@ class Compressor:
         interval: steps between two cuts. Where something was compiled with torch.compile, a cut
             waits until it removes 5 % of the parameters: it makes torch compile everything anew.
         bit_step: the largest step of a bit depth, in bits: 0.01 lets an unneeded channel of 4
-            bits go within about 200 steps (a row whose integer depth changes moves on by half).
+            bits go within about 30 steps, and one that needs fewer lose a bit within 50. None is
+            that of the schedule, or 0.01.
+        schedule: of the penalty, for a training of known length. Without one γ is what it is set
+            to, from the first step on.
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
@@ -83,7 +88,8 @@ class Compressor:
         exclude: Iterable[str] = (),
         min_channels: int = 0,
         interval: int = 50,
-        bit_step: float = 0.01,
+        bit_step: float | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -97,6 +103,8 @@ class Compressor:
         self.model = model = without_compile(model)
         self.example_input = example_input
         self.min_channels = min_channels
+        self.schedule = schedule
+        self.bits = bits
         self.interval = interval
         self.frozen = False
         self.steps = 0
@@ -121,7 +129,9 @@ class Compressor:
                     "into an nn.ModuleList, or exclude it"
                 )
         self.graph = channel_graph(model, example_input, observed)
-        self.formats = FormatStepper(self.layers, self.starting_weights, bit_step)
+        if bit_step is None:
+            bit_step = 0.01 if schedule is None else schedule.bit_step
+        self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
 
@@ -136,19 +146,22 @@ class Compressor:
             raise ValueError(f"gamma must be a number ≥ 0, not {value}")
         self._gamma = float(value)
 
+    @property
+    def price(self) -> float:
+        """γ as the schedule has it now."""
+        return self.gamma * (1.0 if self.schedule is None else self.schedule.share(self.steps))
+
+    def _least_bits(self) -> float:
+        return 2.0 if self.schedule is None else self.schedule.least_bits(self.steps, self.bits)
+
     def weights(self) -> list[nn.Parameter]:
         """The parameters for the user's optimiser: all but the bit depths and exponents."""
         formats = {id(p) for m in self.layers.values() for p in (m.bit_depth, m.exponent)}
         return [p for p in self.model.parameters() if id(p) not in formats]
 
     def penalty(self) -> Tensor:
-        """γ·Q of eq. (2) and (3), to be added to the task's loss: a scalar.
-
-        Its gradient is that of γ·Q over `formats.TASK_SHARE`; see there.
-        """
-        bits = q_bits(self.model)
-        pressed = bits.detach() + (bits - bits.detach()) / TASK_SHARE
-        penalty = self.gamma / self.starting_weights * pressed
+        """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
+        penalty = self.price / self.starting_weights * q_bits(self.model)
         if penalty.requires_grad:
             penalty.register_hook(self.formats.note_loss_scale)
         return penalty
@@ -176,10 +189,13 @@ class Compressor:
             self._require_cuttable(optimizer, averages)
         if self.steps == 0:
             self._require_all_weights(optimizer)
-        self.steps += 1
         if not self.frozen:
-            self.formats.step(fit=self.steps % FIT_INTERVAL == 0)
+            fit = (self.steps + 1) % FIT_INTERVAL == 0
+            self.formats.step(self.price, self._least_bits(), fit=fit)
             self.keep_connected()
+        self.steps += 1
+        if self.schedule is not None and self.schedule.ended(self.steps):
+            self.freeze()
         self._shrink_lingering_biases()
         self._update_idle()
         if not due:
@@ -248,6 +264,8 @@ class Compressor:
 
     def freeze(self) -> None:
         """Bit depths and exponents stay as they are from now on; dead channels still go."""
+        if self.frozen:
+            return
         self.frozen = True
         for layer in self.layers.values():
             layer.bit_depth.requires_grad_(False)

@@ -1,57 +1,66 @@
-"""Step bit depths and exponents from their own gradients, outside of the user's optimiser.
+"""Choose every row's bit depth by what it is worth, and learn its exponent.
 
-γ must mean the same in everybody's training loop, so the gradients of the formats are taken away
-as soon as autograd has accumulated them: clipping, weight decay, schedules and optimisers of the
-weights never see them. What is done with them then:
+γ must mean the same in everybody's training loop, so the formats are stepped here and not by the
+user's optimiser: clipping, weight decay, schedules and optimisers of the weights never see them.
 
-*Direction.* A row's bit depth is stepped at a fixed range 2^(e+b-1): when its integer depth falls
-by one its exponent rises by one, so that fewer bits mean a coarser grid and not a narrower one.
-The gradient along that direction is ∂/∂b - ∂/∂e. A row that changes its integer depth starts in
-the middle of the new one; at the border it would flicker between the two. (Fractional depths move
-alone, as in the paper.)
+*What a row is worth.* By how much the loss would rise without the row, to second order, with
+Fisher's estimate of the curvature and rows' weights taken one by one:
+
+    worth = ½ · E_samples[ Σ_j (g_j · w_j)² ]
+
+g is the gradient of weight w, its mean square over samples B times the one over batches of B
+images. (The straight-through gradient of a bit depth is no such measure: it sees saturated weights
+alone, and what it sees has a mean of zero once the weights have been trained.)
+
+*Bit depth.* With b bits, rounding leaves about `ROUNDING`·4^-b of a row's energy as noise, which
+does that share of the harm. One bit more takes away 2 ln2 · ROUNDING·4^-b · worth and costs
+γ·I·H·W/N by eq. (2) to (4). Where they are equal is the depth the row wants, half a log2 of the
+ratio. A row that wants less than one bit is given up. This is the minimum of the loss of eq. (2)
+that the bit depths are to find, without the noise of a descent to it.
+
+*Share of the task.* The curvature overstates what a row is worth, as it holds all other weights
+still; in training they make up for it. So the task's part counts `TASK_SHARE`.
+
+*Step.* A bit depth moves towards what is wanted by no more than a step at a time; a row that is
+given up moves faster, and turns around if it is wanted again on the way. Its integer depth falls
+by one as its exponent rises by one, so that fewer bits mean a coarser grid and not a narrower one,
+and it starts in the middle of the new depth; at the border it would flicker between the two.
 
 *No row of one bit.* With a single bit a weight is 0 or -2^e, never positive. Half as many rows of
 two bits are worth more, so a row that falls below two bits loses both, and one that comes back
 gets two. (Left alone, most rows of a network under pressure end at one bit.)
 
-*Exponents* are learned, and every few steps fitted anew to the weights: in a short run the weights
-grow and shrink faster than steps small enough to be harmless can follow.
-
-*Units.* The gradient of a bit depth is multiplied by N / (I·H·W), which turns the penalty's part
-of it, γ·I·H·W/N, into γ itself, for a first layer of 27 weights a row as for a last one of 4,608.
-So γ bites alike in networks of any width.
-
-*Share of the task.* What a bit is worth to the task is overstated by its partial derivative,
-which holds all other weights still; in training they make up for it. So against the penalty the
-task's part counts `TASK_SHARE`: `Compressor.penalty` has the value γ·Q and 1/TASK_SHARE times
-its gradient. Bits are decided as if γ were that much larger. (In width-16 runs on digits at the
-literal rate, ten times the γ more than halved Q and left the training loss the same to three
-digits: bits had stayed that nothing was lost without.)
-
-*Step.* Adam (the paper's choice), whose learning rate bounds every step. Its ε makes the speed at
-which an unneeded channel loses its bits grow with γ instead of switching from none to full.
+*Exponents* are learned by the straight-through gradient of eq. (1), by Adam, and every few steps
+fitted anew to the weights: in a short run the weights grow and shrink faster than steps small
+enough to be harmless can follow.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selfcompress.layers import QuantizedLayer
-from selfcompress.quantizer import MAX_BITS, fit_exponent, integer_depth
+from selfcompress.quantizer import fit_exponent, integer_depth
 
-TASK_SHARE = 0.1  # of the task's gradient of a bit depth; see above
-EPSILON = 0.01  # the gradient, in units of γ, that moves a bit depth by half of the largest step
+ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
+TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
+MEMORY = 0.98  # of the average of what a row is worth, from step to step
+GIVING_UP = 8  # times the largest step is how fast the bits of an unwanted row go
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
 FIT_INTERVAL = 20  # steps between two fits of the exponents
 
 
 class FormatStepper:
-    """Collects the gradients of every layer's bit depths and exponents, and steps them.
+    """Collects what every layer's rows are worth and their exponents' gradients, and steps both.
 
     Args:
         layers: the quantised layers by name.
         starting_weights: N of eq. (3).
+        most_bits: that a row may want.
         bit_step: the largest step of a bit depth, in bits, short of changing its integer depth.
     """
 
@@ -59,36 +68,50 @@ class FormatStepper:
         self,
         layers: dict[str, QuantizedLayer],
         starting_weights: int,
+        most_bits: float,
         bit_step: float,
     ) -> None:
         self.layers = layers
         self.starting_weights = starting_weights
+        self.most_bits = most_bits
+        # Adam steps the exponents alone. The bit depths are in it for what is kept about them
+        # (the average worth of their rows), which is cut and saved with its state.
         depths = [layer.bit_depth for layer in layers.values()]
         exponents = [layer.exponent for layer in layers.values()]
         self.adam = torch.optim.Adam(
             [
-                {"params": depths, "lr": bit_step, "eps": EPSILON},
+                {"params": depths, "lr": bit_step},
                 {"params": exponents, "lr": EXPONENT_STEP * bit_step},
             ],
             betas=BETAS,
         )
-        self._collected: dict[nn.Parameter, Tensor] = {}
+        self._squares: dict[QuantizedLayer, Tensor] = {}  # (rows,) Σ (g·w)² of this step
+        self._collected: dict[nn.Parameter, Tensor] = {}  # gradients of exponents
         self._loss_scale: Tensor | None = None
+        self._penalties = 0
         self._hooks: list[RemovableHandle] = []
         self.watch()
 
     def watch(self) -> None:
         """Collect from the parameters that the layers have now; call again after a cut."""
-        self._collected.clear()
-        self._loss_scale = None
+        self._forget()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._collect)
-            for layer in self.layers.values()
-            for parameter in (layer.bit_depth, layer.exponent)
-            if parameter.requires_grad
-        ]
+        self._hooks = []
+        for layer in self.layers.values():
+            for parameter, collect in (
+                (layer.exponent, self._collect),
+                (layer.bit_depth, self._drop),
+                (layer.weight, self._square_of(layer)),
+            ):
+                if parameter.requires_grad:
+                    hook = parameter.register_post_accumulate_grad_hook(collect)
+                    self._hooks.append(hook)
+
+    def _forget(self) -> None:
+        self._squares.clear()
+        self._collected.clear()
+        self._loss_scale, self._penalties = None, 0
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
@@ -99,42 +122,90 @@ class FormatStepper:
             gradient = gradient + self._collected[parameter]
         self._collected[parameter] = gradient
 
+    @staticmethod
+    def _drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    def _square_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
+        def square(weight: Tensor) -> None:
+            assert weight.grad is not None
+            # What batches accumulated in turn is all there by the last of them.
+            product = layer.by_row(weight.grad * weight.detach()).flatten(1).float()
+            self._squares[layer] = product.square().sum(1)
+
+        return square
+
     def note_loss_scale(self, gradient: Tensor) -> None:
         """Remember the gradient that came back to the penalty: what the loss was multiplied with.
 
         It is 1 unless a GradScaler or the averaging of accumulated batches multiplied the loss.
         """
         self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
-
-    def _undo_loss_scale(self) -> None:
-        if self._loss_scale is not None:
-            usable = self._loss_scale.isfinite() & (self._loss_scale > 0)
-            scale = torch.where(usable, self._loss_scale, 1.0)
-            self._collected = {p: g / scale.to(g) for p, g in self._collected.items()}
-        self._loss_scale = None
+        self._penalties += 1
 
     @torch.no_grad()
-    def step(self, *, fit: bool) -> None:
-        """Step all formats from what was collected since the last step; maybe `fit` exponents."""
-        self._undo_loss_scale()
+    def step(self, gamma: float, least_bits: float, *, fit: bool) -> None:
+        """Step all formats from what was collected since the last step; maybe `fit` exponents.
+
+        Args:
+            gamma: γ of eq. (2); without the penalty in the loss, bit depths stay.
+            least_bits: that a row has unless it has none.
+        """
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
+        scale = 1.0 if self._loss_scale is None else self._loss_scale
+        usable = math.isfinite(float(scale)) and float(scale) > 0
+        # Linear layers may be called with more rows than there are samples.
+        called = [layer.samples for layer in self.layers.values() if layer.samples]
+        samples = min(called, default=1) * max(1, self._penalties)
         for layer in self.layers.values():
-            exponent_grad = self._collected.pop(layer.exponent, None)
-            depth_grad = self._collected.pop(layer.bit_depth, None)
-            layer.exponent.grad = exponent_grad
-            if depth_grad is None:
-                continue
-            if exponent_grad is not None and layer.integer_bits:
-                depth_grad = depth_grad - exponent_grad
-            per_weight = self.starting_weights / max(1, layer.fan_in)
-            layer.bit_depth.grad = depth_grad * (TASK_SHARE * per_weight)
+            squares = self._squares.get(layer)
+            if usable and squares is not None:
+                self._remember(layer, 0.5 * samples * squares / scale**2)
+            if usable and layer.exponent in self._collected:
+                layer.exponent.grad = self._collected[layer.exponent] / scale
+            if self._penalties and gamma > 0:
+                self._move(layer, gamma, least_bits)
+        self._forget()
         self.adam.step()
         self.adam.zero_grad()
         for layer, depth in zip(self.layers.values(), depths, strict=True):
-            # Zero bits is the floor: a negative bit depth would take time to come back from.
-            layer.bit_depth.clamp_(0, MAX_BITS)
             if layer.integer_bits:
                 self._settle(layer, depth, fit)
+
+    def _remember(self, layer: QuantizedLayer, worth: Tensor) -> None:
+        """Average what rows are worth over steps."""
+        if not worth.isfinite().all():
+            return
+        state = self.adam.state[layer.bit_depth]
+        if not state:
+            state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
+        state["worth"].lerp_(worth.to(layer.bit_depth), 1 - MEMORY)
+        state["step"] += 1
+
+    @torch.no_grad()
+    def wanted(self, layer: QuantizedLayer, gamma: float) -> Tensor:
+        """(rows,) the bit depths, not rounded, that rows are worth at a price of `gamma`.
+
+        Below 1, none. A layer that nothing is known about, as its weight is frozen, wants what it
+        has.
+        """
+        state = self.adam.state.get(layer.bit_depth)
+        if not state or gamma <= 0:
+            return layer.bit_depth.detach()
+        worth = TASK_SHARE * state["worth"] / (1 - MEMORY ** float(state["step"]))
+        price = gamma * layer.fan_in / self.starting_weights
+        first_bit = 2 * math.log(2) * ROUNDING * worth
+        return 0.5 * torch.log2(first_bit / price).clamp(0, 2 * self.most_bits)
+
+    def _move(self, layer: QuantizedLayer, gamma: float, least_bits: float) -> None:
+        depth, step = layer.bit_depth, self.adam.param_groups[0]["lr"]
+        wanted = self.wanted(layer, gamma)
+        # In the middle of the depths that round up to `least_bits`.
+        target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
+        change = (target - depth).clamp(-step, step)
+        change = torch.where(wanted < 1, -GIVING_UP * step, change)
+        # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
+        depth.copy_(torch.where(depth > 0, (depth + change).clamp(min=0), depth))
 
     def _settle(self, layer: QuantizedLayer, before: Tensor, fit: bool) -> None:
         """Move exponents and bit depths of a layer along with its integer depths."""

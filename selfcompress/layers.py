@@ -63,6 +63,7 @@ class QuantizedLayer(Placed):
         rows: (live rows,) the output channel that each row computes.
         columns: (columns,) the input channel that each column of the weight reads; of a grouped
             convolution, what its groups read, one after the other.
+        samples: the size of the last batch that it was called with.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
     """
@@ -72,6 +73,7 @@ class QuantizedLayer(Placed):
     bit_depth: nn.Parameter
     exponent: nn.Parameter
     integer_bits: bool
+    samples = 0
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
@@ -147,6 +149,7 @@ class QuantizedLayer(Placed):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
+        self.samples = x.shape[0] if x.dim() else 1
         if self.rows.numel() and self.columns.numel() < self.in_width:
             x = x.index_select(self.channel_dim, self.columns)
         if self.rows.numel() == self.out_width:

@@ -54,7 +54,7 @@ def started(steps: int = 0, lr: float = 3e-3, **options: Any) -> tuple[Compresso
     """A residual network under strong pressure, some steps into its training."""
     torch.manual_seed(0)
     model = Residual(relu_after=False)
-    options = {"gamma": 0.5, "interval": 10, "bit_step": 0.1} | options
+    options = {"gamma": 0.002, "interval": 10, "bit_step": 0.03} | options
     compressor = Compressor(model, X, **options)
     optimizer = AdamW(compressor.weights(), lr=lr)
     for x, y in batches(steps):
@@ -67,12 +67,12 @@ def depths(compressor: Compressor) -> dict[str, Tensor]:
 
 
 def test_a_plain_loop_learns_and_compresses() -> None:
-    compressor, optimizer = started(lr=2e-2, gamma=0.0, bit_step=0.05)
+    compressor, optimizer = started(lr=2e-2, gamma=0.0, bit_step=0.01)
     start, losses = compressor.size(), []
     rows = {name: len(layer.rows) for name, layer in compressor.layers.items()}
     for i, (x, y) in enumerate(batches(300)):
         if i == 100:
-            compressor.gamma = 0.03
+            compressor.gamma = 0.001
         # Nobody but the training kills rows; once some are gone it goes on without pressure.
         if compressor.size().parameters < 0.8 * start.parameters:
             compressor.gamma = 0.0
@@ -323,15 +323,17 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
 
 
 def test_a_skipped_batch_leaves_no_trace() -> None:
-    compressor, optimizer = started(gamma=0.01)
-    before = depths(compressor)
-    (compressor.model(X).sum() * math.nan).backward()  # and no step: the loop skips this batch
-    optimizer.zero_grad()
-    for x, y in batches(3):
-        assert math.isfinite(one_step(compressor, optimizer, x, y))
-    for name, depth in depths(compressor).items():
-        assert depth.isfinite().all()
-        assert (depth - before[name]).abs().max() < 3.1 * 0.1  # three steps of `bit_step`
+    found = []
+    for skipped in (True, False):
+        compressor, optimizer = started()
+        if skipped:
+            (compressor.model(X).sum() * math.nan).backward()  # and no step
+            optimizer.zero_grad()
+        for x, y in batches(3):
+            assert math.isfinite(one_step(compressor, optimizer, x, y))
+        found.append(torch.cat(list(depths(compressor).values())))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
 
 
 def test_without_the_penalty_in_the_loss_nothing_presses() -> None:

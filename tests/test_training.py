@@ -67,7 +67,7 @@ def test_interrupted_run_ends_in_the_same_weights(
     epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # γ is high enough for channels to be cut before and after both interruptions.
-    args = [*TINY, "--gamma", "0.03", "--bits", "2", "--width", "8"]
+    args = [*TINY, "--gamma", "0.003", "--bits", "2", "--width", "8"]
     args += ["--penalty-from", "0", "--penalty-until", "1"]
     assert cli(*args, "--run-dir", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:

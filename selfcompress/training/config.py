@@ -60,15 +60,15 @@ class Config:
     """Mirror half of the training images (digits: no; others: yes)."""
     augment: Literal["standard", "autoaugment"] = "standard"
     """standard: random crop, flip and cutout. autoaugment: the paper's, slower."""
-    bits: float = 3.0
-    """Bit depth that every channel starts at."""
+    bits: float = 8.0
+    """Bit depth that every channel starts at, and keeps at the most."""
     fractional_bits: bool = False
     """The paper's fractional bit depths. Sizes are then smaller than what can be stored."""
     exclude: tuple[str, ...] = ()
     """Names of layers to leave in float, such as prep.conv; they count at 32 bits a weight."""
-    penalty_from: float = 0.15
-    """Where in the run the penalty sets in, as a fraction of all steps."""
-    penalty_until: float = 0.6
+    penalty_from: float = 0.1
+    """Where in the run γ begins to rise, as a fraction of all steps."""
+    penalty_until: float = 0.75
     """Where bit depths and exponents freeze; the rest of the run trains what is left."""
     seed: int = 0
     """Seeds initial weights, the order of images, and augmentation."""

@@ -27,6 +27,7 @@ from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
 from selfcompress.look import kept_modes
+from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
 from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
@@ -40,7 +41,6 @@ BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Name, number of classes, width, image size → the network to train, in float."""
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
-BIT_TRAVEL = 4.0  # the sum of all largest steps between --penalty-from and --penalty-until, in bits
 LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
@@ -146,10 +146,12 @@ class Run:
 
     def _compressor(self, model: nn.Module) -> Compressor:
         config = self.config
-        steps = self.epochs * self.steps_per_epoch
-        window = max(1.0, steps * (config.penalty_until - config.penalty_from))
-        # A run of any length gives its channels the same way to go.
-        bit_step = min(0.1, BIT_TRAVEL / window)
+        schedule = Schedule(
+            self.epochs * self.steps_per_epoch,
+            config.penalty_from,
+            config.penalty_until,
+            rise=config.target_size is None,
+        )
         try:
             return Compressor(
                 model,
@@ -159,7 +161,7 @@ class Run:
                 integer_bits=not config.fractional_bits,
                 exclude=config.exclude,
                 interval=self.steps_per_epoch,
-                bit_step=bit_step,
+                schedule=schedule,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -296,7 +298,7 @@ class Run:
                 "loss": total / self.steps_per_epoch,
                 "accuracy": correct / (self.steps_per_epoch * self.batch_size),
                 "lr": self.scheduler.get_last_lr()[0],
-                "gamma": self.compressor.gamma if self.compressor else 0.0,
+                "gamma": self.compressor.price if self.compressor else 0.0,
             },
             "val": {"loss": test_loss, "accuracy": accuracy},
             "size": {
@@ -324,7 +326,8 @@ class Run:
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """One step of everything: the task's loss and the number of images it got right."""
-        self._press(step)
+        if self.control is not None:
+            self.control.press()
         with self.autocast:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
@@ -347,22 +350,6 @@ class Run:
         return UserError(
             f"the loss is {loss} at step {step}; {kept}: try a smaller --lr in another --run-dir"
         )
-
-    def _press(self, step: int) -> None:
-        """The penalty's schedule: learn first, then shrink, then train what is left."""
-        if self.compressor is None:
-            return
-        done = step / (self.epochs * self.steps_per_epoch)
-        begin, end = self.config.penalty_from, self.config.penalty_until
-        if self.control is None:
-            assert self.config.gamma is not None
-            self.compressor.gamma = self.config.gamma if done >= begin else 0.0
-        elif done < end:
-            self.control.press((done - begin) / (end - begin))
-        if done >= end and not self.compressor.frozen:
-            self.compressor.freeze()
-            if self.control is not None:
-                self.control.settle()
 
     def _lr_factor(self, step: int) -> float:
         """One cycle: up in a straight line, and down to zero in another."""

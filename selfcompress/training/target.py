@@ -1,8 +1,8 @@
-"""A size asked for instead of γ: γ is pressed with as it takes for the file to get there.
+"""A size asked for instead of γ: the γ is looked for at which the network would have it.
 
-Between --penalty-from and --penalty-until the file follows a planned path from its size then to
-the target, a bit faster at first, and γ is what a controller makes of how far the file is from it.
-Nothing in it depends on what a γ is worth: it starts anywhere and moves by factors.
+What every row is worth is known (see `formats.py`), so for any γ the size of the network that it
+leads to can be told. While γ rises, that size is to follow a path from the size at the start to the
+target, a bit faster at first; then it stays there.
 When the formats freeze, `trim.Fitter` makes up for what is missing, and again whenever training
 moves the entropy of the integers away from the target, for the last time in the finished network.
 """
@@ -19,19 +19,19 @@ from torch.optim import Optimizer
 
 from selfcompress.compressor import Compressor
 from selfcompress.quantizer import integer_depth
+from selfcompress.schedule import RISE
+from selfcompress.training.runs import STORAGE
 from selfcompress.training.trim import Fitter
 
 TOLERANCE = 0.01  # of the target, by which a file may be below it before it is filled up
 LANDING = 1.02  # times the target is where the path ends: what was taken off does not come back
 SLOWING = 1.5  # the logarithm of what is to go is as (1 - time)^SLOWING
-PROPORTIONAL = 15.0  # log γ for an error of 1
-INTEGRAL = 100.0  # how fast log γ moves while it stays, per window
-LARGEST = 0.08  # error, to either side; for a larger one the path is drawn anew
-START = 0.01  # γ to begin with
-LOWEST, HIGHEST = 1e-6, 1e4
-CONTROLS = 200  # times in a window that γ is set
-MEASUREMENTS = 20  # times in a window that the file is measured
+LOWEST, HIGHEST = 1e-8, 1e4
+HALVINGS = 30  # of the interval between them, to find γ
+CONTROLS = 100  # times on the path that γ is set
+MEASUREMENTS = 20  # times on the path that the file is measured
 
+_STATE = ("start", "ratio", "measured_at", "set_at")
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
@@ -65,45 +65,6 @@ class FileSize:
         return f"{self.amount:.15g}{self.unit}"
 
 
-class GammaController:
-    """Keeps a size on a path from `start` to `end` by setting γ.
-
-    A proportional-integral controller of log γ by the error log(size / planned). Where the size
-    cannot follow, whatever γ is, the path is drawn anew from where the size is: so γ does not run
-    away meanwhile, and comes down as soon as the size falls faster than it has to.
-
-    Args:
-        start, end: sizes, in any unit.
-    """
-
-    def __init__(self, start: float, end: float) -> None:
-        self.end = end
-        self.distance = max(0.0, math.log(start / end))  # of the path, from 0 to 1
-        self.progress = 0.0
-        self.integral = math.log(START)
-
-    def planned(self, progress: float) -> float:
-        """The size to have after `progress`, 0 to 1, of the time."""
-        return self.end * math.exp(self.distance * self._left(progress))
-
-    def update(self, progress: float, size: float) -> float:
-        """γ from `progress` on, where the size is `size`."""
-        error = math.log(size / self.planned(progress))
-        bounded = max(-LARGEST, min(LARGEST, error))
-        if bounded != error and progress < 1:
-            to_go = math.log(size / self.end) - bounded
-            self.distance = max(0.0, to_go / self._left(progress))
-        low, high = math.log(LOWEST), math.log(HIGHEST)
-        self.integral += INTEGRAL * bounded * (progress - self.progress)
-        self.integral = max(low, min(high, self.integral))
-        self.progress = progress
-        return math.exp(max(low, min(high, self.integral + PROPORTIONAL * bounded)))
-
-    @staticmethod
-    def _left(progress: float) -> float:
-        return float(max(0.0, 1 - progress) ** SLOWING)
-
-
 class SizeControl:
     """Has a network in training end in a file of at most `target` bytes, and hardly less.
 
@@ -127,27 +88,42 @@ class SizeControl:
         self.compressor, self.target, self.most_bits = compressor, target, most_bits
         self.file_bytes = file_bytes
         self.fitter = Fitter(compressor, optimizer, losses, file_bytes)
-        self.controller: GammaController | None = None
+        self.start: float | None = None  # bytes of the file where the path begins
         self.ratio = 1.0  # bytes of the file over those stored, when last measured
-        self.measured_at = 0.0
+        self.measured_at = self.set_at = 0.0
 
-    def press(self, progress: float) -> None:
-        """Set γ. `progress` goes from 0 to 1 in the time there is to press."""
-        if progress < 0:
-            self.compressor.gamma = 0.0
+    def press(self) -> None:
+        """Set γ for the next step. It rises by itself."""
+        schedule, step = self.compressor.schedule, self.compressor.steps
+        assert schedule is not None and not schedule.rise
+        progress = schedule.progress(step) / RISE
+        if progress < 0 or self.compressor.frozen:
             return
-        if self.controller is None:
+        if self.start is None:
             self._measure(progress)
-            self.controller = GammaController(self.size(), LANDING * self.target)
-            self.compressor.gamma = self.controller.update(progress, self.size())
-        elif progress - self.controller.progress >= 1 / CONTROLS:
-            if progress - self.measured_at >= 1 / MEASUREMENTS:
-                self._measure(progress)
-            self.compressor.gamma = self.controller.update(progress, self.size())
+            self.start = self.ratio * self._stored_bytes(0.0)
+        elif progress - self.set_at < 1 / CONTROLS:
+            return
+        elif progress - self.measured_at >= 1 / MEASUREMENTS:
+            self._measure(progress)
+        self.compressor.gamma = self._gamma_for(self.planned(progress))
+        self.set_at = progress
 
-    def size(self) -> float:
-        """Bytes of the file, estimated, and continuous in the bit depths."""
-        return self._stored_bytes() * self.ratio
+    def planned(self, progress: float) -> float:
+        """The bytes that γ has to lead to after `progress` of the path."""
+        assert self.start is not None
+        end = LANDING * self.target
+        left = max(0.0, 1 - progress) ** SLOWING
+        return float(end * max(1.0, self.start / end) ** left)
+
+    def _gamma_for(self, size: float) -> float:
+        """The smallest γ that leads to a file of at most `size` bytes, or the largest there is."""
+        low, high = math.log(LOWEST), math.log(HIGHEST)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            small = self.ratio * self._stored_bytes(math.exp(middle)) <= size
+            low, high = (low, middle) if small else (middle, high)
+        return math.exp(high)
 
     def settle(self, last: bool = False) -> None:
         """Once formats are frozen: back to the target, if the file has left it.
@@ -163,29 +139,28 @@ class SizeControl:
         self.fitter.fit(self.target, least, self.most_bits)
 
     def _measure(self, progress: float) -> None:
-        self.ratio = self.file_bytes() / (self.compressor.size().stored_bits / 8)
+        size = self.compressor.size(**STORAGE)
+        self.ratio = self.file_bytes() / (size.stored_bits / 8)
         self.measured_at = progress
 
     @torch.no_grad()
-    def _stored_bytes(self) -> float:
-        """Bytes stored, with every row's depth as far as it has come to the next whole one."""
-        size = self.compressor.size()
-        bits = float(size.stored_bits)
+    def _stored_bytes(self, gamma: float) -> float:
+        """Bytes stored if every row had the bits that it is worth at `gamma`, and none at 0."""
+        formats = self.compressor.formats
+        bits = float(self.compressor.size(**STORAGE).stored_bits)
         for layer in self.compressor.layers.values():
-            if layer.integer_bits:
-                # A row enters a depth in its middle, and leaves it half a bit farther on.
-                depth = integer_depth(layer.bit_depth)
-                ahead = torch.where(depth > 0, 2 * (layer.bit_depth - depth) + 1, 0)
-                bits += layer.fan_in * float(ahead.sum())
+            now = integer_depth(layer.bit_depth)
+            wanted = formats.wanted(layer, gamma)
+            # What is between two depths is rounded up: half a bit more on average.
+            then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
+            if gamma > 0:
+                bits += layer.fan_in * float((then.where(now > 0, 0) - now).sum())
         return bits / 8
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what a run needs to go on as if it had not stopped."""
-        controller = None if self.controller is None else dict(vars(self.controller))
-        return {"ratio": self.ratio, "measured_at": self.measured_at, "controller": controller}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ratio, self.measured_at = state["ratio"], state["measured_at"]
-        if state["controller"] is not None:
-            self.controller = GammaController(1.0, 1.0)
-            vars(self.controller).update(state["controller"])
+        for name in _STATE:
+            setattr(self, name, state[name])
