@@ -128,7 +128,8 @@ class FormatStepper:
 
     def _square_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         def square(weight: Tensor) -> None:
-            assert weight.grad is not None
+            if weight.grad is None:  # compiled, an empty weight has none
+                return
             # What batches accumulated in turn is all there by the last of them.
             product = layer.by_row(weight.grad * weight.detach()).flatten(1).float()
             self._squares[layer] = product.square().sum(1)

@@ -109,7 +109,7 @@ def silence(compressor: Compressor, block: str, rows: list[int]) -> None:
 
 
 def trained(how: str, backend: Any) -> tuple[Compressor, list[Tensor], list[str]]:
-    compressor, run = started(how, backend, gamma=0.01)
+    compressor, run = started(how, backend, gamma=1e-5)
     optimizer = AdamW(compressor.weights(), lr=3e-3)
     losses, plans = [], []
     for i in range(40):
