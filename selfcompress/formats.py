@@ -47,7 +47,7 @@ from selfcompress.quantizer import fit_exponent, integer_depth
 
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
 TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
-MEMORY = 0.98  # of the average of what a row is worth, from step to step
+MEMORY = 0.9  # of the average of what a row is worth, from step to step
 GIVING_UP = 8  # times the largest step is how fast the bits of an unwanted row go
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages

@@ -26,7 +26,7 @@ class Schedule:
 
     steps: int
     begin: float = 0.1
-    end: float = 0.75
+    end: float = 0.85
     rise: bool = True
 
     def __post_init__(self) -> None:

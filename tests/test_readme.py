@@ -15,7 +15,8 @@ def test_the_example_on_a_torchvision_model_runs(capsys: pytest.CaptureFixture[s
     assert "range(10)" in example
     # One epoch is enough to see it work, if the network shrinks at once.
     example = example.replace("range(10)", "range(1)")
-    example = example.replace("gamma=0.03", "gamma=10, bit_step=0.2, interval=20")
+    example = example.replace("Schedule(10 *", "Schedule(1 *")
+    example = example.replace("gamma=0.003", "gamma=10, interval=5")
     names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
     out = capsys.readouterr().out

@@ -203,7 +203,7 @@ def test_interrupted_run_comes_to_the_same_file(
         (["--target-size", "6KB", "--gamma", "0.01"], ["--target-size", "leave --gamma out"]),
         (["--target-size", "six"], ["--target-size", "'six' is no size"]),
         (["--target-size", "-6KB"], ["--target-size", "is no size"]),
-        (["--target-size", "6KB", "--penalty-from", "0.75"], ["--penalty-from"]),
+        (["--target-size", "6KB", "--penalty-from", "0.85"], ["--penalty-from"]),
     ],
 )
 def test_impossible_options_are_refused(

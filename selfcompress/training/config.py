@@ -68,7 +68,7 @@ class Config:
     """Names of layers to leave in float, such as prep.conv; they count at 32 bits a weight."""
     penalty_from: float = 0.1
     """Where in the run γ begins to rise, as a fraction of all steps."""
-    penalty_until: float = 0.75
+    penalty_until: float = 0.85
     """Where bit depths and exponents freeze; the rest of the run trains what is left."""
     seed: int = 0
     """Seeds initial weights, the order of images, and augmentation."""

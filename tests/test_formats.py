@@ -1,0 +1,159 @@
+"""Bit depths go to where one bit more would cost what it is worth."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from selfcompress import Compressor
+from selfcompress.formats import MEMORY, ROUNDING, TASK_SHARE
+from selfcompress.quantizer import fake_quantize, fit_exponent
+
+GAMMA = 0.01
+
+
+def linear(**options: object) -> tuple[Compressor, SGD]:
+    """One layer of 3 rows and 5 columns: N = 15."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3))
+    settings = {"gamma": GAMMA, "bits": 8} | options
+    compressor = Compressor(model, torch.randn(2, 5), **settings)  # type: ignore[arg-type]
+    return compressor, SGD(compressor.weights(), lr=0.0)
+
+
+def wanted(compressor: Compressor) -> Tensor:
+    (layer,) = compressor.layers.values()
+    return compressor.formats.wanted(layer, GAMMA)
+
+
+def batch(size: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 5, generator=generator)
+    return x, torch.randint(3, (size,), generator=generator)
+
+
+def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
+    compressor, optimizer = linear()
+    x, y = batch()
+    (layer,) = compressor.layers.values()
+    (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+    gradient, weight = layer.weight.grad, layer.weight.detach()
+    assert gradient is not None
+    worth = 0.5 * 32 * (gradient * weight).square().sum(1)
+    compressor.step(optimizer)
+    depths = torch.linspace(0, 12, 12001)
+    harm = TASK_SHARE * worth[:, None] * ROUNDING * 4.0**-depths
+    cheapest = (harm + GAMMA * 5 / 15 * depths).argmin(1)
+    torch.testing.assert_close(wanted(compressor), depths[cheapest], atol=2e-3, rtol=0)
+    # Two decades of γ are log2(100) / 2 bits.
+    less = compressor.formats.wanted(layer, 100 * GAMMA)
+    expected = (wanted(compressor) - math.log2(100) / 2).clamp(min=0)
+    torch.testing.assert_close(less, expected)
+
+
+@pytest.mark.parametrize("scale", [7.0, 1e-3])
+def test_scaling_the_loss_changes_nothing(scale: float) -> None:
+    found = []
+    for factor in (1.0, scale):
+        compressor, optimizer = linear()
+        x, y = batch()
+        (factor * (F.cross_entropy(compressor.model(x), y) + compressor.penalty())).backward()
+        compressor.step(optimizer)
+        found.append(wanted(compressor))
+    assert (found[0] > 0).all()
+    torch.testing.assert_close(*found)
+
+
+def test_a_batch_in_parts_is_worth_what_it_is_worth_whole() -> None:
+    found = []
+    for parts in (1, 4):
+        compressor, optimizer = linear()
+        x, y = batch()
+        for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = F.cross_entropy(compressor.model(x_part), y_part) + compressor.penalty()
+            (loss / parts).backward()
+        compressor.step(optimizer)
+        found.append(wanted(compressor))
+    torch.testing.assert_close(*found)
+
+
+def test_it_is_averaged_over_steps() -> None:
+    compressor, optimizer = linear(gamma=0.0)
+    (layer,) = compressor.layers.values()
+    squares = []
+    for seed in range(3):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        (compressor.model(x).square().mean() + compressor.penalty()).backward()
+        assert layer.weight.grad is not None
+        squares.append((layer.weight.grad * layer.weight.detach()).square().sum(1))
+        compressor.step(optimizer)
+    shares = torch.tensor([MEMORY**2, MEMORY, 1.0])
+    mean = (torch.stack(squares) * shares[:, None]).sum(0) / shares.sum()
+    worth = 0.5 * 8 * mean
+    depth = 0.5 * torch.log2(2 * math.log(2) * ROUNDING * TASK_SHARE * worth * 3 / GAMMA)
+    torch.testing.assert_close(wanted(compressor), depth.clamp(min=0))
+
+
+def test_rows_that_nothing_reads_go_and_the_others_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    with torch.no_grad():
+        model[2].weight[:, 4:] = 0
+    compressor = Compressor(model, torch.randn(2, 5), 1e-5, bits=4, bit_step=0.05, interval=10**6)
+    optimizer = SGD(compressor.weights(), lr=0.0)
+    x, y = batch()
+    for _ in range(100):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + compressor.penalty()).backward()
+        compressor.step(optimizer)
+    assert compressor.layers["0"].live_rows().tolist() == [True] * 4 + [False] * 4
+    assert compressor.layers["2"].live_rows().all()
+
+
+def test_a_row_turns_round_if_it_is_wanted_again() -> None:
+    compressor, optimizer = linear(bit_step=0.1)
+    (layer,) = compressor.layers.values()
+    x, y = batch()
+
+    def step(share: float) -> None:
+        optimizer.zero_grad()
+        task = F.cross_entropy(compressor.model(x), y)
+        (share * task + compressor.penalty()).backward()
+        compressor.step(optimizer)
+
+    for _ in range(4):
+        step(0.0)
+    fallen = layer.bit_depth.detach().clone()
+    assert (fallen > 0).all() and (fallen < 7).all()
+    for _ in range(60):
+        step(1e4)
+    assert (layer.bit_depth == 8).all()  # and none gets more than it started with
+
+
+def test_a_frozen_weight_keeps_its_bits() -> None:
+    compressor, optimizer = linear(gamma=10.0)
+    (layer,) = compressor.layers.values()
+    layer.weight.requires_grad_(False)
+    compressor.formats.watch()
+    before = layer.bit_depth.detach().clone()
+    x, y = batch()
+    for _ in range(3):
+        (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+        compressor.step(optimizer)
+    assert torch.equal(layer.bit_depth, before)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_rounding_takes_what_is_said_of_normal_weights(bits: int) -> None:
+    rows = torch.randn(64, 2000, generator=torch.Generator().manual_seed(0))
+    depth = torch.full((64,), float(bits))
+    error = fake_quantize(rows, depth, fit_exponent(rows, depth)) - rows
+    share = float(error.square().mean() / rows.square().mean())
+    print(bits, share * 4**bits)
+    assert 0.4 < share / (ROUNDING * 4.0**-bits) < 2
