@@ -104,7 +104,7 @@ def test_rows_that_nothing_reads_go_and_the_others_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
     with torch.no_grad():
-        model[2].weight[:, 4:] = 0
+        model.get_parameter("2.weight")[:, 4:] = 0
     compressor = Compressor(model, torch.randn(2, 5), 1e-5, bits=4, bit_step=0.05, interval=10**6)
     optimizer = SGD(compressor.weights(), lr=0.0)
     x, y = batch()
