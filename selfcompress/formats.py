@@ -47,7 +47,6 @@ from selfcompress.quantizer import fit_exponent, integer_depth
 
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
 TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
-MEMORY = 0.9  # of the average of what a row is worth, from step to step
 GIVING_UP = 8  # times the largest step is how fast the bits of an unwanted row go
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
@@ -74,6 +73,8 @@ class FormatStepper:
         self.layers = layers
         self.starting_weights = starting_weights
         self.most_bits = most_bits
+        # What rows are worth is averaged over about the steps that one bit takes.
+        self.memory = 1 - min(bit_step, 0.5)
         # Adam steps the exponents alone. The bit depths are in it for what is kept about them
         # (the average worth of their rows), which is cut and saved with its state.
         depths = [layer.bit_depth for layer in layers.values()]
@@ -180,7 +181,7 @@ class FormatStepper:
         state = self.adam.state[layer.bit_depth]
         if not state:
             state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
-        state["worth"].lerp_(worth.to(layer.bit_depth), 1 - MEMORY)
+        state["worth"].lerp_(worth.to(layer.bit_depth), 1 - self.memory)
         state["step"] += 1
 
     @torch.no_grad()
@@ -193,7 +194,7 @@ class FormatStepper:
         state = self.adam.state.get(layer.bit_depth)
         if not state or gamma <= 0:
             return layer.bit_depth.detach()
-        worth = TASK_SHARE * state["worth"] / (1 - MEMORY ** float(state["step"]))
+        worth = TASK_SHARE * state["worth"] / (1 - self.memory ** float(state["step"]))
         price = gamma * layer.fan_in / self.starting_weights
         first_bit = 2 * math.log(2) * ROUNDING * worth
         return 0.5 * torch.log2(first_bit / price).clamp(0, 2 * self.most_bits)
