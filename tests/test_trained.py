@@ -2,6 +2,8 @@
 
 # mypy: disable-error-code="no-untyped-call"
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.resnet9 import ResNet9
-from selfcompress import Compressor
+from selfcompress import Compressor, Schedule
 
 BATCH = 128
 
@@ -41,9 +43,7 @@ def train(
     parameters = model.parameters() if compressor is None else compressor.weights()
     optimizer = AdamW(parameters, lr=lr)
     model.train()
-    for epoch in range(epochs):
-        if compressor is not None and epoch == 2 * epochs // 3:
-            compressor.freeze()
+    for _ in range(epochs):
         for some in torch.randperm(len(x)).split(BATCH):
             loss = F.cross_entropy(model(x[some]), y[some])
             if compressor is not None:
@@ -68,7 +68,8 @@ def test_a_trained_network_starts_as_good_as_it_was_and_gets_small() -> None:
     with torch.no_grad():
         outputs = model.eval()(test_x)
 
-    compressor = Compressor(model, x[:8], gamma=0.01, bits=8, interval=25, bit_step=0.05)
+    schedule = Schedule(24 * math.ceil(len(x) / BATCH), begin=0.0)  # it has learnt already
+    compressor = Compressor(model, x[:8], 0.003, bits=8, interval=25, schedule=schedule)
     assert abs(right(model, test_x, test_y) - was) <= 0.1
     with torch.no_grad():
         difference = (model.eval()(test_x) - outputs).abs().max() / outputs.abs().max()
