@@ -18,6 +18,9 @@ does that share of the harm. One bit more takes away 2 ln2 · ROUNDING·4^-b · 
 ratio. A row that wants less than one bit is given up. This is the minimum of the loss of eq. (2)
 that the bit depths are to find, without the noise of a descent to it.
 
+*Limits.* The estimate is local, of one row at a time, and it vanishes with the gradient: before
+anything has been learnt every row looks worthless. Hence schedules (`schedule.py`).
+
 *Share of the task.* The curvature overstates what a row is worth, as it holds all other weights
 still; in training they make up for it. So the task's part counts `TASK_SHARE`.
 
