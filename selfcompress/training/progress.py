@@ -71,7 +71,7 @@ class Progress:
     def failure(self, name: str, lines: list[str]) -> None:
         """A run failed, and these are the last lines that it printed."""
         self.failed.add(name)
-        self._print("\n    ".join([f"{name} FAILED", *lines]))
+        self._print("\n    ".join([f"{name} FAILED", *lines]) + f"\n{self.state()}")
 
     def state(self, running: int | None = None) -> str:
         """Counts, the best run so far, and the time left, in one line."""
