@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -69,9 +70,7 @@ class Timed:
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One step of training, without the augmentation of its images."""
-        # In the middle of the run, where the penalty presses and formats move.
-        middle = self.run.epochs * self.run.steps_per_epoch // 2
-        self.times.append(_seconds(lambda: self.run._step(middle, images, labels), images.device))
+        self.times.append(_seconds(lambda: self.run._step(0, images, labels), images.device))
 
     @property
     def seconds(self) -> float:
@@ -110,7 +109,11 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
 
     def make(kind: Callable[..., Run], **changes: object) -> Run:
         changed = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        return kind(changed, dataset, device, RunFolder(folder, {}), build)
+        run = kind(changed, dataset, device, RunFolder(folder, {}), build)
+        if run.compressor is not None:
+            # In the middle of the run, where the penalty presses and formats move.
+            run.compressor.steps = run.epochs * run.steps_per_epoch // 2
+        return run
 
     networks = [
         Timed("float", make(Run, float_baseline=True)),
@@ -148,7 +151,7 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
         )
     print("\n| beside the step | ms | of a step at the start |\n|---|---|---|")
     parts = {"augmentation": statistics.median(augmentation)}
-    parts["the compressor's step"] = _compressor_step(start.run, device)
+    parts["the compressor's step"] = _compressor_step(start.run, augmented[0], labels)
     per_epoch = EPOCH_IMAGES // options.batch_size
     parts[f"a cut, over {per_epoch} steps"] = statistics.median(cuts) / per_epoch
     for part, seconds in parts.items():
@@ -156,14 +159,16 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
         print(f"| {part} | {1000 * seconds:.2f} | {share:.1f} % |")
 
 
-def _compressor_step(run: Run, device: torch.device) -> float:
+def _compressor_step(run: Run, images: Tensor, labels: Tensor) -> float:
     """Seconds that one `Compressor.step` takes, part of a step of training."""
     compressor = run.compressor
     assert compressor is not None
     times = []
-    for _ in range(10):
-        compressor.penalty().backward()  # type: ignore[no-untyped-call]
-        times.append(_seconds(lambda: compressor.step(run.optimizer), device))
+    for _ in range(5):
+        run.optimizer.zero_grad()
+        loss = F.cross_entropy(run.model(images), labels) + compressor.penalty()
+        loss.backward()
+        times.append(_seconds(lambda: compressor.step(run.optimizer), images.device))
     return statistics.median(times)
 
 

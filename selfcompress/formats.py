@@ -30,8 +30,8 @@ by one as its exponent rises by one, so that fewer bits mean a coarser grid and 
 and it starts in the middle of the new depth; at the border it would flicker between the two.
 
 *No row of one bit.* With a single bit a weight is 0 or -2^e, never positive. Half as many rows of
-two bits are worth more, so a row that falls below two bits loses both, and one that comes back
-gets two. (Left alone, most rows of a network under pressure end at one bit.)
+two bits are worth more, so a row that falls below two bits loses both. (Left alone, most rows of a
+network under pressure end at one bit.)
 
 *Exponents* are learned by the straight-through gradient of eq. (1), by Adam, and every few steps
 fitted anew to the weights: in a short run the weights grow and shrink faster than steps small
@@ -157,8 +157,8 @@ class FormatStepper:
             least_bits: that a row has unless it has none.
         """
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
-        scale = 1.0 if self._loss_scale is None else self._loss_scale
-        usable = math.isfinite(float(scale)) and float(scale) > 0
+        scale = 1.0 if self._loss_scale is None else float(self._loss_scale)
+        usable = math.isfinite(scale) and scale > 0
         # Linear layers may be called with more rows than there are samples.
         called = [layer.samples for layer in self.layers.values() if layer.samples]
         samples = min(called, default=1) * max(1, self._penalties)
@@ -215,8 +215,7 @@ class FormatStepper:
     def _settle(self, layer: QuantizedLayer, before: Tensor, fit: bool) -> None:
         """Move exponents and bit depths of a layer along with its integer depths."""
         depth = integer_depth(layer.bit_depth)
-        one = (depth == 1) & (before != 1)  # a row stays at one bit only if it started there
-        depth = torch.where(one, torch.where(before > 1, 0.0, 2.0), depth)
+        depth = torch.where((depth == 1) & (before > 1), 0.0, depth)  # but it may start at one bit
         layer.exponent.add_(before - depth)
         middle = (depth - 0.5).clamp(min=0)
         layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))

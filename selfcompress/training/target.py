@@ -3,7 +3,7 @@
 What every row is worth is known (see `formats.py`), so for any γ the size of the network that it
 leads to can be told. While γ rises, that size is to follow a path from the size at the start to the
 target, a bit faster at first; then it stays there.
-When the formats freeze, `trim.Fitter` makes up for what is missing, and again whenever training
+Once the formats are frozen `trim.Fitter` makes up for what is missing, and again whenever training
 moves the entropy of the integers away from the target, for the last time in the finished network.
 """
 
@@ -100,8 +100,7 @@ class SizeControl:
         if progress < 0 or self.compressor.frozen:
             return
         if self.start is None:
-            self._measure(progress)
-            self.start = self.ratio * self._stored_bytes(0.0)
+            self.start = self._measure(progress)
         elif progress - self.set_at < 1 / CONTROLS:
             return
         elif progress - self.measured_at >= 1 / MEASUREMENTS:
@@ -119,9 +118,10 @@ class SizeControl:
     def _gamma_for(self, size: float) -> float:
         """The smallest γ that leads to a file of at most `size` bytes, or the largest there is."""
         low, high = math.log(LOWEST), math.log(HIGHEST)
+        now = self.compressor.size(**STORAGE).stored_bits
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            small = self.ratio * self._stored_bytes(math.exp(middle)) <= size
+            small = self.ratio * (now + self._change_of_bits(math.exp(middle))) / 8 <= size
             low, high = (low, middle) if small else (middle, high)
         return math.exp(high)
 
@@ -138,24 +138,24 @@ class SizeControl:
         least = round((1 - TOLERANCE) * self.target)
         self.fitter.fit(self.target, least, self.most_bits)
 
-    def _measure(self, progress: float) -> None:
-        size = self.compressor.size(**STORAGE)
-        self.ratio = self.file_bytes() / (size.stored_bits / 8)
+    def _measure(self, progress: float) -> float:
+        """The bytes of the file, were it cut now; how that compares to what is stored is kept."""
+        measured = self.file_bytes()
+        self.ratio = measured / (self.compressor.size(**STORAGE).stored_bits / 8)
         self.measured_at = progress
+        return measured
 
     @torch.no_grad()
-    def _stored_bytes(self, gamma: float) -> float:
-        """Bytes stored if every row had the bits that it is worth at `gamma`, and none at 0."""
-        formats = self.compressor.formats
-        bits = float(self.compressor.size(**STORAGE).stored_bits)
+    def _change_of_bits(self, gamma: float) -> float:
+        """Bits of weights there would be more if every row had what it is worth at `gamma`."""
+        change = 0.0
         for layer in self.compressor.layers.values():
             now = integer_depth(layer.bit_depth)
-            wanted = formats.wanted(layer, gamma)
+            wanted = self.compressor.formats.wanted(layer, gamma)
             # What is between two depths is rounded up: half a bit more on average.
             then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
-            if gamma > 0:
-                bits += layer.fan_in * float((then.where(now > 0, 0) - now).sum())
-        return bits / 8
+            change += layer.fan_in * float((then.where(now > 0, 0) - now).sum())
+        return change
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what a run needs to go on as if it had not stopped."""
