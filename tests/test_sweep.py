@@ -238,6 +238,7 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
     assert code == 1
     assert out.count("something else") == 2
+    assert "4 of 6 done, 2 failed" in out  # also where the last to end is a failure
     assert "out of [paper]" not in out  # that was the last time
     orders.unlink()
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
