@@ -5,7 +5,11 @@ import math
 import sys
 from pathlib import Path
 
-LAYERS = {"prep.conv": 16, "layer1.conv": 32, "res1.block1.conv": 32, "linear": 10}
+LAYERS = {
+    "prep.conv": 16, "layer1.conv": 32, "res1.block1.conv": 32, "res1.block2.conv": 32,
+    "layer2.conv": 64, "layer3.conv": 128, "res3.block1.conv": 128, "res3.block2.conv": 128,
+    "linear": 10,
+}  # fmt: skip
 EPOCHS = 4
 
 
@@ -21,6 +25,7 @@ def make_run(
             "epoch": epoch,
             "val": {"accuracy": accuracy * (epoch + 1) / EPOCHS},
             "size": {
+                "q_percent": 0.9 * percent ** (epoch / (EPOCHS - 1)),
                 "stored_percent": percent ** (epoch / (EPOCHS - 1)),
                 "stored_kb": percent,
                 "weights_percent": math.sqrt(100 * percent),

@@ -1,0 +1,45 @@
+"""The paper's figures have the runs of a folder drawn over them, at the right places."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import paper
+from selfcompress.training.errors import UserError
+from selfcompress.training.results import read_all
+from tests.sweep_runs import make_run
+
+
+def test_runs_are_drawn_relative_to_their_own_start(tmp_path: Path) -> None:
+    make_run(tmp_path / "float", None, 0, accuracy=0.9)
+    make_run(tmp_path / "small", 0.1, 0, accuracy=0.85)
+    lost, size, seconds, widths = paper.figure(read_all(tmp_path)).axes
+    (q, points) = lost.lines[1].get_data()
+    assert points == pytest.approx([-5])
+    published, own = size.lines
+    assert list(published.get_xdata())[::4] == pytest.approx([0, 100])
+    assert list(own.get_xdata()) == pytest.approx([25, 50, 75, 100])
+    assert own.get_ydata()[-1] == pytest.approx(q[0])
+    # Epochs of 2.0, 1.9, 1.8, 1.7 s: medians of neighbours, by that of the first three.
+    assert seconds.lines[1].get_ydata() == pytest.approx([1.95 / 1.9, 1, 1.8 / 1.9, 1.75 / 1.9])
+    assert widths.lines[0].get_ydata()[0] == pytest.approx(100 * 30 / 64)
+
+
+def test_without_a_float_run_nothing_can_be_compared(tmp_path: Path) -> None:
+    make_run(tmp_path / "small", 0.1, 0)
+    with pytest.raises(UserError, match="one with --float"):
+        paper.figure(read_all(tmp_path))
+
+
+def test_it_writes_the_picture_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "paper.png"
+    monkeypatch.setattr(sys, "argv", ["paper", str(tmp_path), "--out", str(picture)])
+    assert paper.main() == 2
+    assert capsys.readouterr().err.startswith("error: runs of resnet9 are needed")
+    make_run(tmp_path / "float", None, 0)
+    make_run(tmp_path / "small", 0.1, 0)
+    assert paper.main() == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
