@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweep_runs import make_run
 
 from benchmarks import paper
 from selfcompress.training.errors import UserError
 from selfcompress.training.results import read_all
-from tests.sweep_runs import make_run
 
 
 def test_runs_are_drawn_relative_to_their_own_start(tmp_path: Path) -> None:
