@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from sweep_runs import make_run
 
 from benchmarks import paper
@@ -11,19 +13,24 @@ from selfcompress.training.errors import UserError
 from selfcompress.training.results import read_all
 
 
+def data(axes: Axes, line: int) -> list[list[float]]:
+    """Of a line that was drawn: its x and y."""
+    return [np.asarray(values).tolist() for values in axes.lines[line].get_data()]
+
+
 def test_runs_are_drawn_relative_to_their_own_start(tmp_path: Path) -> None:
     make_run(tmp_path / "float", None, 0, accuracy=0.9)
     make_run(tmp_path / "small", 0.1, 0, accuracy=0.85)
     lost, size, seconds, widths = paper.figure(read_all(tmp_path)).axes
-    (q, points) = lost.lines[1].get_data()
+    q, points = data(lost, 1)
     assert points == pytest.approx([-5])
-    published, own = size.lines
-    assert list(published.get_xdata())[::4] == pytest.approx([0, 100])
-    assert list(own.get_xdata()) == pytest.approx([25, 50, 75, 100])
-    assert own.get_ydata()[-1] == pytest.approx(q[0])
+    assert data(size, 0)[0][::4] == pytest.approx([0, 100])
+    done, percent = data(size, 1)
+    assert done == pytest.approx([25, 50, 75, 100])
+    assert percent[-1:] == pytest.approx(q)
     # Epochs of 2.0, 1.9, 1.8, 1.7 s: medians of neighbours, by that of the first three.
-    assert seconds.lines[1].get_ydata() == pytest.approx([1.95 / 1.9, 1, 1.8 / 1.9, 1.75 / 1.9])
-    assert widths.lines[0].get_ydata()[0] == pytest.approx(100 * 30 / 64)
+    assert data(seconds, 1)[1] == pytest.approx([1.95 / 1.9, 1, 1.8 / 1.9, 1.75 / 1.9])
+    assert data(widths, 0)[1][0] == pytest.approx(100 * 30 / 64)
 
 
 def test_without_a_float_run_nothing_can_be_compared(tmp_path: Path) -> None:
