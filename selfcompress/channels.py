@@ -202,6 +202,22 @@ class ChannelGraph:
                 for name in wrong:
                     removed[self.ids[name]] = False
 
+    def round_up(self, removed: np.ndarray, multiple: int) -> np.ndarray:
+        """As much of `removed` as leaves tensors with multiples of `multiple` channels, if it can.
+
+        Not where grouped convolutions read or write: what they do not compute has to be copied
+        around.
+        """
+        removed = removed.copy()
+        rounded = np.ones_like(removed)
+        for node in self.of_kind(Kind.GROUPED):
+            rounded[self.reads(node)] = rounded[self.ids[node.name]] = False
+        for ids in self.ids.values():
+            if rounded[ids].all() and len(np.unique(ids)) == len(ids):
+                gone = ids[removed[ids]]
+                removed[gone[: -(len(ids) - len(gone)) % multiple]] = False
+        return removed
+
     def equal_pieces(self) -> list[np.ndarray]:
         """(pieces, positions of each) ids, for every move that cuts a tensor into equal pieces."""
         found = []

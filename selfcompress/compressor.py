@@ -70,6 +70,8 @@ class Compressor:
             that of the schedule, or 0.01.
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
+        multiple: where dead channels allow, tensors keep a multiple of so many channels, for
+            speed; the others are zeros that nobody computes, reads or stores. `finish` cuts them.
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
@@ -90,6 +92,7 @@ class Compressor:
         interval: int = 50,
         bit_step: float | None = None,
         schedule: Schedule | None = None,
+        multiple: int = 1,
     ) -> None:
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
@@ -99,7 +102,10 @@ class Compressor:
             raise ValueError(f"min_channels must be at least 0, not {min_channels}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
+        if multiple < 1:
+            raise ValueError(f"multiple must be at least 1 channel, not {multiple}")
         self.gamma = gamma
+        self.multiple = multiple
         self.model = model = without_compile(model)
         self.example_input = example_input
         self.min_channels = min_channels
@@ -234,7 +240,7 @@ class Compressor:
             self.layers[name].bit_depth[idle] = 0
         self.keep_connected()
         settle_statistics(self.graph, self.model)
-        plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model))
+        plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
         worth_it = not patient or _worth_recompiling(plan, self.model)
         if plan and worth_it:
             before = snapshot(self.model, self.example_input)
@@ -286,6 +292,7 @@ class Compressor:
         ones.
         """
         self.freeze()
+        self.multiple = 1
         self._idle = self._zero_rows()
         self.cut(optimizer, averages)
         with kept_modes(self.model):

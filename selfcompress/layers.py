@@ -5,6 +5,9 @@ output, so each layer remembers which output channels its rows compute (`rows`) 
 there; every other output channel is exactly the bias, or 0. In the same way it remembers which
 input channels it reads (`columns`). Batch norms get the same abilities: in a residual branch a
 channel can be gone while the trunk it is added to still carries it.
+
+Few gaps are filled with zeros in the weight, which is small; many are made in the output, so that
+nothing is computed for them.
 """
 
 from typing import Any, Self
@@ -16,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
+_FEW_GAPS = 0.5  # of a tensor's channels in use: then zeros cost less than copies of the tensor
+
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
     """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0."""
@@ -26,6 +31,11 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
         layout = torch.channels_last
     wide = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
     return wide.zero_().index_copy(dim, rows, values)
+
+
+def few_gaps(used: Tensor, width: int) -> bool:
+    """Whether the channels `used`, of `width`, leave few out."""
+    return used.numel() >= _FEW_GAPS * width
 
 
 class Placed(nn.Module):
@@ -105,6 +115,11 @@ class QuantizedLayer(Placed):
         raise NotImplementedError
 
     @property
+    def has_matrix(self) -> bool:
+        """Whether every row reads every column: all but grouped convolutions."""
+        return True
+
+    @property
     def fan_in(self) -> int:
         """Weights per row: I·H·W in eq. (4)."""
         return self.weight_by_row().shape[1:].numel()
@@ -150,16 +165,22 @@ class QuantizedLayer(Placed):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
         self.samples = x.shape[0] if x.dim() else 1
-        if self.rows.numel() and self.columns.numel() < self.in_width:
-            x = x.index_select(self.channel_dim, self.columns)
-        if self.rows.numel() == self.out_width:
-            return self.compute(x, self.quantized_weight(), self.bias, *args, **kwargs)
-        if self.rows.numel():
-            values = self.compute(x, self.quantized_weight(), None, *args, **kwargs)
-            out = place(values, self.rows, self.out_width, self.channel_dim)
-        else:
+        if not self.rows.numel():
             out = self._nothing(x, *args, **kwargs)
-        return out if self.bias is None else self.add_bias(out)
+            return out if self.bias is None else self.add_bias(out)
+        weight = self.quantized_weight()
+        if self.columns.numel() < self.in_width:
+            if self.has_matrix and few_gaps(self.columns, self.in_width):
+                weight = place(weight, self.columns, self.in_width, self.fan_in_dim)
+            else:
+                x = x.index_select(self.channel_dim, self.columns)
+        if self.rows.numel() < self.out_width:
+            if not (self.has_matrix and few_gaps(self.rows, self.out_width)):
+                values = self.compute(x, weight, None, *args, **kwargs)
+                out = place(values, self.rows, self.out_width, self.channel_dim)
+                return out if self.bias is None else self.add_bias(out)
+            weight = place(weight, self.rows, self.out_width, self.row_dim)
+        return self.compute(x, weight, self.bias, *args, **kwargs)
 
     def add_bias(self, out: Tensor) -> Tensor:
         """`out` plus the bias of each channel."""
@@ -205,6 +226,10 @@ class _QuantConv(QuantizedLayer):
     def grouped(self) -> bool:
         """Whether the convolution was grouped at the start."""
         return hasattr(self, "slots")
+
+    @property
+    def has_matrix(self) -> bool:
+        return not self.grouped
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
@@ -333,10 +358,12 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         columns: (entries,) the input channel that each entry normalises.
         rows: (entries,) the output channel that each entry computes.
         in_width, out_width: channels of the input and the output.
+        aligned: whether every entry's channel has the same index in the input and the output.
     """
 
     in_width: int
     out_width: int
+    aligned: bool
 
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:
@@ -349,6 +376,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         new.columns = torch.arange(norm.num_features, device=where)
         new.rows = torch.arange(norm.num_features, device=where)
         new.in_width = new.out_width = norm.num_features
+        new.aligned = True
         return new.train(norm.training)
 
     @property
@@ -356,15 +384,35 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         """Whether it is a scale and a shift per channel in evaluation."""
         return self.weight is not None and self.bias is not None and self.running_var is not None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it can be computed over all channels of its input at once."""
+        # A momentum of None is an average over batches, as `update_bn` takes it: rare.
+        return self.aligned and self.can_be_folded and self.momentum is not None
+
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
-        if self.num_features < self.in_width:
+        gaps = self.num_features < self.in_width
+        if gaps and self.in_place and few_gaps(self.rows, self.in_width):
+            return self._among_zeros(x)
+        if gaps:
             x = x.index_select(1, self.columns)
         out: Tensor = super().forward(x)
         if self.num_features < self.out_width:
             out = place(out, self.rows, self.out_width, 1)
+        return out
+
+    def _among_zeros(self, x: Tensor) -> Tensor:
+        """All channels normalised; those without an entry become 0."""
+        entries = self.weight, self.bias, self.running_mean, self.running_var
+        weight, bias, mean, var = (place(e, self.rows, self.in_width, 0) for e in entries)
+        out = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        if self.training:
+            self.num_batches_tracked += 1
+            self.running_mean.copy_(mean[self.rows])
+            self.running_var.copy_(var[self.rows])
         return out
 
 

@@ -75,7 +75,7 @@ class Plan:
     silent: Index = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.keep)
+        return bool(self.keep or self.removed)
 
     def __str__(self) -> str:
         lines = [
@@ -97,12 +97,15 @@ class Plan:
         return cls(**(data | {"keep": keep, "wiring": wiring}))
 
 
-def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness) -> Plan:
+def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: int = 1) -> Plan:
     """The plan that removes all that `alive` says is not.
 
-    A channel that has to keep its place stays as a zero that nobody computes or reads.
+    A channel that has to keep its place stays as a zero that nobody computes or reads. So do as
+    many as it takes for tensors to have a multiple of `multiple` channels.
     """
     removed = graph.constrain(alive.gone, alive.rows, model)
+    if multiple > 1:
+        removed = graph.constrain(graph.round_up(removed, multiple), alive.rows, model)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
     return make_plan(graph, model, removed, alive.gone & ~removed, rows)
 
@@ -316,6 +319,7 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
     elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width
+        module.aligned = wiring.in_width == wiring.out_width and wiring.rows == wiring.columns
     if isinstance(module, QuantizedLayer | PlacedBatchNorm):
         module.rows = torch.tensor(wiring.rows, dtype=torch.int64).to(module.rows.device)
     if wiring.columns is not None:

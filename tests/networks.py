@@ -289,8 +289,8 @@ class Cut:
     def settle(self) -> None:
         settle_statistics(self.graph, self.model)
 
-    def plan(self) -> Plan:
-        return plan_cut(self.graph, self.model, analyse(self.graph, self.model))
+    def plan(self, multiple: int = 1) -> Plan:
+        return plan_cut(self.graph, self.model, analyse(self.graph, self.model), multiple)
 
     def apply(self, plan: Plan, *optimizers: Optimizer) -> None:
         """Apply `plan` to the model and bring the graph up to date."""

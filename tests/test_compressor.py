@@ -216,9 +216,9 @@ def test_a_cut_leaves_modes_statistics_and_random_state() -> None:
 
 
 def test_a_wrong_cut_is_noticed_and_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_much(graph: Any, model: nn.Module, alive: Any) -> Any:
+    def too_much(graph: Any, model: nn.Module, alive: Any, multiple: int) -> Any:
         alive.rows["two.0"][0] = False
-        return plan_cut(graph, model, alive)
+        return plan_cut(graph, model, alive, multiple)
 
     monkeypatch.setattr("selfcompress.compressor.plan_cut", too_much)
     compressor, optimizer = started()
@@ -228,9 +228,9 @@ def test_a_wrong_cut_is_noticed_and_names_the_layer(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_cut_names_a_linear_layer_over_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_much(graph: Any, model: nn.Module, alive: Any) -> Any:
+    def too_much(graph: Any, model: nn.Module, alive: Any, multiple: int) -> Any:
         alive.rows["1"][4] = False
-        return plan_cut(graph, model, alive)
+        return plan_cut(graph, model, alive, multiple)
 
     monkeypatch.setattr("selfcompress.compressor.plan_cut", too_much)
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
