@@ -34,7 +34,8 @@ def compressed(seed: int) -> Compressor:
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     some = int(torch.randint(len(layers), (), generator=generator))
     exclude = [layers[some]] if len(layers) > 1 and below(0.15, 1, generator) else []
-    compressor = Compressor(model, x, gamma=0.0, bits=8, exclude=exclude)
+    multiple = 1 + seed % 3
+    compressor = Compressor(model, x, gamma=0.0, bits=8, exclude=exclude, multiple=multiple)
     model.double()  # the formats too, so that their gradients are exact
     return compressor
 

@@ -518,6 +518,33 @@ def test_state_of_a_frozen_compressor_loads_frozen() -> None:
         assert set(depth.tolist()) <= set(before[name].tolist())
 
 
+def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
+    rounded, optimizer = started(145, gamma=1.0, multiple=4)
+    exact, _ = started(145, gamma=1.0)
+    found = {n: layer.out_width for n, layer in rounded.layers.items() if n != "head.linear"}
+    smaller = {n: layer.out_width for n, layer in exact.layers.items() if n != "head.linear"}
+    assert set(found.values()) == {4}
+    assert all(found[n] >= smaller[n] for n in found)
+    assert found != smaller
+    assert rounded.size().parameters == exact.size().parameters
+    for name, depth in depths(rounded).items():
+        assert torch.equal(depth, depths(exact)[name])
+    torch.testing.assert_close(
+        outputs_of(rounded.model, X, False), outputs_of(exact.model, X, False), rtol=0, atol=1e-4
+    )
+    # Saved and loaded its widths stay round; at the end they are exact.
+    other, other_optimizer = started(multiple=4)
+    other.load_state_dict(rounded.state_dict(optimizer), other_optimizer)
+    assert {n: layer.out_width for n, layer in other.layers.items() if n in found} == found
+    for compressor in (other, exact):
+        compressor.finish([X])
+    shapes = [{n: p.shape for n, p in c.model.named_parameters()} for c in (other, exact)]
+    assert shapes[0] == shapes[1]
+    assert [m.out_width for m in other.layers.values()] == [
+        m.out_width for m in exact.layers.values()
+    ]
+
+
 def widths(a: int, b: int) -> nn.Module:
     return nn.Sequential(block(3, a), block(a, b), nn.Conv2d(b, 5, 1))
 
@@ -584,7 +611,7 @@ def test_bad_gammas_are_refused(gamma: float) -> None:
     ("options", "named"),
     [
         ({"gamma": -1.0}, "gamma"), ({"exclude": ("b.9",)}, "b.9"), ({"bits": 0}, "bits"),
-        ({"bits": 17}, "bits"), ({"interval": 0}, "interval"),
+        ({"bits": 17}, "bits"), ({"interval": 0}, "interval"), ({"multiple": 0}, "multiple"),
         ({"exclude": ("a", "b", "head")}, "nothing to compress"),
     ],
 )  # fmt: skip

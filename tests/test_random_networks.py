@@ -36,7 +36,7 @@ def check_cut(compressor: Compressor) -> Plan | None:
     with watched_norms(compressor, detach_constants):
         after = {training: compute(compressor, training) for training in (False, True)}
     keep = plan.keep if plan is not None else {}
-    silent = zero_biases(compressor)
+    silent = silent_biases(compressor)
     for training, (outputs, gradients) in before.items():
         mode = "training" if training else "evaluation"
         outputs_now, gradients_now = after[training]
@@ -65,17 +65,21 @@ def assert_same(now: Tensor, was: Tensor, scale: float, what: str) -> None:
     )
 
 
-def zero_biases(compressor: Compressor) -> dict[str, Tensor]:
-    """Name of a bias → (channels,) bool: exactly 0, and no row computes the channel.
+def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
+    """Name of a bias → (channels,) bool: nobody reads it, or it is exactly 0 without a row.
 
-    Such a channel counts as silent: what reads nothing but zeros goes, though the bias may stay
-    for somebody else who reads it, and then it misses a part of its gradient.
+    A channel that is 0 counts as silent: what reads nothing but zeros goes, though the bias may
+    stay for somebody else who reads it, and then it misses a part of its gradient. One that is
+    kept to round a width up misses all of it.
     """
     found = {}
-    for name, layer in compressor.layers.items():
-        if layer.bias is not None:
-            found[f"{name}.bias"] = layer.bias.detach() == 0
-            found[f"{name}.bias"][layer.rows] = False
+    for node in compressor.graph.nodes:
+        layer = compressor.layers.get(node.module)
+        if layer is not None and layer.bias is not None:
+            zero = layer.bias.detach() == 0
+            zero[layer.rows] = False
+            kept = compressor.graph.silent[compressor.graph.ids[node.name]]
+            found[f"{node.module}.bias"] = zero | torch.from_numpy(kept)
     return found
 
 
@@ -91,6 +95,9 @@ def check_cuts(seed: int) -> None:
         check_cut(compressor)
         assert_nothing_left(compressor)
         kill_at_random(compressor, seed + 1)
+        check_cut(compressor)
+        assert_nothing_left(compressor)
+        compressor.multiple, compressor._idle = 1, {}
         check_cut(compressor)
         assert_nothing_left(compressor)
 
