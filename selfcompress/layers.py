@@ -388,7 +388,8 @@ class PlacedBatchNorm(Placed, _BatchNorm):
     def in_place(self) -> bool:
         """Whether it can be computed over all channels of its input at once."""
         # A momentum of None is an average over batches, as `update_bn` takes it: rare.
-        return self.aligned and self.can_be_folded and self.momentum is not None
+        usual = self.track_running_stats and self.momentum is not None
+        return usual and self.aligned and self.can_be_folded
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
@@ -406,13 +407,18 @@ class PlacedBatchNorm(Placed, _BatchNorm):
 
     def _among_zeros(self, x: Tensor) -> Tensor:
         """All channels normalised; those without an entry become 0."""
-        entries = self.weight, self.bias, self.running_mean, self.running_var
-        weight, bias, mean, var = (place(e, self.rows, self.in_width, 0) for e in entries)
-        out = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and var is not None and count is not None
+        assert self.momentum is not None
+        entries = (mean, var, self.weight, self.bias)
+        wide_mean, wide_var, weight, bias = (place(e, self.rows, self.in_width, 0) for e in entries)
+        out = F.batch_norm(
+            x, wide_mean, wide_var, weight, bias, self.training, self.momentum, self.eps
+        )
         if self.training:
-            self.num_batches_tracked += 1
-            self.running_mean.copy_(mean[self.rows])
-            self.running_var.copy_(var[self.rows])
+            count.add_(1)
+            mean.copy_(wide_mean[self.rows])
+            var.copy_(wide_var[self.rows])
         return out
 
 

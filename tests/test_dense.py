@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Cut, kill, outputs, prepare, randomise_norms
 from random_kills import compressed, kill_at_random, told
-from test_random_networks import zero_biases
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -44,7 +43,6 @@ def test_a_dense_copy_of_any_network_computes_the_same(seed: int) -> None:
     with told(seed):
         compressor = compressed(seed)
         kill_at_random(compressor, seed)
-        zero_biases(compressor)
         compressor.cut()
         model, x = compressor.model.eval(), compressor.example_input
         dense = to_dense(model)
