@@ -73,7 +73,7 @@ def figure(results: Sequence[Result]) -> Figure:
     """
     runs = [r for r in results if r.summary["model"] == "resnet9"]
     full = [r for r in runs if r.gamma is None]
-    ours = [r for r in runs if r.gamma]
+    ours = [r for r in runs if r.gamma and not r.summary.get("target_bytes")]
     if not full or not ours:
         raise UserError("runs of resnet9 are needed: one with --float, the others with --gamma")
     drawing = Figure(figsize=(11, 8), layout="constrained")

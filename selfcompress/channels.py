@@ -205,17 +205,21 @@ class ChannelGraph:
     def round_up(self, removed: np.ndarray, multiple: int) -> np.ndarray:
         """As much of `removed` as leaves tensors with multiples of `multiple` channels, if it can.
 
-        Not where grouped convolutions read or write: what they do not compute has to be copied
-        around.
+        No more channels are kept than there are live ones, and none that grouped convolutions or
+        layers left in float read or make: those would compute with them, and train them.
         """
         removed = removed.copy()
         rounded = np.ones_like(removed)
-        for node in self.of_kind(Kind.GROUPED):
-            rounded[self.reads(node)] = rounded[self.ids[node.name]] = False
+        for node in self.of_kind(Kind.LAYER, Kind.GROUPED):
+            if node.kind is Kind.GROUPED or node.module not in self.origin:
+                rounded[self.reads(node)] = rounded[self.ids[node.name]] = False
         for ids in self.ids.values():
-            if rounded[ids].all() and len(np.unique(ids)) == len(ids):
-                gone = ids[removed[ids]]
-                removed[gone[: -(len(ids) - len(gone)) % multiple]] = False
+            gone = ids[removed[ids]]
+            live = len(ids) - len(gone)
+            missing = -live % multiple
+            unique = len(np.unique(ids)) == len(ids)
+            if unique and missing <= min(live, len(gone)) and rounded[ids].all():
+                removed[gone[:missing]] = False
         return removed
 
     def equal_pieces(self) -> list[np.ndarray]:

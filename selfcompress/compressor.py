@@ -71,7 +71,8 @@ class Compressor:
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
         multiple: where dead channels allow, tensors keep a multiple of so many channels, for
-            speed; the others are zeros that nobody computes, reads or stores. `finish` cuts them.
+            speed, until `finish`. What is kept for it has neither weights nor norm entries; a bias
+            may stay, which nobody reads.
 
     Raises:
         ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
-_FEW_GAPS = 0.5  # of a tensor's channels in use: then zeros cost less than copies of the tensor
+_FEW_GAPS = 8, 0.25  # channels, or of them all: up to so many zeros cost less than copies
 
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
@@ -35,7 +35,8 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
 
 def few_gaps(used: Tensor, width: int) -> bool:
     """Whether the channels `used`, of `width`, leave few out."""
-    return used.numel() >= _FEW_GAPS * width
+    count, share = _FEW_GAPS
+    return width - used.numel() <= max(count, share * width)
 
 
 class Placed(nn.Module):
@@ -385,7 +386,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         return self.weight is not None and self.bias is not None and self.running_var is not None
 
     @property
-    def in_place(self) -> bool:
+    def at_once(self) -> bool:
         """Whether it can be computed over all channels of its input at once."""
         # A momentum of None is an average over batches, as `update_bn` takes it: rare.
         usual = self.track_running_stats and self.momentum is not None
@@ -396,7 +397,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
         gaps = self.num_features < self.in_width
-        if gaps and self.in_place and few_gaps(self.rows, self.in_width):
+        if gaps and self.at_once and few_gaps(self.rows, self.in_width):
             return self._among_zeros(x)
         if gaps:
             x = x.index_select(1, self.columns)

@@ -82,6 +82,8 @@ class Plan:
             f"{name}: keeps " + ", ".join(f"{len(kept)} of dim {dim}" for dim, kept in cuts)
             for name, cuts in self.keep.items()
         ]
+        if self.removed:
+            lines.append(f"{len(self.removed)} channels go")
         return "\n".join(lines) or "nothing to cut"
 
     def to_json(self) -> str:

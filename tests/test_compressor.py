@@ -519,8 +519,16 @@ def test_state_of_a_frozen_compressor_loads_frozen() -> None:
 
 
 def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
-    rounded, optimizer = started(145, gamma=1.0, multiple=4)
-    exact, _ = started(145, gamma=1.0)
+    def trained(multiple: int) -> tuple[Compressor, Optimizer]:
+        compressor, optimizer = started(gamma=0.0, multiple=multiple)
+        for index, batch in enumerate(batches(60)):
+            if index == 15:
+                for layer, live in (("stem.0", 3), ("two.0", 2), ("one.0", 3)):
+                    kill(compressor.model, layer, slice(live, None))
+            one_step(compressor, optimizer, *batch)
+        return compressor, optimizer
+
+    (rounded, optimizer), (exact, _) = trained(4), trained(1)
     found = {n: layer.out_width for n, layer in rounded.layers.items() if n != "head.linear"}
     smaller = {n: layer.out_width for n, layer in exact.layers.items() if n != "head.linear"}
     assert set(found.values()) == {4}
@@ -543,6 +551,34 @@ def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
     assert [m.out_width for m in other.layers.values()] == [
         m.out_width for m in exact.layers.values()
     ]
+
+
+def test_what_a_float_layer_reads_is_not_kept_to_round_a_width_up() -> None:
+    # It would compute with the channels that are kept, and bring their biases back.
+    model = nn.Sequential(
+        nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 4)
+    )
+    compressor = Compressor(model, torch.randn(8, 6), 0.0, exclude=["4"], multiple=8)
+    with torch.no_grad():
+        for name in ("0", "2"):
+            compressor.layers[name].bit_depth[11:] = 0
+            compressor.layers[name].bias[11:] = 0  # type: ignore[index]
+    compressor.cut()
+    assert [layer.out_width for layer in compressor.layers.values()] == [16, 11]
+
+
+def test_no_more_channels_are_kept_than_live() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
+    )
+    compressor = Compressor(model, torch.randn(8, 6), 0.0, multiple=8)
+    with torch.no_grad():
+        for name, live in (("0", 3), ("2", 17)):
+            compressor.layers[name].bit_depth[live:] = 0
+            compressor.layers[name].bias[live:] = 0  # type: ignore[index]
+    compressor.cut()
+    # Of 20 channels not even three make 17 a multiple of 8.
+    assert [layer.out_width for layer in compressor.layers.values()] == [3, 17, 4]
 
 
 def widths(a: int, b: int) -> nn.Module:

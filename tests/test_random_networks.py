@@ -3,6 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -70,15 +71,19 @@ def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
 
     A channel that is 0 counts as silent: what reads nothing but zeros goes, though the bias may
     stay for somebody else who reads it, and then it misses a part of its gradient. One that is
-    kept to round a width up misses all of it.
+    kept to round a width up misses all of it, and no layer in float or grouped may read that.
     """
-    found = {}
-    for node in compressor.graph.nodes:
+    graph, found = compressor.graph, {}
+    still_read = np.zeros_like(graph.silent)
+    for node in graph.of_kind(Kind.LAYER, Kind.GROUPED):
+        if node.kind is Kind.GROUPED or node.module not in compressor.layers:
+            still_read[graph.reads(node)] = True
+    for node in graph.nodes:
         layer = compressor.layers.get(node.module)
         if layer is not None and layer.bias is not None:
             zero = layer.bias.detach() == 0
             zero[layer.rows] = False
-            kept = compressor.graph.silent[compressor.graph.ids[node.name]]
+            kept = (graph.silent & ~still_read)[graph.ids[node.name]]
             found[f"{node.module}.bias"] = zero | torch.from_numpy(kept)
     return found
 

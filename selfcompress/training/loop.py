@@ -180,7 +180,7 @@ class Run:
             for layer in smallest.layers.values():
                 layer.bit_depth.zero_()
         smallest.cut()
-        least = self._file_bytes(smallest.model)
+        least = self._file_bytes(smallest.preview())
         if target < least:
             raise UserError(
                 f"--target-size {config.target_size} is {target:,} bytes, but no file of "
