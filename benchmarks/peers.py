@@ -61,7 +61,7 @@ class Args:
     """Of our network and of the float one."""
     epochs: int | None = None
     """Of every network; as train.py's."""
-    gammas: tuple[float, ...] = (0.003, 0.006, 0.01, 0.02, 0.04)
+    gammas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     """Of our networks."""
     widths: tuple[int, ...] = (4, 6, 8, 10, 12, 14)
     """Of the uniform networks."""
