@@ -272,6 +272,7 @@ def figure(points: Sequence[Point]) -> Figure:
             error = [0.0 if math.isnan(p.spread) else p.spread for p in some]
             axes.errorbar(x, y, error, fmt=style, markersize=5, capsize=2, label=kind)
     axes.set(xscale="log", xlabel="file, KB", ylabel="test accuracy, %")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
     return drawing
