@@ -82,8 +82,8 @@ class Plan:
             f"{name}: keeps " + ", ".join(f"{len(kept)} of dim {dim}" for dim, kept in cuts)
             for name, cuts in self.keep.items()
         ]
-        if self.removed:
-            lines.append(f"{len(self.removed)} channels go")
+        if self and not lines:
+            lines = [f"{len(self.removed)} channels that nothing was left of"]
         return "\n".join(lines) or "nothing to cut"
 
     def to_json(self) -> str:

@@ -123,6 +123,12 @@ def test_a_plan_reads_well() -> None:
     assert "a.0.weight: keeps 4 of dim 0" in lines
     assert "b.0.weight: keeps 4 of dim 1" in lines
     assert len(lines) == len(cut.plan().keep)
+    # Kept to round a width up, a channel goes later on: there is nothing left of it to index.
+    cut.apply(cut.plan(multiple=6))
+    assert cut.plan()
+    assert (
+        str(cut.plan()) == "4 channels that nothing was left of"
+    )  # two before the norm, two behind
 
 
 def test_an_empty_plan_changes_nothing() -> None:
