@@ -21,16 +21,14 @@ from typing import Annotated
 
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
+from selfcompress.training.curves import PAPER_ACCURACY, PAPER_PERCENT, log_ticks
 from selfcompress.training.errors import UserError
 from selfcompress.training.results import Result, read_all
 
-# Read off the paper's figures, or stated in its text.
+# Read off the paper's figures, or stated in its text; Fig. 3 is in `curves`.
 FLOAT = 95.69
-LOST = {0.25: 90.1, 0.5: 93.0, 1.0: 94.2, 2.0: 95.0, 3.0: 95.5, 5.5: 95.65}  # Q % → accuracy
 EPOCHS = 930
 SIZE = {0: 24.0, 50: 8.0, 100: 5.0, 200: 3.3, 930: 2.2}  # epoch → Q %
 SECONDS = {0: 16.0, 930: 10.5}  # epoch → its time
@@ -81,7 +79,7 @@ def figure(results: Sequence[Result]) -> Figure:
     _lost(lost, full, ours)
     _over_training(size, ours, SIZE, _q_percent)
     size.set(yscale="log", ylabel="Q, % of 32 bits", title="Fig. 1: size")
-    _plain_ticks(size.yaxis)
+    log_ticks(size.yaxis)
     _over_training(seconds, ours, {e: s / SECONDS[0] for e, s in SECONDS.items()}, _relative_time)
     seconds.set(ylim=(0, None), ylabel="an epoch's time, × the first", title="Fig. 2: speed")
     _widths(widths, ours)
@@ -95,7 +93,8 @@ def figure(results: Sequence[Result]) -> Figure:
 
 def _lost(axes: Axes, full: Sequence[Result], ours: Sequence[Result]) -> None:
     top = 100 * sum(r.accuracy for r in full) / len(full)
-    axes.plot(list(LOST), [a - FLOAT for a in LOST.values()], "ks-", label="paper, fractional bits")
+    published = [accuracy - FLOAT for accuracy in PAPER_ACCURACY]
+    axes.plot(PAPER_PERCENT, published, "ks-", label="paper, fractional bits")
     own = sorted((_q_percent(r)[-1], 100 * r.accuracy - top) for r in ours)
     axes.plot([q for q, _ in own], [a for _, a in own], "C0o-", label="ours, whole bits")
     axes.axhline(0, color="gray", linestyle=":")
@@ -103,7 +102,7 @@ def _lost(axes: Axes, full: Sequence[Result], ours: Sequence[Result]) -> None:
         xscale="log", xlabel="Q, % of 32 bits", ylabel="points of accuracy against its own float",
         title="Fig. 3: accuracy",
     )  # fmt: skip
-    _plain_ticks(axes.xaxis)
+    log_ticks(axes.xaxis)
 
 
 def _over_training(
@@ -139,13 +138,6 @@ def _widths(axes: Axes, ours: Sequence[Result]) -> None:
         axes.plot([100 * end[n] / start[n] for n in WIDTHS], f"C{color}o-", label=_label(result))
     axes.set_xticks(range(len(WIDTHS)), [n.removesuffix(".conv") for n in WIDTHS], rotation=30)
     axes.set(ylim=(0, 105), ylabel="channels left, %", title="Fig. 4: widths")
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, ... of a logarithmic axis, as they are spoken."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _label(result: Result) -> str:

@@ -41,6 +41,7 @@ from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
 from selfcompress.quantizer import fit_exponent
 from selfcompress.training.config import Config, DatasetName
+from selfcompress.training.curves import log_ticks
 from selfcompress.training.errors import UserError
 from selfcompress.training.loop import Run, run
 
@@ -272,7 +273,7 @@ def figure(points: Sequence[Point]) -> Figure:
             error = [0.0 if math.isnan(p.spread) else p.spread for p in some]
             axes.errorbar(x, y, error, fmt=style, markersize=5, capsize=2, label=kind)
     axes.set(xscale="log", xlabel="file, KB", ylabel="test accuracy, %")
-    axes.xaxis.set_major_formatter("{x:g}")
+    log_ticks(axes.xaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
     return drawing

@@ -142,7 +142,7 @@ def _curve(groups: Sequence[Group]) -> Figure | None:
         low, high = right.get_xlim()
         right.set_xlim(min(low, 0.2), max(high, 8))
     for axes in (left, right):
-        _log_ticks(axes.xaxis)
+        log_ticks(axes.xaxis)
     right.legend(loc="lower right", fontsize=9, frameon=False)
     figure.suptitle(_what(groups) + "; numbers at points: γ", fontsize=11)
     figure.draw_without_rendering()  # what labels must not overlap has its place from here on
@@ -157,7 +157,7 @@ def _weight_curve(groups: Sequence[Group]) -> Figure | None:
     figure = Figure(figsize=(7.5, 5.2), layout="constrained")
     axes = figure.subplots()
     _scatter(axes, groups, _weights_left)
-    _log_ticks(axes.xaxis)
+    log_ticks(axes.xaxis)
     axes.set_xlabel("weights left, % of those at the start")
     axes.set_ylabel("test accuracy, %")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
@@ -198,7 +198,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _log_ticks(axis: Axis) -> None:
+def log_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as fit."""
     low, high = axis.get_view_interval()
     if high > 6 * low:
@@ -259,7 +259,7 @@ def _size(groups: Sequence[Group]) -> Figure | None:
         return None
     figure, axes = _over_epochs(_compressed(groups), lambda row: row["size"]["stored_percent"])
     axes.set_yscale("log")
-    _log_ticks(axes.yaxis)
+    log_ticks(axes.yaxis)
     axes.set_ylabel("stored bits, % of 32 for each weight at the start")
     return figure
 

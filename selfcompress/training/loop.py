@@ -179,7 +179,7 @@ class Run:
         with torch.no_grad():
             for layer in smallest.layers.values():
                 layer.bit_depth.zero_()
-        smallest.cut()
+        smallest.keep_connected()
         least = self._file_bytes(smallest.preview())
         if target < least:
             raise UserError(
