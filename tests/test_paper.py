@@ -1,5 +1,6 @@
 """The paper's figures have the runs of a folder drawn over them, at the right places."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_runs_are_drawn_relative_to_their_own_start(tmp_path: Path) -> None:
     # Epochs of 2.0, 1.9, 1.8, 1.7 s: medians of neighbours, by that of the first three.
     assert data(seconds, 1)[1] == pytest.approx([1.95 / 1.9, 1, 1.8 / 1.9, 1.75 / 1.9])
     assert data(widths, 0)[1][0] == pytest.approx(100 * 30 / 64)
+
+
+def test_a_run_to_a_size_has_no_place_on_a_curve_over_gamma(tmp_path: Path) -> None:
+    make_run(tmp_path / "float", None, 0)
+    make_run(tmp_path / "small", 0.1, 0)
+    make_run(tmp_path / "asked", 0.05, 0)
+    summary = tmp_path / "asked" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"target_bytes": 1000}))
+    _, size, *_ = paper.figure(read_all(tmp_path)).axes
+    assert [line.get_label() for line in size.lines] == ["paper", "γ = 0.1"]
 
 
 def test_without_a_float_run_nothing_can_be_compared(tmp_path: Path) -> None:
