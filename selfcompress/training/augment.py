@@ -9,6 +9,9 @@ from torchvision.transforms import v2
 
 Channels = tuple[float, float, float]
 
+Policy = Literal["standard", "cutout", "autoaugment"]
+"""How training images are changed; see `Augment`."""
+
 
 def normalise(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """uint8 (B, 3, H, W) to float32 of the same shape, channels_last.
@@ -26,10 +29,14 @@ def normalise(images: Tensor, mean: Channels, std: Channels) -> Tensor:
 class Augment:
     """Random changes of whole batches of square images: uint8 to normalised float32.
 
-    - "standard": each image gets its own reflect-padded crop, horizontal flip and cutout, all of
-      them at once for the batch, on its device.
+    By the `policy` of `for_size`:
+
+    - "standard": each image gets its own reflect-padded crop and horizontal flip, all at once for
+      the batch, on its device.
+    - "cutout": and a square that is cut out of it. Networks that are to be small learn less in a
+      short run with it.
     - "autoaugment": zero padding, AutoAugment's CIFAR-10 policy, flip, crop and random erasing,
-      image by image. Much slower, and erasing takes the place of `cutout`.
+      image by image. Much slower.
 
     All chance comes from torch's global generators.
     """
@@ -38,8 +45,8 @@ class Augment:
     std: Channels
     pad: int = 4  # pixels on every side
     flip: bool = True
-    cutout: int = 8  # side of the square, in pixels; 0 for none
-    policy: Literal["standard", "autoaugment"] = "standard"
+    cutout: int = 0  # side of the square, in pixels; 0 for none
+    autoaugment: bool = False
 
     @classmethod
     def for_size(
@@ -48,18 +55,20 @@ class Augment:
         mean: Channels,
         std: Channels,
         flip: bool = True,
-        policy: Literal["standard", "autoaugment"] = "standard",
+        policy: Policy = "standard",
     ) -> "Augment":
         """The usual padding and cutout of 32 x 32 images, scaled down for smaller ones."""
         size = min(image_size, 32)
-        return cls(mean, std, pad=size // 8, flip=flip, cutout=size // 4, policy=policy)
+        cutout = size // 4 if policy == "cutout" else 0
+        return cls(mean, std, size // 8, flip, cutout, policy == "autoaugment")
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to normalised float32 (B, 3, S, S), channels_last."""
-        if self.policy == "autoaugment":
+        if self.autoaugment:
             return normalise(self._autoaugment(images), self.mean, self.std)
+        cropped = normalise(self._crop_and_flip(images), self.mean, self.std)
         # Cutting out after normalisation leaves exactly 0, the colour of the mean.
-        return self._cut_out(normalise(self._crop_and_flip(images), self.mean, self.std))
+        return self._cut_out(cropped) if self.cutout else cropped
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         """A random window of each image, reflect-padded and maybe mirrored: uint8, same shape."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from selfcompress.quantizer import MAX_BITS
+from selfcompress.training.augment import Policy
 from selfcompress.training.errors import UserError
 from selfcompress.training.target import FileSize
 
@@ -58,8 +59,8 @@ class Config:
     """L2 on the weights; bit depths and exponents are not decayed."""
     flip: bool | None = None
     """Mirror half of the training images (digits: no; others: yes)."""
-    augment: Literal["standard", "autoaugment"] = "standard"
-    """standard: random crop, flip and cutout. autoaugment: the paper's, slower."""
+    augment: Policy = "standard"
+    """standard: random crop, flip. cutout: and a square is cut out. autoaugment: the paper's."""
     bits: float = 8.0
     """Bit depth that every channel starts at, and keeps at the most."""
     fractional_bits: bool = False
