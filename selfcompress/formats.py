@@ -135,8 +135,9 @@ class FormatStepper:
             if weight.grad is None:  # compiled, an empty weight has none
                 return
             # What batches accumulated in turn is all there by the last of them.
-            product = layer.by_row(weight.grad * weight.detach()).flatten(1).float()
-            self._squares[layer] = product.square().sum(1)
+            product = layer.by_row(weight.grad * weight.detach()).float()
+            # Not flattened first: in channels_last that would be a copy.
+            self._squares[layer] = product.square().sum(list(range(1, product.dim())))
 
         return square
 

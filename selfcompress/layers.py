@@ -138,9 +138,13 @@ class QuantizedLayer(Placed):
         return integer_depth(self.bit_depth) > 0
 
     def quantized_weight(self) -> Tensor:
-        """The weight that the network computes with, in the shape of `weight`."""
+        """The weight that the network computes with, in the shape of `weight`.
+
+        Nobody uses its gradient with respect to bit depths (see `formats.py`): it has none.
+        """
+        bit_depth = self.bit_depth.detach()
         weight = fake_quantize(
-            self.weight_by_row(), self.bit_depth, self.exponent, integer_bits=self.integer_bits
+            self.weight_by_row(), bit_depth, self.exponent, integer_bits=self.integer_bits
         )
         return weight.transpose(0, 1) if self.row_dim else weight
 

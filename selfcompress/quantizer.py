@@ -89,22 +89,23 @@ class _FakeQuantize(torch.autograd.Function):
         scaled = weight.to(dtype) / step
         # Neither in place nor cast to the type it has: compiled by torch 2.11, both give wrong
         # gradients, without a word.
-        quantized = scaled.clamp(-half_range, half_range - 1).round() * step
-        ctx.save_for_backward(weight, step, half_range, quantized)
+        clamped = scaled.clamp(-half_range, half_range - 1)
+        quantized = clamped.round() * step
+        ctx.save_for_backward(weight, step, half_range, quantized, clamped == scaled)
         return quantized if weight.dtype == dtype else quantized.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, step, half_range, quantized = ctx.saved_tensors
+        weight, step, half_range, quantized, inside = ctx.saved_tensors
         grad = grads[0].to(step.dtype)
-        scaled = weight.to(step.dtype) / step
-        # -1 below the range, 0 inside, +1 above.
-        side = (scaled > half_range - 1).to(step.dtype) - (scaled < -half_range).to(step.dtype)
-        grad_inside = grad * (side == 0)
+        grad_inside = torch.where(inside, grad, torch.zeros_like(grad))
 
         over_row = list(range(1, weight.dim()))
         grad_bits = grad_exponent = None
         if ctx.needs_input_grad[1]:
+            scaled = weight.to(step.dtype) / step
+            # -1 below the range, 0 inside, +1 above.
+            side = (scaled > half_range - 1).to(step.dtype) - (scaled < -half_range).to(step.dtype)
             per_level = (grad * side).sum(over_row) if over_row else grad * side
             grad_bits = math.log(2) * per_level * (half_range * step).flatten()
         if ctx.needs_input_grad[2]:
