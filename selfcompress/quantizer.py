@@ -98,7 +98,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, half_range, quantized, inside = ctx.saved_tensors
         grad = grads[0].to(step.dtype)
-        grad_inside = torch.where(inside, grad, torch.zeros_like(grad))
+        grad_inside = grad * inside
 
         over_row = list(range(1, weight.dim()))
         grad_bits = grad_exponent = None
