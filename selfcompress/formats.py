@@ -158,14 +158,14 @@ class FormatStepper:
             least_bits: that a row has unless it has none.
         """
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
-        scale = 1.0 if self._loss_scale is None else float(self._loss_scale)
+        scale, finite = self._scale_and_finite()
         usable = math.isfinite(scale) and scale > 0
         # Linear layers may be called with more rows than there are samples.
         called = [layer.samples for layer in self.layers.values() if layer.samples]
         samples = min(called, default=1) * max(1, self._penalties)
         for layer in self.layers.values():
             squares = self._squares.get(layer)
-            if usable and squares is not None:
+            if usable and finite and squares is not None:
                 self._remember(layer, 0.5 * samples * squares / scale**2)
             if usable and layer.exponent in self._collected:
                 layer.exponent.grad = self._collected[layer.exponent] / scale
@@ -178,10 +178,20 @@ class FormatStepper:
             if layer.integer_bits:
                 self._settle(layer, depth, fit)
 
+    def _scale_and_finite(self) -> tuple[float, bool]:
+        """What the loss was multiplied with, and whether all gradients of weights are finite.
+
+        Read together, as a GPU is waited for whenever something is read.
+        """
+        read = [squares.sum() for squares in self._squares.values()]
+        if self._loss_scale is not None:
+            read.append(self._loss_scale.float())
+        values = torch.stack(read).tolist() if read else []
+        scale = 1.0 if self._loss_scale is None else values.pop()
+        return scale, all(map(math.isfinite, values))
+
     def _remember(self, layer: QuantizedLayer, worth: Tensor) -> None:
         """Average what rows are worth over steps."""
-        if not worth.isfinite().all():
-            return
         state = self.adam.state[layer.bit_depth]
         if not state:
             state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
