@@ -100,6 +100,20 @@ def test_it_is_averaged_over_steps() -> None:
     torch.testing.assert_close(wanted(compressor), depth.clamp(min=0))
 
 
+def test_a_batch_without_finite_gradients_says_nothing_of_worth() -> None:
+    compressor, optimizer = linear()
+    (layer,) = compressor.layers.values()
+    x, y = batch()
+    (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+    compressor.step(optimizer)
+    optimizer.zero_grad()
+    before = wanted(compressor)
+    compressor.model(x * torch.inf).sum().backward()
+    assert layer.weight.grad is not None and not layer.weight.grad.isfinite().all()
+    compressor.step(optimizer)
+    assert wanted(compressor).equal(before) and before.isfinite().all()
+
+
 def test_rows_that_nothing_reads_go_and_the_others_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
