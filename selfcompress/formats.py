@@ -18,8 +18,11 @@ does that share of the harm. One bit more takes away 2 ln2 · ROUNDING·4^-b · 
 ratio. A row that wants less than one bit is given up. This is the minimum of the loss of eq. (2)
 that the bit depths are to find, without the noise of a descent to it.
 
-*Limits.* The estimate is local, of one row at a time, and it vanishes with the gradient: before
-anything has been learnt every row looks worthless. Hence schedules (`schedule.py`).
+*Not all at once.* The estimate is local, of one row with all others in place, and it vanishes with
+the gradient: before anything is learnt, and when all training data are, every row looks worthless.
+That they are needed after all shows when some are gone, and when all are it is too late. So the
+rows that a layer is giving up hold `AT_ONCE` of its bits, the least wanted of them; the others
+wait. (Without that, networks under a constant γ collapse.)
 
 *Share of the task.* The curvature overstates what a row is worth, as it holds all other weights
 still; in training they make up for it. So the task's part counts `TASK_SHARE`.
@@ -51,6 +54,7 @@ from selfcompress.quantizer import fit_exponent, integer_depth
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
 TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
 GIVING_UP = 8  # times the largest step is how fast the bits of an unwanted row go
+AT_ONCE = 0.2  # of a layer's bits are given up at a time, or one row
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
 FIT_INTERVAL = 20  # steps between two fits of the exponents
@@ -202,8 +206,8 @@ class FormatStepper:
     def wanted(self, layer: QuantizedLayer, gamma: float) -> Tensor:
         """(rows,) the bit depths, not rounded, that rows are worth at a price of `gamma`.
 
-        Below 1, none. A layer that nothing is known about, as its weight is frozen, wants what it
-        has.
+        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
+        nothing is known about, as its weight is frozen, wants what it has.
         """
         state = self.adam.state.get(layer.bit_depth)
         if not state or gamma <= 0:
@@ -211,7 +215,7 @@ class FormatStepper:
         worth = TASK_SHARE * state["worth"] / (1 - self.memory ** float(state["step"]))
         price = gamma * layer.fan_in / self.starting_weights
         first_bit = 2 * math.log(2) * ROUNDING * worth
-        return 0.5 * torch.log2(first_bit / price).clamp(0, 2 * self.most_bits)
+        return (0.5 * torch.log2(first_bit / price)).clamp(max=2 * self.most_bits)
 
     def _move(self, layer: QuantizedLayer, gamma: float, least_bits: float) -> None:
         depth, step = layer.bit_depth, self.adam.param_groups[0]["lr"]
@@ -219,7 +223,7 @@ class FormatStepper:
         # In the middle of the depths that round up to `least_bits`.
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        change = torch.where(wanted < 1, -GIVING_UP * step, change)
+        change = torch.where(_given_up(wanted, depth), -GIVING_UP * step, change)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         depth.copy_(torch.where(depth > 0, (depth + change).clamp(min=0), depth))
 
@@ -232,3 +236,12 @@ class FormatStepper:
         layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))
         if fit:
             layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+
+
+def _given_up(wanted: Tensor, depth: Tensor) -> Tensor:
+    """(rows,) which of a layer's rows are to lose all bits, given what they want and have."""
+    order = wanted.argsort()
+    bits = integer_depth(depth)[order]
+    # What the rows before it hold: the first may always go, however much it has.
+    first = bits.cumsum(0) - bits <= AT_ONCE * bits.sum()
+    return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first)

@@ -694,12 +694,17 @@ def clipped(compressor: Compressor, steps: int) -> tuple[Optimizer, LRScheduler,
 
 
 def trained(
-    gamma: float, width: int, steps: int, recipe: Recipe = adamw_one_cycle, batch: int = 128
+    gamma: float,
+    width: int,
+    steps: int,
+    recipe: Recipe = adamw_one_cycle,
+    batch: int = 128,
+    scheduled: bool = True,
 ) -> tuple[Compressor, float]:
     """A ResNet-9 after so many steps on digits, and its training accuracy."""
     torch.manual_seed(0)
     x, y = digits()
-    schedule = Schedule(steps)
+    schedule = Schedule(steps) if scheduled else None
     model = ResNet9(width=width)
     compressor = Compressor(model, x[:8], gamma, bits=8, interval=25, schedule=schedule)
     optimizer, scheduler, clip = recipe(compressor, steps)
@@ -752,6 +757,21 @@ def test_two_decades_of_gamma_fall_three_fold_and_none_collapses() -> None:
     stored = [compressor.size().stored_bits for compressor, _ in found]
     assert all(b < a for a, b in itertools.pairwise(stored))
     assert stored[0] >= 3 * stored[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [sgd_cosine, adamw_one_cycle])
+def test_a_network_pressed_from_the_first_step_does_not_collapse(recipe: Recipe) -> None:
+    # When all digits are learnt, no row seems to be worth anything.
+    for gamma in (0.001, 0.01, 0.1):
+        _, accuracy = trained(gamma, 16, 400, recipe, scheduled=False)
+        assert accuracy > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [0.003, 0.03])
+def test_a_very_short_run_does_not_collapse(gamma: float) -> None:
+    assert trained(gamma, 16, 44)[1] > 0.9
 
 
 # --- told apart, one line each --------------------------------------------------------------------

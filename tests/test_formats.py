@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from selfcompress import Compressor
-from selfcompress.formats import ROUNDING, TASK_SHARE
+from selfcompress.formats import AT_ONCE, ROUNDING, TASK_SHARE, _given_up
 from selfcompress.quantizer import fake_quantize, fit_exponent
 
 GAMMA = 0.01
@@ -52,8 +54,7 @@ def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
     torch.testing.assert_close(wanted(compressor), depths[cheapest], atol=2e-3, rtol=0)
     # Two decades of γ are log2(100) / 2 bits.
     less = compressor.formats.wanted(layer, 100 * GAMMA)
-    expected = (wanted(compressor) - math.log2(100) / 2).clamp(min=0)
-    torch.testing.assert_close(less, expected)
+    torch.testing.assert_close(less, wanted(compressor) - math.log2(100) / 2)
 
 
 @pytest.mark.parametrize("scale", [7.0, 1e-3])
@@ -97,7 +98,7 @@ def test_it_is_averaged_over_steps() -> None:
     mean = (torch.stack(squares) * shares[:, None]).sum(0) / shares.sum()
     worth = 0.5 * 8 * mean
     depth = 0.5 * torch.log2(2 * math.log(2) * ROUNDING * TASK_SHARE * worth * 3 / GAMMA)
-    torch.testing.assert_close(wanted(compressor), depth.clamp(min=0))
+    torch.testing.assert_close(wanted(compressor), depth)
 
 
 def test_a_batch_without_finite_gradients_says_nothing_of_worth() -> None:
@@ -143,11 +144,30 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
 
     for _ in range(4):
         step(0.0)
-    fallen = layer.bit_depth.detach().clone()
-    assert (fallen > 0).all() and (fallen < 7).all()
+    fallen = layer.bit_depth.detach().min()
+    assert 0 < fallen < 7  # of one row; the others wait
     for _ in range(60):
         step(1e4)
     assert (layer.bit_depth == 8).all()  # and none gets more than it started with
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9) | st.just(-math.inf), st.integers(0, 8)), min_size=1))
+def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
+    rows: list[tuple[float, int]],
+) -> None:
+    wanted, depth = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)
+    )
+    going = _given_up(wanted, depth) & (depth > 0)
+    unwanted = (wanted < 1) & (depth > 0)
+    assert not (going & ~unwanted).any()
+    assert going.any() == unwanted.any()
+    waiting = unwanted & ~going
+    if going.any() and waiting.any():
+        assert wanted[going].max() <= wanted[waiting].min()
+        assert depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
+    if going.any():
+        assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
 
 
 def test_a_frozen_weight_keeps_its_bits() -> None:
