@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.resnet9 import ResNet9
 from selfcompress import Compressor, LayerSize, Size
+from selfcompress.formats import GIVING_UP
 from selfcompress.size import q_bits
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -88,8 +89,11 @@ def test_the_penalty_moves_every_bit_depth_that_the_task_has_no_use_for() -> Non
         compressor.step(optimizer)
     now: list[Tensor] = [p for n, p in model.named_parameters() if n.endswith("bit_depth")]
     moved = torch.cat(start) - torch.cat(now)
-    assert (moved > 0.001).all()
-    torch.testing.assert_close(moved, moved[:1].expand_as(moved), rtol=1e-3, atol=0)
+    # Some are being given up; the others wait for that, and lose bits meanwhile.
+    slow, fast = moved.min(), moved.max()
+    assert slow > 0.001
+    torch.testing.assert_close(fast, GIVING_UP * slow, rtol=1e-3, atol=0)
+    assert torch.minimum((moved - slow).abs(), (moved - fast).abs()).max() < 1e-3
 
 
 def test_gamma_zero_has_no_penalty() -> None:
