@@ -215,7 +215,7 @@ class FormatStepper:
         worth = TASK_SHARE * state["worth"] / (1 - self.memory ** float(state["step"]))
         price = gamma * layer.fan_in / self.starting_weights
         first_bit = 2 * math.log(2) * ROUNDING * worth
-        return (0.5 * torch.log2(first_bit / price)).clamp(max=2 * self.most_bits)
+        return (0.5 * torch.log2(first_bit / price)).clamp(max=self.most_bits)
 
     def _move(self, layer: QuantizedLayer, gamma: float, least_bits: float) -> None:
         depth, step = layer.bit_depth, self.adam.param_groups[0]["lr"]

@@ -55,6 +55,7 @@ def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
     # Two decades of γ are log2(100) / 2 bits.
     less = compressor.formats.wanted(layer, 100 * GAMMA)
     torch.testing.assert_close(less, wanted(compressor) - math.log2(100) / 2)
+    assert (compressor.formats.wanted(layer, 1e-12) == 8).all()  # never more than at the start
 
 
 @pytest.mark.parametrize("scale", [7.0, 1e-3])
