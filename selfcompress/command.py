@@ -196,8 +196,9 @@ class _Prepared:
     def of(cls, path: Path, about: About) -> "_Prepared":
         if about.image_size is None or len(about.mean) != 3 or len(about.std) != 3:
             raise UserError(
-                f"{path} does not say how its images are prepared: save it with "
-                "About(image_size=…, mean=…, std=…)"
+                f"{path} does not say how RGB images are prepared for it: save it with "
+                "About(image_size=…, mean=(r, g, b), std=(r, g, b)). Networks of other inputs are "
+                "for selfcompress.load and selfcompress.export_onnx"
             )
         (r, g, b), (sr, sg, sb) = about.mean, about.std
         return cls(about, about.image_size, (r, g, b), (sr, sg, sb))
@@ -328,7 +329,10 @@ def _built(builder: str) -> nn.Module:
     if not colon or not name:
         raise UserError(f"--model {builder}: give MODULE:CALLABLE, such as my.networks:make")
     try:
-        model = getattr(importlib.import_module(module_name), name)()
+        make = getattr(importlib.import_module(module_name), name)
+        if not callable(make):
+            raise TypeError(f"{name} cannot be called")
+        model = make()
     except Exception as error:  # whatever the user's code does when it is imported and called
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--model {builder}: {type(error).__name__}: {reason}") from error

@@ -15,6 +15,7 @@ compressor.finish(loader)
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,23 +23,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
-from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.look import Inputs, device_of, kept_modes, positional, without_compile
+from selfcompress.look import Inputs, device_of, positional, without_compile
+from selfcompress.norms import reestimate
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS, fit_exponent
 from selfcompress.report import Report, make_report
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
-from selfcompress.verify import compare, snapshot
+from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
@@ -53,7 +56,8 @@ class Compressor:
             quantised twins that hold the same parameter objects. It may be trained already:
             with `bits=8` it starts as good as it was.
         example_input: a batch the model accepts, on its device, to trace it and to check cuts
-            with; a few real images serve best. A tuple holds several positional arguments.
+            with; a few real images serve best. A tuple holds several positional arguments. By the
+            size of the batch, of more than one, layers that see no samples are told apart.
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
             any time (`compressor.gamma = ...`), for a schedule.
         bits: the bit depth that every channel starts at.
@@ -95,6 +99,8 @@ class Compressor:
         schedule: Schedule | None = None,
         multiple: int = 1,
     ) -> None:
+        if not isinstance(schedule, Schedule | None):
+            raise ValueError(f"schedule must be a selfcompress.Schedule, not {schedule!r}")
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
         if integer_bits and bits != int(bits):
@@ -118,13 +124,16 @@ class Compressor:
         self.cuts = 0
         if quantized_layers(model):
             raise ValueError("the model is compressed already: build a fresh one")
+        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(f"{lazy[0]} has no shape yet (a lazy layer): run the model once first")
         observed = _observe(model, example_input)
         self.starting_weights = starting_weights(model)
         self.left_in_float = quantize_layers(
             model,
             bits=bits,
             integer_bits=integer_bits,
-            exclude=exclude,
+            exclude=[exclude] if isinstance(exclude, str) else exclude,
             read_elsewhere=observed.read_elsewhere,
         )
         self.layers = quantized_layers(model)
@@ -135,12 +144,41 @@ class Compressor:
                     f"{name} is not called as a module of the model, but from a list, say: put it "
                     "into an nn.ModuleList, or exclude it"
                 )
+        self._expect_samples(observed)
         self.graph = channel_graph(model, example_input, observed)
+        self._warn_of_idle(observed)
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
+        self._norms = [m for m in model.modules() if isinstance(m, PlacedBatchNorm)]
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
+
+    def _warn_of_idle(self, observed: Observed) -> None:
+        """Name the layers that would miss what is cut in front of them."""
+        followed = {node.module for node in self.graph.nodes}
+        idle = [n for n in self.layers if not observed.counts[n] and n not in followed]
+        if idle and followed:
+            warnings.warn(
+                f"not called on example_input: {', '.join(idle[:3])}{' …' if idle[3:] else ''}. If "
+                "your loop calls it, it may miss channels that were cut: then wrap the model in a "
+                "module that calls all of it, and compress that one",
+                stacklevel=3,
+            )
+
+    def _expect_samples(self, observed: Observed) -> None:
+        """Tell layers which dimension of their input counts samples."""
+        tensors = [leaf for leaf in positional(self.example_input) if isinstance(leaf, Tensor)]
+        batch = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+        if batch < 2:
+            return
+        for name, layer in self.layers.items():
+            args, kwargs = observed.arguments.get(name, ((), {}))
+            read = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+            layer.expect(read[0].shape if read else torch.Size(), batch)
+        if all(layer.batch_dim is None for layer in self.layers.values()):
+            for layer in self.layers.values():
+                layer.batch_dim = 0
 
     @property
     def gamma(self) -> float:
@@ -194,8 +232,9 @@ class Compressor:
         due = (self.steps + 1) % self.interval == 0
         if self.steps == 0 or due:
             self._require_cuttable(optimizer, averages)
-        if self.steps == 0:
             self._require_all_weights(optimizer)
+        for norm in self._norms:
+            norm.held = not norm.training
         if not self.frozen:
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), fit=fit)
@@ -252,7 +291,7 @@ class Compressor:
             # Past its limit of recompilations torch would silently go on without compiling.
             if _compiled_anything():
                 torch.compiler.reset()
-            compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
+            self._check(before, plan)
         device = device_of(self.example_input)
         self._lingering = {
             name: torch.from_numpy(positions).to(device)
@@ -260,6 +299,19 @@ class Compressor:
         }
         self._idle = self._zero_rows()
         return plan if plan and worth_it else None
+
+    def _check(self, before: Snapshot, plan: Plan) -> None:
+        """Compare what the network computes with what it did; a random one cannot be."""
+        try:
+            compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
+        except CutError:
+            if not is_random(self.model, self.example_input, _CHECK_TOLERANCE):
+                raise
+            warnings.warn(
+                "cuts cannot be checked: the model computes something else each time, in eval mode "
+                "too (dropout that stays on, say)",
+                stacklevel=5,
+            )
 
     @torch.no_grad()
     def preview(self) -> nn.Module:
@@ -288,28 +340,50 @@ class Compressor:
 
         While formats move, running statistics lag behind; those of the final network are
         averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
-        tuple, as many tensors as it has are taken from the front of a batch. Only an optimiser
-        that is given here can train the network on: of any other the cut parameters are the old
-        ones.
+        tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were
+        in eval mode at the last `step` keep theirs. Only an optimiser that is given here can train
+        the network on: of any other the cut parameters are the old ones.
+
+        Raises:
+            As `reestimate` and `step`.
         """
+        if self.schedule is not None and not self.frozen:
+            warnings.warn(
+                f"the schedule is of {self.schedule.steps} steps, and compressor.step() was called "
+                f"{self.steps} times: the network is larger than it was to be",
+                stacklevel=2,
+            )
         self.freeze()
         self.multiple = 1
         self._idle = self._zero_rows()
         self.cut(optimizer, averages)
-        with kept_modes(self.model):
-            update_bn(self._batches(loader), _Spread(self.model))
+        self.reestimate(loader)
+
+    def reestimate(self, loader: Iterable[Any]) -> None:
+        """Average batch-norm statistics anew over `loader`, as `finish` does.
+
+        While formats move, they lag behind: an evaluation in the middle of a training says little
+        without it.
+
+        Raises:
+            ValueError: `loader` has no batches, and there are norms that need some.
+        """
+        reestimate(self.model, self._batches(loader))
         settle_statistics(self.graph, self.model)
 
-    def _batches(self, loader: Iterable[Any]) -> Iterator[list[Inputs]]:
+    def _batches(self, loader: Iterable[Any]) -> Iterator[Inputs]:
         """What the model is called with, batch by batch, on its device."""
         several = isinstance(self.example_input, tuple)
         count = len(positional(self.example_input))
         device = device_of(self.example_input)
         for batch in loader:
+            if not isinstance(batch, Tensor | list | tuple):
+                kind = type(batch).__name__
+                raise ValueError(f"finish takes batches of (x, ...) or x, not of {kind}")
             inputs = tuple(batch[:count]) if several else batch
             if not several and isinstance(batch, list | tuple):
                 inputs = batch[0]
-            yield [pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)]
+            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""
@@ -345,6 +419,7 @@ class Compressor:
             "gamma": self.gamma,
             "frozen": self.frozen,
             "steps": self.steps,
+            "cuts": self.cuts,
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -377,7 +452,7 @@ class Compressor:
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
         self._idle = {n: t.to(device) for n, t in state["idle"].items()}
         self.gamma = state["gamma"]
-        self.steps = state["steps"]
+        self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:
             self.freeze()
 
@@ -500,20 +575,9 @@ def _revive(layer: QuantizedLayer, count: int) -> None:
     layer.exponent[strongest] = fit_exponent(weight, layer.bit_depth[strongest])
 
 
-class _Spread(nn.Module):
-    """Calls a model with one argument that holds all its arguments, as update_bn gives it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Any:
-        return self.model(*positional(inputs))
-
-
 def _averaged(model: nn.Module) -> nn.Module:
     """What an AveragedModel, or another copy of the model, holds."""
-    return model.module if isinstance(model, AveragedModel) else without_compile(model)
+    return without_compile(model.module if isinstance(model, AveragedModel) else model)
 
 
 def _compiled_anything() -> bool:

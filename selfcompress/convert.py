@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfcompress import layers
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
+from selfcompress.size import WEIGHTED
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Conv1d: layers.QuantConv1d,
@@ -73,7 +74,7 @@ def quantize_layers(
             twin: Any = TWINS.get(type(module))
             if isinstance(module, _BatchNorm) and twin is not None:
                 twins[module] = twin.from_float(module)
-            elif isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)):
+            elif isinstance(module, WEIGHTED):
                 why = _why_in_float(name, module, excluded, read_elsewhere, owners)
                 if why:
                     left[name] = why
@@ -87,7 +88,7 @@ def quantize_layers(
     if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
-        _keep_hooks(old, new)
+        keep_hooks(old, new)
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
@@ -118,8 +119,8 @@ def _why_in_float(
     return ""
 
 
-def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the user's hooks on a layer called for its twin."""
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have the user's hooks on a layer called for what replaces it."""
     for key, value in vars(old).items():
         if "_hooks" in key:
             vars(new)[key] = value

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from selfcompress.attention import QuantAttention
-from selfcompress.convert import TWINS, replace
+from selfcompress.convert import TWINS, keep_hooks, replace
 from selfcompress.layers import (
     PlacedBatchNorm,
     QuantizedLayer,
@@ -44,6 +44,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             new = _ordinary(module)
             if new is None:
                 continue
+            keep_hooks(module, new)
             made[module] = new.train(module.training)
         if module in made:
             replace(model, name, made[module])

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
 from selfcompress.layers import _QuantConv, quantized_layers
-from selfcompress.look import Inputs, eagerly, positional
+from selfcompress.look import Inputs, eagerly, positional, without_compile
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto
@@ -66,6 +66,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise ExportError(f"{error.name} is missing: pip install 'selfcompress[onnx]'") from error
+    model = without_compile(model)
     dense = to_dense(model).eval().float()
     inputs = pytree.tree_map_only(
         Tensor, lambda t: t.float() if t.is_floating_point() else t, positional(example_input)

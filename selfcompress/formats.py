@@ -42,6 +42,7 @@ enough to be harmless can follow.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -106,6 +107,7 @@ class FormatStepper:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._watched = self._trainable()
         for layer in self.layers.values():
             for parameter, collect in (
                 (layer.exponent, self._collect),
@@ -115,6 +117,9 @@ class FormatStepper:
                 if parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(collect)
                     self._hooks.append(hook)
+
+    def _trainable(self) -> list[bool]:
+        return [layer.weight.requires_grad for layer in self.layers.values()]
 
     def _forget(self) -> None:
         self._squares.clear()
@@ -164,9 +169,15 @@ class FormatStepper:
         depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
         scale, finite = self._scale_and_finite()
         usable = math.isfinite(scale) and scale > 0
-        # Linear layers may be called with more rows than there are samples.
+        # An example of one sample does not tell whose rows are tokens; the fewest are samples.
         called = [layer.samples for layer in self.layers.values() if layer.samples]
         samples = min(called, default=1) * max(1, self._penalties)
+        if self._penalties and gamma > 0 and not self._squares and any(self._watched):
+            warnings.warn(
+                "no gradient of a weight was seen since the last step, by which to judge channels: "
+                "they are collected as loss.backward() runs",
+                stacklevel=3,
+            )
         for layer in self.layers.values():
             squares = self._squares.get(layer)
             if usable and finite and squares is not None:
@@ -176,6 +187,8 @@ class FormatStepper:
             if self._penalties and gamma > 0:
                 self._move(layer, gamma, least_bits)
         self._forget()
+        if self._trainable() != self._watched:  # the user has frozen or thawed layers
+            self.watch()
         self.adam.step()
         self.adam.zero_grad()
         for layer, depth in zip(self.layers.values(), depths, strict=True):

@@ -54,8 +54,18 @@ class Placed(nn.Module):
     columns: Tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Have the indices follow the parameters to another device."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Have the indices follow the parameters to another device, and formats stay exact."""
+        formats = [vars(self)["_parameters"].get(name) for name in ("bit_depth", "exponent")]
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrower = moved.element_size() < tensor.element_size()
+            # In half precision a depth could round down to fewer bits.
+            if narrower and any(tensor is parameter for parameter in formats):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         for name in ("rows", "columns", "slots"):
             if name in vars(self):
                 setattr(self, name, fn(getattr(self, name)))
@@ -74,7 +84,9 @@ class QuantizedLayer(Placed):
         rows: (live rows,) the output channel that each row computes.
         columns: (columns,) the input channel that each column of the weight reads; of a grouped
             convolution, what its groups read, one after the other.
-        samples: the size of the last batch that it was called with.
+        samples: the size of the last batch that it was called with; 0 if that cannot be told.
+        batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
+            if no dimension does.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
     """
@@ -85,6 +97,8 @@ class QuantizedLayer(Placed):
     exponent: nn.Parameter
     integer_bits: bool
     samples = 0
+    batch_dim: int | None = 0
+    repeats = 1
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
@@ -104,6 +118,15 @@ class QuantizedLayer(Placed):
         self.columns = torch.arange(self.in_width, device=weight.device)
         self.integer_bits = integer_bits
         return self.train(layer.training)
+
+    def expect(self, shape: torch.Size, batch: int) -> None:
+        """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
+        same = [dim for dim, size in enumerate(shape) if size == batch]
+        # A window or a token may be a row of its own.
+        first = [0] if len(shape) and shape[0] and shape[0] % batch == 0 else []
+        self.batch_dim = next(iter(same + first), None)
+        if self.batch_dim is not None:
+            self.repeats = shape[self.batch_dim] // batch
 
     @property
     def out_width(self) -> int:
@@ -169,7 +192,8 @@ class QuantizedLayer(Placed):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
-        self.samples = x.shape[0] if x.dim() else 1
+        dim = self.batch_dim
+        self.samples = 0 if dim is None or dim >= x.dim() else x.shape[dim] // self.repeats
         if not self.rows.numel():
             out = self._nothing(x, *args, **kwargs)
             return out if self.bias is None else self.add_bias(out)
@@ -364,11 +388,13 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         rows: (entries,) the output channel that each entry computes.
         in_width, out_width: channels of the input and the output.
         aligned: whether every entry's channel has the same index in the input and the output.
+        held: whether it is in eval mode while the network trains, so that its statistics stay.
     """
 
     in_width: int
     out_width: int
     aligned: bool
+    held = False
 
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:

@@ -2,7 +2,9 @@
 
 A row without bits outputs exactly its bias. Such constants are followed through the channel
 graph, in the same way for training and evaluation: `settle_statistics` gives batch norms that
-read a constant c the statistics it has (mean c, variance 0), so that they output β in both.
+read a constant c the statistics it has (mean c, variance 0), so that they output β in both. (One
+that is held in eval mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which
+becomes its β first.)
 """
 
 from collections import Counter
@@ -61,6 +63,10 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
         read = constant[node.inputs[0]][graph.sources[node.name][0]]
         read = torch.from_numpy(read).to(norm.running_mean)[norm.columns]
         fixed = ~read.isnan()
+        if norm.held:
+            if norm.bias is None:
+                continue
+            norm.bias[fixed] = _in_evaluation(norm, read).to(norm.bias)[fixed]
         norm.running_mean[fixed] = read[fixed]
         norm.running_var[fixed] = 0
 
@@ -117,7 +123,7 @@ class _Analysis:
                     if self.calls[node.module] > 1:
                         read = np.full_like(read, np.nan)  # its statistics are of several tensors
                     value[:] = 0  # also of entries that this analysis has dropped
-                    made = np.where(np.isnan(read), np.nan, self._bias(node))
+                    made = np.where(np.isnan(read), np.nan, self._normed(node, read))
                     live = self._live(node)
                     value[self._positions(node)[live]] = made[live]
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
@@ -279,10 +285,27 @@ class _Analysis:
         assert isinstance(conv, _QuantConv)
         return conv
 
+    def _normed(self, node: Node, read: np.ndarray) -> np.ndarray | float:
+        """What entries of a norm make of constants that they read."""
+        norm = self.modules[node.module]
+        if isinstance(norm, PlacedBatchNorm) and norm.held and norm.running_mean is not None:
+            return _numpy(_in_evaluation(norm, torch.from_numpy(read)).detach())
+        return self._bias(node)
+
     def _bias(self, node: Node) -> np.ndarray | float:
         """What a row outputs that computes nothing: by output channel, or by entry of a norm."""
         bias = getattr(self.modules[node.module], "bias", None)
         return 0.0 if bias is None else _numpy(bias.detach().double())
+
+
+def _in_evaluation(norm: PlacedBatchNorm, read: Tensor) -> Tensor:
+    """(entries,) what a norm in eval mode makes of (entries,) constants."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    read = read.to(norm.running_mean.device, torch.float64)
+    scaled = (read - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    if norm.weight is not None:
+        scaled = scaled * norm.weight
+    return scaled if norm.bias is None else scaled + norm.bias
 
 
 def _evaluate(node: Node, constants: list[np.ndarray]) -> np.ndarray:

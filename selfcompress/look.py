@@ -39,6 +39,11 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
+            # One that does more than to note its mode, such as a torchvision feature extractor,
+            # which has a graph for each.
+            if type(module).train is not nn.Module.train:
+                module.train(training)
+        for module, training in modes.items():
             module.training = training
 
 
@@ -51,11 +56,14 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
-    attributes = {module: dict(vars(module)) for module in model.modules()}
+    attributes = {
+        module: vars(module) | {"_buffers": dict(module._buffers)} for module in model.modules()
+    }
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    with kept_modes(model), eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
+    with eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
         try:
-            yield
+            with kept_modes(model):
+                yield
         finally:
             for module, before in attributes.items():
                 vars(module).clear()

@@ -57,6 +57,8 @@ class _Watch(TorchFunctionMode):
         for module, name in self.names.items():
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append((name, module))
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no such hooks, and is not looked into
             self.hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
 

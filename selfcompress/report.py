@@ -2,20 +2,22 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
 from selfcompress.ops import Kind
+from selfcompress.size import count_weights
 from selfcompress.text import aligned
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One convolution, linear layer, or attention.
+    """One layer that has weights.
 
     Attributes:
         kind: its type.
+        weights: that it has now, but for those that a layer before it shares.
         quantized: whether it has a quantiser; if so, every row that loses its bits is cut out of
             its weight, whatever `removable` says.
         rows: channels of its output now.
@@ -26,6 +28,7 @@ class LayerReport:
 
     name: str
     kind: str
+    weights: int
     quantized: bool
     rows: int
     removable: int
@@ -50,10 +53,13 @@ class Report:
             sum(layer.rows for layer in self.layers),
             sum(layer.removable for layer in self.layers),
         )
+        weights = sum(layer.weights for layer in self.layers)
+        share = sum(layer.weights for layer in quantized) / max(1, weights)
         lines.append(
-            f"{len(quantized)} of {len(self.layers)} layers are quantised; {removable:,} of "
-            f"{total:,} channels can go with all that reads them. Of the others, in quantised "
-            "layers, the row can go, and a constant keeps its place."
+            f"{len(quantized)} of {len(self.layers)} layers are quantised, with {100 * share:.0f} "
+            f"% of the weights; {removable:,} of {total:,} channels can go with all that reads "
+            "them. In quantised layers the others can lose all of their weights too: they become "
+            "constants."
         )
         return "\n".join(lines)
 
@@ -65,6 +71,7 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
         left_in_float: name → why, of layers that were not quantised.
     """
     found = []
+    seen: set[Tensor] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             width = module.out_width
@@ -73,8 +80,9 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
             if isinstance(module, nn.modules.conv._ConvNd):
                 width = module.out_channels
         elif name in left_in_float:
-            assert isinstance(module, nn.MultiheadAttention)
-            width = module.embed_dim
+            names = ("embed_dim", "embedding_dim", "hidden_size", "out_features")
+            width = next(getattr(module, key) for key in names if hasattr(module, key))
+            width *= 2 if getattr(module, "bidirectional", False) else 1
         else:
             continue
         removable, why = _removable(graph, name)
@@ -85,7 +93,8 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
             why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")
         kind = type(module).__name__.removeprefix("Quant")
         quantized = isinstance(module, QuantizedLayer)
-        found.append(LayerReport(name, kind, quantized, width, removable, why))
+        weights = count_weights(module, seen)
+        found.append(LayerReport(name, kind, weights, quantized, width, removable, why))
     return Report(tuple(found))
 
 

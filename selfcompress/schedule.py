@@ -18,7 +18,7 @@ class Schedule:
     with the noise of few bits, those that go and those that stay.
 
     Args:
-        steps: of the whole training.
+        steps: of the whole training: calls of `Compressor.step`, one for each optimiser step.
         begin, end: fractions of them between which there is a penalty; bit depths and exponents
             freeze at the end of it.
         rise: whether γ rises; if not, it is at its value from `begin` on.
@@ -30,8 +30,8 @@ class Schedule:
     rise: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.steps < 1 or self.steps != int(self.steps):
+            raise ValueError(f"steps must be a whole number and at least 1, not {self.steps}")
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(f"0 ≤ begin ≤ end ≤ 1 does not hold: {self.begin}, {self.end}")
 

@@ -30,19 +30,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
 _HALF_BITS = 16
-_WEIGHTED = (
+WEIGHTED = (
     *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
     nn.RNNCellBase,
 )  # fmt: skip
+"""The types of modules whose weights are counted; parameters of others are but stored."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +143,40 @@ def _counts(size: LayerSize | Size) -> tuple[str, ...]:
 
 
 def starting_weights(model: nn.Module) -> int:
-    """N: the weights of all modules that have weights, quantised or not."""
-    return sum(_weights(module) for module in model.modules())
+    """N: the weights of all modules that have weights, quantised or not; shared ones once."""
+    seen: set[Tensor] = set()
+    return sum(count_weights(module, seen) for module in model.modules())
 
 
-def _weights(module: nn.Module) -> int:
-    """The weights that are a module's own: parameters of at least two dimensions."""
-    if not isinstance(module, _WEIGHTED):
-        return 0
-    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+def count_weights(module: nn.Module, seen: set[Tensor]) -> int:
+    """A module's weights, but for parameters in `seen`, which its own are added to."""
+    return _count(_weights(module), _new(module, seen))
+
+
+@torch.no_grad()
+def _weights(module: nn.Module) -> list[Tensor]:
+    """A module's weights: tensors of at least two dimensions, if need be computed from others."""
+    if not isinstance(module, WEIGHTED):
+        return []
+    found: list[Tensor] = list(module.parameters(recurse=False))
+    if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        with kept_modes(module):
+            module.eval()  # in training a spectral norm changes when it is looked at
+            found += [getattr(module, name) for name in module.parametrizations]
+    return [tensor for tensor in found if tensor.dim() > 1]
+
+
+def _new(module: nn.Module, seen: set[Tensor]) -> set[Tensor]:
+    """A module's parameters that are not in `seen` yet, where they are added."""
+    new: set[Tensor] = {p for p in module.parameters(recurse=False) if p not in seen}
+    seen |= new
+    return new
+
+
+def _count(weights: list[Tensor], new: set[Tensor]) -> int:
+    """Elements of `weights`, but of parameters that another module has counted."""
+    return sum(w.numel() for w in weights if w in new or not isinstance(w, nn.Parameter))
 
 
 def q_bits(model: nn.Module) -> Tensor:
@@ -188,8 +216,9 @@ def measure(
         if node.module:
             pixels[node.module] = pixels.get(node.module, 0) + node.pixels
     layers = []
+    seen: set[Tensor] = set()
     for name, module in model.named_modules():
-        layer = _measure_module(name, module, pixels.get(name, 0), fold_norms, half)
+        layer = _measure_module(name, module, pixels.get(name, 0), fold_norms, half, seen)
         if layer.stored_bits or layer.out_width:
             layers.append(layer)
     parameters = sum(
@@ -201,7 +230,7 @@ def measure(
 
 
 def _measure_module(
-    name: str, module: nn.Module, pixels: int, fold_norms: bool, half: bool
+    name: str, module: nn.Module, pixels: int, fold_norms: bool, half: bool, seen: set[Tensor]
 ) -> LayerSize:
     if isinstance(module, QuantizedLayer):
         depth = integer_depth(module.bit_depth)
@@ -224,7 +253,8 @@ def _measure_module(
             macs=weights * pixels,
         )
     folded = fold_norms and isinstance(module, PlacedBatchNorm) and module.can_be_folded
-    stored = sum(_as_held(p, half) for p in module.parameters(recurse=False))
+    new = _new(module, seen)
+    stored = sum(_as_held(p, half) for p in new)
     stored += sum(
         _as_held(buffer, half)
         for key, buffer in module.named_buffers(recurse=False)
@@ -233,12 +263,11 @@ def _measure_module(
     if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
         stored += module.in_width if module.num_features < module.in_width else 0
-    weights = _weights(module)
-    if weights == 0:
+    used = _weights(module)
+    if not any(weight.numel() for weight in used):
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
-    width = getattr(module, "out_channels", 0) or next(
-        p.shape[0] for p in module.parameters(recurse=False) if p.dim() > 1
-    )
+    width = getattr(module, "out_channels", 0) or used[0].shape[0]
+    weights = _count(used, new)
     return LayerSize(
         name=name,
         channels=width,
@@ -247,7 +276,7 @@ def _measure_module(
         weights=weights,
         q_bits=32.0 * weights,
         stored_bits=stored,
-        macs=weights * pixels if isinstance(module, FLOAT_LAYERS) else 0,
+        macs=sum(w.numel() for w in used) * pixels if isinstance(module, FLOAT_LAYERS) else 0,
     )
 
 

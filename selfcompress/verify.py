@@ -97,13 +97,25 @@ def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     """max |a - b| in units of max |a| or of `floor`; infinite where only one is finite."""
     if a.shape != b.shape:
         return math.inf
-    differs = a != b  # equal infinities do not
+    differs = (a != b) & ~(a.isnan() & b.isnan())  # equal infinities do not
     if not differs.any():
         return 0.0
     if not a.is_floating_point():
         return math.inf
     scale = a[a.isfinite()].abs().amax().clamp(min=max(floor, 1e-30)) if a.isfinite().any() else 1.0
     return float(((a - b)[differs].abs().amax() / scale).nan_to_num(nan=math.inf))
+
+
+def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
+    """Whether `model` computes something else each time: dropout that eval mode leaves on, say."""
+    runs = []
+    device = device_of(inputs)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            runs.append(snapshot(model, inputs))
+    pairs = zip(*(run.outputs for run in runs), strict=True)
+    return any(_difference(a, b) > tolerance for a, b in pairs)
 
 
 @contextmanager

@@ -774,14 +774,16 @@ def test_the_report_reads_well() -> None:
     assert "ParametrizedConv2d" in whys["1"]
     assert "excluded" in whys["3"]
     assert "output of the model" in whys["5"]
-    assert lines[-1].startswith("3 of 5 layers are quantised; ")
+    assert lines[-1].startswith("3 of 5 layers are quantised, with ")
     check_exact(compressor, images())
 
 
 def test_layers_that_nobody_calls_are_reported() -> None:
     model = Chain()
     model.spare = nn.Linear(3, 3)
-    entry = reported(started(model, images()))["spare"]
+    with pytest.warns(UserWarning, match="not called on example_input: spare"):
+        compressor = started(model, images())
+    entry = reported(compressor)["spare"]
     assert entry.removable == 0
     assert "not called" in entry.why
 

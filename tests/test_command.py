@@ -164,7 +164,7 @@ def test_mistakes_are_told_in_one_line(
         (["predict", net], "no image"),
         (["predict", net, tmp_path / "absent.png"], "absent.png"),
         (["predict", net, tmp_path / "image.png"], "image.png"),
-        (["predict", bare, tmp_path / "image.png"], "how its images are prepared"),
+        (["predict", bare, tmp_path / "image.png"], "how RGB images are prepared"),
         (["eval", other], "nonet"),
         (["eval", net, "--dataset", "folder", "--data-dir", tmp_path / "no"], "no folder"),
         (["export", net, "--onnx", tmp_path / "no" / "net.onnx"], "No such file"),

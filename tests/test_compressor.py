@@ -152,6 +152,7 @@ def test_after_a_cut_the_formats_are_still_stepped_and_nobody_sees_their_gradien
     assert all((depth < before[name]).any() for name, depth in depths(compressor).items())
 
 
+@pytest.mark.filterwarnings("ignore:no gradient of a weight")
 def test_accumulated_gradients_step_the_formats_as_their_sum() -> None:
     results = []
     for parts in (1, 4):

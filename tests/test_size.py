@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import Chain, Flat, compressor_of
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from models.resnet9 import ResNet9
 from selfcompress import Compressor, LayerSize, Size
@@ -218,3 +219,41 @@ def test_the_table_names_every_layer() -> None:
     for name in ("a.0", "a.1", "hidden", "out", "in all"):
         assert name in text
     assert f"{compressor.size().stored_bits:,}" in text
+
+
+class Tied(nn.Module):
+    """The head has the weight of the embedding; a layer recurs, and one computes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, 16), spectral_norm(nn.Linear(16, 12))
+        self.step, self.body = nn.GRU(12, 8, bidirectional=True), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(self.step(self.mix(self.embed(x)))[0]))
+        return y
+
+
+def test_shared_and_computed_weights_count_once() -> None:
+    recurrent = 2 * 3 * 8 * (12 + 8)
+    model = Tied()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    compressor = Compressor(model, torch.randint(50, (4, 6)), 0.0, bits=8)
+    counts = {"embed": 800, "mix": 192, "step": recurrent, "body": 256, "head": 0}
+    assert compressor.starting_weights == sum(counts.values())
+    size = compressor.size()
+    layers = by_name(size)
+    assert {name: layers[name].weights for name in counts} == counts
+    assert size.q_bits == 8 * 256 + 32 * (sum(counts.values()) - 256)
+    assert layers["head"].stored_bits == 0
+    assert layers["head"].macs == 6 * 800
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    entries = {entry.name: entry for entry in compressor.report().layers}
+    assert {n: e.weights for n, e in entries.items()} == counts
+    assert {n: e.rows for n, e in entries.items()} == {
+        "embed": 16, "mix": 12, "step": 16, "body": 16, "head": 50,
+    }  # fmt: skip
+    assert [n for n, e in entries.items() if e.quantized] == ["body"]
+    assert "1 of 5 layers are quantised, with 12 % of the weights" in str(compressor)

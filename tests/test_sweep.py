@@ -289,6 +289,8 @@ def test_the_pool_is_bounded_in_order_and_shares_cores_and_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfcompress.training.pool.cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "5")
     show = "import os, time; print(*(os.environ.get(n) for n in "
     show += "('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'))); time.sleep(0.3)"
     scripts = write_scripts(tmp_path, 7, show)
@@ -302,7 +304,8 @@ def test_the_pool_is_bounded_in_order_and_shares_cores_and_gpus(
     assert most == 3
     assert started == sorted(scripts)
     assert sorted(end.name for end in ended) == sorted(scripts)
-    assert {end.lines[0] for end in ended} == {"2 2 4", "2 2 GPU-x"}  # 7 cores for 3 jobs
+    # 7 cores for 3 jobs, and no more threads than the user asked for.
+    assert {end.lines[0] for end in ended} == {"1 2 4", "1 2 GPU-x"}
     assert all(end.code == 0 for end in ended)
 
 

@@ -49,7 +49,8 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
         best = max(results, key=lambda r: r.accuracy)
         raise UserError(
             f"none of {len(results)} runs is as good as that; the smallest, {small.name}, has "
-            f"{small.file_bytes:,} bytes, the most accurate, {best.name}, {best.accuracy:.4f}"
+            f"{small.file_bytes:,} bytes, the most accurate, {best.name}, is right in "
+            f"{100 * best.accuracy:.2f} %"
         )
     if max_bytes is None:
         best = min(fitting, key=lambda r: (r.file_bytes, -r.accuracy))

@@ -42,9 +42,11 @@ def run_all(
     jobs = min(jobs, len(scripts)) or 1
     waiting, free = deque(scripts), list(range(jobs))
     running: dict[str, tuple[subprocess.Popen[bytes], int, int]] = {}  # process, slot, log's start
-    environment = os.environ | dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores() // jobs))
-    )
+    share = max(1, cores() // jobs)
+    environment = dict(os.environ)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        asked = environment.get(variable, "")
+        environment[variable] = str(min(share, int(asked)) if asked.isdecimal() else share)
     try:
         while waiting or running:
             while waiting and free:

@@ -1,0 +1,353 @@
+"""Ways in which people train that once led to wrong networks, most of them without a word."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Residual, block, compressor_of
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from selfcompress import Compressor, Schedule, to_dense
+from selfcompress.layers import QuantizedLayer
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def kill(compressor: Compressor) -> None:
+    """Every third row of every layer loses its bits."""
+    for layer in compressor.layers.values():
+        with torch.no_grad():
+            layer.bit_depth[::3] = 0
+
+
+def one_step(compressor: Compressor, optimizer: torch.optim.Optimizer, x: Tensor = X) -> None:
+    loss = compressor.model(x).square().mean() + compressor.penalty()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    compressor.step(optimizer)
+
+
+def sgd(compressor: Compressor) -> SGD:
+    return SGD(compressor.weights(), lr=0.01, momentum=0.9)
+
+
+# --- batch norms that do not learn ----------------------------------------------------------------
+
+
+class Frozen(Residual):
+    """Its batch norms stay in eval mode."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+def frozen(way: str) -> tuple[Compressor, SGD]:
+    torch.manual_seed(0)
+    model = (Frozen if way == "train()" else Residual)(relu_after=True).double()
+    compressor = compressor_of(model, X.double(), 0.0, bits=8)
+    optimizer = SGD(compressor.weights(), lr=0.0)
+    model.train()
+    if way == "loop":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    one_step(compressor, optimizer, X.double())
+    return compressor, optimizer
+
+
+@pytest.mark.parametrize("way", ["train()", "loop"])
+def test_a_cut_behind_frozen_norms_is_exact(way: str) -> None:
+    compressor, optimizer = frozen(way)
+    kill(compressor)
+    before = compressor.model(X.double())
+    for _ in range(2):
+        compressor.cut(optimizer)
+        torch.testing.assert_close(compressor.model(X.double()), before, rtol=1e-9, atol=1e-9)
+    evaluated = compressor.model.eval()(X.double())
+    torch.testing.assert_close(evaluated, before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["train()", "loop"])
+def test_frozen_norms_keep_their_statistics_to_the_end(way: str) -> None:
+    compressor, optimizer = frozen(way)
+    before = compressor.model(X.double())
+    compressor.model.eval()
+    compressor.finish([X.double()], optimizer)
+    torch.testing.assert_close(compressor.model(X.double()), before, rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_are_averaged_over_all_batches_alike() -> None:
+    model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    inputs = [X[:2], X[2:4], X[4:] + 1]
+    compressor.reestimate(inputs)
+    made = [model[0][0](x) for x in inputs]
+    means = torch.stack([y.mean((0, 2, 3)) for y in made]).mean(0)
+    torch.testing.assert_close(model[0][1].running_mean, means)
+    assert model[0][1].momentum == 0.1
+    assert model.training
+
+
+@pytest.mark.parametrize("loader", [[], iter(())])
+def test_a_loader_without_batches_is_refused(loader: Any) -> None:
+    model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    model(X)
+    before = model[0][1].running_mean.clone()
+    with pytest.raises(ValueError, match="no batch"):
+        compressor.finish(loader)
+    assert torch.equal(model[0][1].running_mean, before)
+    assert model[0][1].momentum == 0.1
+
+
+def test_batches_of_another_kind_are_refused() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
+    with pytest.raises(ValueError, match="not of dict"):
+        compressor.finish([{"x": X}])
+
+
+# --- what a step sees -----------------------------------------------------------------------------
+
+
+class Query(nn.Module):
+    """A layer that sees one learned vector, one that sees a sequence batch second, and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 4))
+        self.ask, self.read, self.tokens = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.read(x.flatten(2).permute(2, 0, 1))  # (pixels, batch, channels)
+        y = self.tokens((y + self.ask(self.query)).flatten(0, 1))
+        return y.view(-1, x.shape[0], 8).sum(0)
+
+
+def test_samples_are_told_from_queries_sequences_and_tokens() -> None:
+    model: Any = Query()
+    Compressor(model, X, 0.0)
+    model(X[:5])
+    seen = {name: getattr(model, name).samples for name in ("ask", "read", "tokens")}
+    assert seen == {"ask": 0, "read": 5, "tokens": 5}
+
+
+def test_a_layer_that_is_thawed_is_compressed() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model[0].requires_grad_(False)
+    compressor = Compressor(model, X, 100.0, bits=4, interval=1000)
+    optimizer = sgd(compressor)
+    before = model[0].bit_depth.detach().clone()
+    for _ in range(3):
+        one_step(compressor, optimizer)
+    assert torch.equal(model[0].bit_depth, before)
+    model.requires_grad_(True)
+    for _ in range(3):
+        one_step(compressor, optimizer)
+    assert (model[0].bit_depth < before).any()
+
+
+def test_gradients_that_were_not_seen_are_missed() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3))
+    compressor = Compressor(model, X, 0.1)
+    optimizer = sgd(compressor)
+    compressor.penalty().backward()
+    weights = compressor.weights()
+    found = torch.autograd.grad(model(X).square().mean(), weights)
+    for weight, gradient in zip(weights, found, strict=True):
+        weight.grad = gradient
+    with pytest.warns(UserWarning, match="no gradient of a weight was seen"):
+        compressor.step(optimizer)
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_a_schedule_that_is_not_over_is_said(taken: int) -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.1, bits=8, schedule=Schedule(20))
+    optimizer = sgd(compressor)
+    for _ in range(taken):
+        one_step(compressor, optimizer)
+    with pytest.warns(UserWarning, match=f"of 20 steps, .* called {taken} times"):
+        compressor.finish([X])
+
+
+def test_options_of_the_wrong_kind_leave_the_model_alone() -> None:
+    model: Any = nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1))
+    with pytest.raises(ValueError, match="Schedule, not 240"):
+        Compressor(model, X, 0.1, schedule=240)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole number"):
+        Schedule(10.5)  # type: ignore[arg-type]
+    lazy: Any = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match="run the model once"):
+        Compressor(lazy, X, 0.1)
+    compressor = Compressor(model, X, 0.1, exclude="1")
+    assert compressor.layers.keys() == {"0.0"}
+
+
+# --- what is noted on parameters, layers and models -----------------------------------------------
+
+
+def test_hooks_and_notes_on_a_parameter_survive_a_cut() -> None:
+    model: Any = nn.Sequential(block(3, 9), nn.Flatten(), nn.Linear(9 * 64, 4))
+    compressor = Compressor(model, X, 0.0)
+    seen: list[torch.Size] = []
+    weight = model[0][0].weight
+    weight.no_decay = True
+    handle = weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    model[2].weight.register_hook(lambda gradient: gradient.clamp(-1e-9, 1e-9))
+    kill(compressor)
+    assert compressor.cut() is not None
+    assert model[0][0].weight is not weight
+    model(X).square().sum().backward()
+    assert seen == [model[0][0].weight.shape]
+    assert model[0][0].weight.no_decay
+    assert model[2].weight.grad.abs().max() <= 1e-9
+    handle.remove()
+    model(X).sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_dense_copy_keeps_hooks_on_layers() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    compressor = Compressor(model, X, 0.0)
+    torch.testing.assert_close(to_dense(compressor.model)(X), model(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_formats_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
+    model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    layer = compressor.layers["0.0"]
+    assert isinstance(layer, QuantizedLayer)
+    with torch.no_grad():
+        layer.bit_depth.fill_(4.0005)  # 5 bits; in half precision it would be 4
+        layer.exponent.fill_(-3.0003)
+    before = layer.bit_depth.clone(), layer.exponent.clone()
+    model.to(dtype)
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.bit_depth, before[0])
+    assert torch.equal(layer.exponent, before[1])
+    model.double()
+    assert layer.bit_depth.dtype == torch.float64
+
+
+class Dropped(nn.Module):
+    """Dropout that asks for the mode, or is always on."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.always = block(3, 9), nn.Linear(9, 4), always
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls = self.calls + 1
+        y = self.body(x).mean((2, 3))
+        return self.head(F.dropout(y, training=self.always or self.training))
+
+
+def test_a_feature_extractor_stays_in_its_mode() -> None:
+    model: Any = create_feature_extractor(Dropped(), ["head"]).train()
+    compressor = Compressor(model, X, 0.0)
+    kill(compressor)
+    for _ in range(2):
+        assert not torch.equal(model(X)["head"], model(X)["head"])
+        compressor.cut()
+
+
+def test_a_buffer_that_forward_replaces_is_put_back() -> None:
+    model: Any = Dropped()
+    compressor = Compressor(model, X, 0.0)
+    kill(compressor)
+    compressor.cut()
+    assert model.calls == 0
+
+
+def test_a_network_that_is_random_in_evaluation_is_cut_unchecked() -> None:
+    compressor = Compressor(Dropped(always=True), X, 0.0)
+    kill(compressor)
+    with pytest.warns(UserWarning, match="cannot be checked"):
+        assert compressor.cut() is not None
+    assert compressor.model(X).shape == (6, 4)
+
+
+class Spread(nn.Module):
+    """It returns a deviation over the batch too: of one image, NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = block(3, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.head(self.body(x).mean((2, 3)))
+        return y, y.std(0)
+
+
+@pytest.mark.filterwarnings("ignore:std", "error:cuts cannot be checked")
+def test_nan_before_and_after_is_no_difference() -> None:
+    compressor = Compressor(Spread(), X[:1], 0.0)
+    kill(compressor)
+    assert compressor.cut() is not None
+
+
+class Tasks(nn.Module):
+    """One of its heads is not called by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = block(3, 9), nn.Conv2d(9, 4, 1), nn.Conv2d(9, 2, 1)
+
+    def forward(self, x: Tensor, task: str = "a") -> Any:
+        return getattr(self, task)(self.trunk(x))
+
+
+class Both(nn.Module):
+    def __init__(self, tasks: Tasks) -> None:
+        super().__init__()
+        self.tasks = tasks
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tasks(x), self.tasks(x, "b")
+
+
+def test_heads_that_the_example_does_not_reach_are_named_and_a_wrapper_helps() -> None:
+    tasks: Any = Tasks()
+    with pytest.warns(UserWarning, match="not called on example_input: b. "):
+        Compressor(copy.deepcopy(tasks), X, 0.0)
+    compressor = Compressor(Both(tasks), X, 0.0)
+    kill(compressor)
+    assert compressor.cut() is not None
+    assert tasks(X).shape[1] == 4
+    assert tasks(X, "b").shape[1] == 2
+    assert len(tasks.trunk[0].weight) == 6
+
+
+def test_an_average_of_the_compiled_model_is_cut_along() -> None:
+    model: Any = nn.Sequential(block(3, 9), nn.Flatten(), nn.Linear(9 * 64, 4))
+    compressor = Compressor(model, X, 0.0)
+    compiled: Any = torch.compile(model)  # not run, so nothing is compiled
+    average = AveragedModel(compiled)
+    kill(compressor)
+    assert compressor.cut(sgd(compressor), [average]) is not None
+    average.update_parameters(model)
+
+
+def test_the_number_of_cuts_is_saved() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.0)
+    optimizer = sgd(compressor)
+    kill(compressor)
+    compressor.cut(optimizer)
+    fresh = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.0)
+    fresh.load_state_dict(compressor.state_dict(optimizer), sgd(fresh))
+    assert fresh.cuts == compressor.cuts == 1
