@@ -133,6 +133,8 @@ class _Builder:
                 self.read.add((self._target(node)).rpartition(".")[0])
         for node in part.nodes:
             self._visit(node, hazards)
+            for value in self._tensors(node) if node in part.watched else ():
+                self._freeze(value.ids, part.watched[node])
 
     def _visit(self, node: torch.fx.Node, hazards: set[torch.fx.Node]) -> None:
         inputs = list(dict.fromkeys(v for n in node.all_input_nodes for v in self._tensors(n)))

@@ -38,12 +38,14 @@ class Part:
         nodes: its operations in order; `facts[node]` is what each gave on the example, with a
             `Shape` in place of every tensor.
         inside: names of the submodules that are leaves because they cannot be traced.
+        watched: operation → who else may read what it gave.
     """
 
     name: str
     nodes: list[torch.fx.Node]
     facts: dict[torch.fx.Node, Any]
     inside: list[str]
+    watched: dict[torch.fx.Node, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -147,6 +149,13 @@ class _Tracer(torch.fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.failed: dict[str, str] = {}
+        self.watched: dict[torch.fx.Node, str] = {}
+
+    def watch(self, values: Any, why: str) -> None:
+        """Note that somebody outside of the trace sees `values`."""
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, torch.fx.Proxy) and leaf.tracer is self:
+                self.watched[leaf.node] = why
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
@@ -165,7 +174,11 @@ class _Tracer(torch.fx.Tracer):
             return inner(*args, **kwargs)
         before, stack = len(self.graph.nodes), dict(self.module_stack)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if m._forward_hooks or m._forward_pre_hooks:
+                name = self.path_of_module(m)
+                self.watch((args, kwargs, result), f"hooks on {name} see it")
+            return result
         except Exception as error:  # whatever the user's forward() does under the tracer
             name = self.path_of_module(m)
             if self.is_leaf_module(m, name):
@@ -199,6 +212,10 @@ def _trace_part(
     module.train()
     graph = tracer.trace(module, concrete_args=plain or None)
     traced = torch.fx.GraphModule(module, graph)
+    for owner, submodule in module.named_modules():
+        for key, value in vars(submodule).items():
+            if not key.startswith("_"):
+                tracer.watch(value, f"it is kept as {owner}.{key}".replace(" .", " "))
     module.eval()
     extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
     if extra:
@@ -211,7 +228,7 @@ def _trace_part(
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
-    return Part(name, list(graph.nodes), facts.facts, inside)
+    return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched)
 
 
 def _calls(graph: torch.fx.Graph) -> Counter[tuple[str, str]]:

@@ -351,3 +351,42 @@ def test_the_number_of_cuts_is_saved() -> None:
     fresh = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.0)
     fresh.load_state_dict(compressor.state_dict(optimizer), sgd(fresh))
     assert fresh.cuts == compressor.cuts == 1
+
+
+class Kept(nn.Module):
+    """It keeps the features of its first block, for a loss of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = block(3, 9), block(9, 9), nn.Conv2d(9, 4, 1)
+        self.features: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        self.features = [self.one(x)]
+        return self.head(self.two(self.features[0]))
+
+
+def test_what_a_hook_on_a_block_sees_keeps_its_channels() -> None:
+    model: Any = nn.Sequential(block(3, 9), block(9, 9), nn.Conv2d(9, 4, 1))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    compressor = Compressor(model, X, 0.0)
+    kill(compressor)
+    assert compressor.cut() is not None
+    seen.clear()
+    model(X)
+    assert [s.shape[1] for s in seen] == [9]
+    assert any("hooks on 0 see it" in why for why in compressor.graph.reasons.values())
+    assert len(model[1][0].weight) == 6
+
+
+def test_features_that_a_module_keeps_keep_their_channels() -> None:
+    model: Any = Kept()
+    compressor = Compressor(model, X, 0.0)
+    assert not model.features
+    kill(compressor)
+    assert compressor.cut() is not None
+    model(X)
+    assert model.features[0].shape[1] == 9
+    assert any("kept as features" in why for why in compressor.graph.reasons.values())
+    assert model.head.in_channels == len(model.two[0].weight) == 6
