@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
+from selfcompress.attention import QuantAttention
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
@@ -157,7 +158,14 @@ class Compressor:
     def _warn_of_idle(self, observed: Observed) -> None:
         """Name the layers that would miss what is cut in front of them."""
         followed = {node.module for node in self.graph.nodes}
-        idle = [n for n in self.layers if not observed.counts[n] and n not in followed]
+        modules = dict(self.model.named_modules())
+        idle = []
+        for name in self.layers:
+            owner = name.rpartition(".")[0]
+            if isinstance(modules[owner], QuantAttention):  # it reads its parts, and calls none
+                name = owner
+            if not observed.counts[name] and name not in followed:
+                idle.append(name)
         if idle and followed:
             warnings.warn(
                 f"not called on example_input: {', '.join(idle[:3])}{' …' if idle[3:] else ''}. If "

@@ -121,7 +121,8 @@ class QuantizedLayer(Placed):
 
     def expect(self, shape: torch.Size, batch: int) -> None:
         """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
-        same = [dim for dim, size in enumerate(shape) if size == batch]
+        channels = len(shape) + self.channel_dim
+        same = [dim for dim, size in enumerate(shape) if size == batch and dim != channels]
         # A window or a token may be a row of its own.
         first = [0] if len(shape) and shape[0] and shape[0] % batch == 0 else []
         self.batch_dim = next(iter(same + first), None)

@@ -126,7 +126,8 @@ class Query(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(1, 4))
-        self.ask, self.read, self.tokens = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(8, 8)
+        # Tokens have as many features as the example has samples.
+        self.ask, self.read, self.tokens = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Any:
         y = self.read(x.flatten(2).permute(2, 0, 1))  # (pixels, batch, channels)
@@ -331,6 +332,12 @@ def test_heads_that_the_example_does_not_reach_are_named_and_a_wrapper_helps() -
     assert tasks(X).shape[1] == 4
     assert tasks(X, "b").shape[1] == 2
     assert len(tasks.trunk[0].weight) == 6
+
+
+def test_the_parts_of_an_attention_are_not_missed(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4))
+    Compressor(model, torch.randn(2, 5, 16), 0.0)
+    assert not [warning for warning in recwarn if "not called" in str(warning.message)]
 
 
 def test_an_average_of_the_compiled_model_is_cut_along() -> None:
