@@ -385,12 +385,13 @@ class Compressor:
         count = len(positional(self.example_input))
         device = device_of(self.example_input)
         for batch in loader:
-            if not isinstance(batch, Tensor | list | tuple):
+            if isinstance(batch, list | tuple):
+                inputs = tuple(batch[:count]) if several else batch[0]
+            elif isinstance(batch, Tensor) or (several and count == 1):
+                inputs = (batch,) if several else batch
+            else:
                 kind = type(batch).__name__
-                raise ValueError(f"finish takes batches of (x, ...) or x, not of {kind}")
-            inputs = tuple(batch[:count]) if several else batch
-            if not several and isinstance(batch, list | tuple):
-                inputs = batch[0]
+                raise ValueError(f"batches must be (x, ...) or x, not {kind}")
             yield pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
     def report(self) -> Report:

@@ -113,8 +113,27 @@ def test_a_loader_without_batches_is_refused(loader: Any) -> None:
 
 def test_batches_of_another_kind_are_refused() -> None:
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
-    with pytest.raises(ValueError, match="not of dict"):
+    with pytest.raises(ValueError, match="not dict"):
         compressor.finish([{"x": X}])
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = block(3, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        return self.body(batch["x"])
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_model_of_a_dict_is_finished_on_dicts(labelled: bool) -> None:
+    model: Any = Named()
+    compressor = Compressor(model, ({"x": X},), 0.0)
+    batch = {"x": X + 1}
+    compressor.finish([(batch, torch.zeros(6))] if labelled else [batch])
+    made = model.body[0](X + 1).mean((0, 2, 3))
+    torch.testing.assert_close(model.body[1].running_mean, made)
 
 
 # --- what a step sees -----------------------------------------------------------------------------
