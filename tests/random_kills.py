@@ -45,7 +45,7 @@ def below(chance: float, n: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def kill_at_random(compressor: Compressor, seed: int) -> None:
+def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> None:
     """Kill rows of every layer, some layers whole; of biases, some become 0, some negative."""
     generator = torch.Generator().manual_seed(seed)
     for layer in compressor.layers.values():
@@ -62,8 +62,21 @@ def kill_at_random(compressor: Compressor, seed: int) -> None:
     for name, idle in compressor._idle.items():
         compressor.layers[name].bit_depth[idle] = 0
     compressor.keep_connected()
-    avoid_ties(compressor)
-    settle_statistics(compressor.graph, compressor.model)
+    if settle:
+        avoid_ties(compressor)
+        settle_statistics(compressor.graph, compressor.model)
+
+
+@torch.no_grad()
+def hold_norms(compressor: Compressor, seed: int) -> None:
+    """Batch norms are in eval mode while the network trains, with random statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in compressor.model.modules():
+        if isinstance(norm, PlacedBatchNorm):
+            norm.held = True
+            if norm.running_mean is not None and norm.running_var is not None:
+                norm.running_mean.normal_(generator=generator)
+                norm.running_var.uniform_(0.5, 2, generator=generator)
 
 
 Before = Callable[[PlacedBatchNorm, Tensor, Tensor], Tensor | None]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_kills import compressed, compute, kill_at_random, told, watched_norms
+from random_kills import compressed, compute, hold_norms, kill_at_random, told, watched_norms
 from random_networks import build
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -114,6 +114,25 @@ def check_cuts(seed: int) -> None:
 @example(seed=2197)  # a norm's entry goes with the partner of a product
 def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
     check_cuts(seed)
+
+
+def check_held(seed: int) -> None:
+    with told(seed):
+        compressor = compressed(seed)
+        hold_norms(compressor, seed)
+        for kills in (seed, seed + 1):
+            kill_at_random(compressor, kills, settle=False)
+            before, _ = compute(compressor, training=False)
+            compressor.cut()
+            after, _ = compute(compressor, training=False)
+            for now, was in zip(after, before, strict=True):
+                assert_same(now, was, max(float(was.abs().max()), 0.1), "an output")
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_cut_among_norms_that_are_held_is_exact(seed: int) -> None:
+    check_held(seed)
 
 
 @pytest.mark.slow
