@@ -184,8 +184,8 @@ class Run:
         if target < least:
             raise UserError(
                 f"--target-size {config.target_size} is {target:,} bytes, but no file of "
-                f"{config.model} is smaller than {least:,}: that is one row in every layer that has "
-                "to stay"
+                f"{config.model} is smaller than {least:,}: so much takes one row in every layer "
+                "that has to stay"
             )
         start = self._file_bytes(self.model)
         if target >= start:
