@@ -150,7 +150,7 @@ class Compressor:
         self._warn_of_idle(observed)
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
-        self._norms = [m for m in model.modules() if isinstance(m, PlacedBatchNorm)]
+        self._norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
@@ -241,7 +241,7 @@ class Compressor:
         if self.steps == 0 or due:
             self._require_cuttable(optimizer, averages)
             self._require_all_weights(optimizer)
-        for norm in self._norms:
+        for norm in self._norms.values():
             norm.held = not norm.training
         if not self.frozen:
             fit = (self.steps + 1) % FIT_INTERVAL == 0
@@ -429,6 +429,7 @@ class Compressor:
             "frozen": self.frozen,
             "steps": self.steps,
             "cuts": self.cuts,
+            "held": [name for name, norm in self._norms.items() if norm.held],
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -460,6 +461,8 @@ class Compressor:
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
         self._idle = {n: t.to(device) for n, t in state["idle"].items()}
+        for name in state.get("held", ()):
+            self._norms[name].held = True
         self.gamma = state["gamma"]
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:

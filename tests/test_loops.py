@@ -87,6 +87,16 @@ def test_frozen_norms_keep_their_statistics_to_the_end(way: str) -> None:
     torch.testing.assert_close(compressor.model(X.double()), before, rtol=1e-9, atol=1e-9)
 
 
+def test_frozen_norms_keep_their_statistics_in_another_process() -> None:
+    compressor, optimizer = frozen("loop")
+    before = compressor.model(X.double())
+    fresh = Compressor(Residual(relu_after=True).double(), X.double(), 0.0, bits=8)
+    fresh.load_state_dict(compressor.state_dict(optimizer), SGD(fresh.weights(), lr=0.0))
+    fresh.finish([X.double()])
+    after = fresh.model.eval()(X.double())
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
 def test_statistics_are_averaged_over_all_batches_alike() -> None:
     model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
     compressor = Compressor(model, X, 0.0, bits=8)
