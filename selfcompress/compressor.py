@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -150,7 +151,8 @@ class Compressor:
         self._warn_of_idle(observed)
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
-        self._norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}
+        self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+        self._held: set[str] = set()
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
         self._idle = self._zero_rows()
@@ -164,7 +166,8 @@ class Compressor:
             owner = name.rpartition(".")[0]
             if isinstance(modules[owner], QuantAttention):  # it reads its parts, and calls none
                 name = owner
-            if not observed.counts[name] and name not in followed:
+            apart = any(not o or name.startswith(f"{o}.") for o in self.graph.untraceable)
+            if not observed.counts[name] and name not in followed and not apart:
                 idle.append(name)
         if idle and followed:
             warnings.warn(
@@ -176,14 +179,21 @@ class Compressor:
 
     def _expect_samples(self, observed: Observed) -> None:
         """Tell layers which dimension of their input counts samples."""
-        tensors = [leaf for leaf in positional(self.example_input) if isinstance(leaf, Tensor)]
-        batch = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+        tensors = [x for x in positional(self.example_input) if isinstance(x, Tensor) and x.dim()]
+        tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
+        batch = len(tensors[0]) if tensors else 0
         if batch < 2:
             return
-        for name, layer in self.layers.items():
+        shapes = {}
+        for name in self.layers:
             args, kwargs = observed.arguments.get(name, ((), {}))
             read = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-            layer.expect(read[0].shape if read else torch.Size(), batch)
+            shapes[name] = read[0].shape if read else torch.Size()
+        for name, layer in self.layers.items():
+            layer.expect(shapes[name], batch)
+        if all(layer.batch_dim is None for layer in self.layers.values()):
+            for name, layer in self.layers.items():
+                layer.expect_rows(shapes[name], batch)
         if all(layer.batch_dim is None for layer in self.layers.values()):
             for layer in self.layers.values():
                 layer.batch_dim = 0
@@ -214,10 +224,19 @@ class Compressor:
 
     def penalty(self) -> Tensor:
         """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
+        if torch.is_grad_enabled():  # the modes are those of training now
+            self._hold({name for name, norm in self._norms.items() if not norm.training})
         penalty = self.price / self.starting_weights * q_bits(self.model)
         if penalty.requires_grad:
             penalty.register_hook(self.formats.note_loss_scale)
         return penalty
+
+    def _hold(self, names: set[str]) -> None:
+        """Note which batch norms are in eval mode while the network trains."""
+        self._held = names
+        for name, norm in self._norms.items():
+            if isinstance(norm, PlacedBatchNorm):
+                norm.held = name in names
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -241,8 +260,6 @@ class Compressor:
         if self.steps == 0 or due:
             self._require_cuttable(optimizer, averages)
             self._require_all_weights(optimizer)
-        for norm in self._norms.values():
-            norm.held = not norm.training
         if not self.frozen:
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), fit=fit)
@@ -349,8 +366,8 @@ class Compressor:
         While formats move, running statistics lag behind; those of the final network are
         averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
         tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were
-        in eval mode at the last `step` keep theirs. Only an optimiser that is given here can train
-        the network on: of any other the cut parameters are the old ones.
+        in eval mode at the last `penalty` keep theirs. Only an optimiser that is given here can
+        train the network on: of any other the cut parameters are the old ones.
 
         Raises:
             As `reestimate` and `step`.
@@ -376,7 +393,8 @@ class Compressor:
         Raises:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
-        reestimate(self.model, self._batches(loader))
+        held = {self._norms[name] for name in self._held}
+        reestimate(self.model, self._batches(loader), held)
         settle_statistics(self.graph, self.model)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Inputs]:
@@ -389,6 +407,8 @@ class Compressor:
                 inputs = tuple(batch[:count]) if several else batch[0]
             elif isinstance(batch, Tensor) or (several and count == 1):
                 inputs = (batch,) if several else batch
+            elif not several and not isinstance(self.example_input, Tensor):
+                inputs = batch  # something of the user's own
             else:
                 kind = type(batch).__name__
                 raise ValueError(f"batches must be (x, ...) or x, not {kind}")
@@ -429,7 +449,7 @@ class Compressor:
             "frozen": self.frozen,
             "steps": self.steps,
             "cuts": self.cuts,
-            "held": [name for name, norm in self._norms.items() if norm.held],
+            "held": sorted(self._held),
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -461,8 +481,7 @@ class Compressor:
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
         self._idle = {n: t.to(device) for n, t in state["idle"].items()}
-        for name in state.get("held", ()):
-            self._norms[name].held = True
+        self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:

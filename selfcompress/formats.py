@@ -42,6 +42,7 @@ enough to be harmless can follow.
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 
@@ -121,6 +122,10 @@ class FormatStepper:
     def _trainable(self) -> list[bool]:
         return [layer.weight.requires_grad for layer in self.layers.values()]
 
+    def _expected(self) -> bool:
+        """Whether there are weights whose gradients should have been seen."""
+        return any(map(operator.and_, self._watched, self._trainable()))
+
     def _forget(self) -> None:
         self._squares.clear()
         self._collected.clear()
@@ -172,7 +177,7 @@ class FormatStepper:
         # An example of one sample does not tell whose rows are tokens; the fewest are samples.
         called = [layer.samples for layer in self.layers.values() if layer.samples]
         samples = min(called, default=1) * max(1, self._penalties)
-        if self._penalties and gamma > 0 and not self._squares and any(self._watched):
+        if self._penalties and gamma > 0 and not self._squares and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",

@@ -59,9 +59,9 @@ class Placed(nn.Module):
 
         def apply(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
-            narrower = moved.element_size() < tensor.element_size()
             # In half precision a depth could round down to fewer bits.
-            if narrower and any(tensor is parameter for parameter in formats):
+            half = moved.is_floating_point() and moved.element_size() < 4
+            if half and any(tensor is parameter for parameter in formats):
                 return tensor.to(moved.device)
             return moved
 
@@ -121,13 +121,14 @@ class QuantizedLayer(Placed):
 
     def expect(self, shape: torch.Size, batch: int) -> None:
         """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
-        channels = len(shape) + self.channel_dim
-        same = [dim for dim, size in enumerate(shape) if size == batch and dim != channels]
-        # A window or a token may be a row of its own.
-        first = [0] if len(shape) and shape[0] and shape[0] % batch == 0 else []
-        self.batch_dim = next(iter(same + first), None)
-        if self.batch_dim is not None:
-            self.repeats = shape[self.batch_dim] // batch
+        sizes = shape[: max(0, len(shape) + self.channel_dim)]  # those in front of the channels
+        self.batch_dim = next((dim for dim, size in enumerate(sizes) if size == batch), None)
+
+    def expect_rows(self, shape: torch.Size, batch: int) -> None:
+        """The same where no layer's input has a dimension of `batch`, but rows for each sample."""
+        rows = shape[: max(0, len(shape) + self.channel_dim)][:1]
+        if rows and rows[0] and rows[0] % batch == 0:
+            self.batch_dim, self.repeats = 0, rows[0] // batch
 
     @property
     def out_width(self) -> int:

@@ -68,7 +68,9 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
                 continue
             norm.bias[fixed] = _in_evaluation(norm, read).to(norm.bias)[fixed]
         norm.running_mean[fixed] = read[fixed]
-        norm.running_var[fixed] = 0
+        # In eval mode a variance of 0 would multiply whatever c still moves by, and its gradient.
+        if not norm.held:
+            norm.running_var[fixed] = 0
 
 
 class _Analysis:

@@ -56,9 +56,10 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
-    attributes = {
-        module: vars(module) | {"_buffers": dict(module._buffers)} for module in model.modules()
-    }
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    for module, before in attributes.items():
+        if not isinstance(module, torch.jit.ScriptModule):
+            before["_buffers"] = dict(module._buffers)  # forward() may put others in their places
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     with eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
         try:

@@ -30,7 +30,7 @@ class Schedule:
     rise: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.steps != int(self.steps):
+        if self.steps < 1 or self.steps % 1 != 0:
             raise ValueError(f"steps must be a whole number and at least 1, not {self.steps}")
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(f"0 ≤ begin ≤ end ≤ 1 does not hold: {self.begin}, {self.end}")

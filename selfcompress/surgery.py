@@ -244,6 +244,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
             new = nn.Parameter(_select(old.detach(), cuts), requires_grad=old.requires_grad)
             new.grad = None if old.grad is None else _select(old.grad, cuts)
             new._backward_hooks = old._backward_hooks
+            new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
             vars(new).update(vars(old))  # what the user noted on it
             setattr(module, name, new)
             renewed[old] = (new, cuts)

@@ -143,6 +143,9 @@ for _name in (
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
+_TORCHS = ("_parameters", "_buffers", "_modules")  # of a module's attributes
+
+
 class _Tracer(torch.fx.Tracer):
     """Makes a leaf of every submodule that it fails to trace, and remembers why."""
 
@@ -156,6 +159,11 @@ class _Tracer(torch.fx.Tracer):
         for leaf in pytree.tree_leaves(values):
             if isinstance(leaf, torch.fx.Proxy) and leaf.tracer is self:
                 self.watched[leaf.node] = why
+
+    def _watch_hooked(self, m: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if m._forward_hooks or m._forward_pre_hooks:
+            why = f"hooks on {self.path_of_module(m)} see it"
+            self.watch((args, kwargs, result), why)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
@@ -171,13 +179,13 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         inner = m._modules.get("_orig_mod")
         if inner is not None:  # what torch.compile made of a submodule: trace that submodule
-            return inner(*args, **kwargs)
+            result = inner(*args, **kwargs)
+            self._watch_hooked(m, args, kwargs, result)
+            return result
         before, stack = len(self.graph.nodes), dict(self.module_stack)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if m._forward_hooks or m._forward_pre_hooks:
-                name = self.path_of_module(m)
-                self.watch((args, kwargs, result), f"hooks on {name} see it")
+            self._watch_hooked(m, args, kwargs, result)
             return result
         except Exception as error:  # whatever the user's forward() does under the tracer
             name = self.path_of_module(m)
@@ -214,7 +222,7 @@ def _trace_part(
     traced = torch.fx.GraphModule(module, graph)
     for owner, submodule in module.named_modules():
         for key, value in vars(submodule).items():
-            if not key.startswith("_"):
+            if key not in _TORCHS and not key.endswith("_hooks"):
                 tracer.watch(value, f"it is kept as {owner}.{key}".replace(" .", " "))
     module.eval()
     extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)

@@ -97,6 +97,47 @@ def test_frozen_norms_keep_their_statistics_in_another_process() -> None:
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
 
 
+def test_training_goes_on_smoothly_behind_frozen_norms() -> None:
+    """A dead row's bias still learns: the norm behind it must not make more of that than it did."""
+    torch.manual_seed(0)
+    parts = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    model: Any = nn.Sequential(*parts)
+    nn.init.ones_(model[1].bias)
+    compressor = Compressor(model, X, 0.0, bits=8)
+    optimizer = SGD(compressor.weights(), lr=0.1)
+    model[1].eval()
+    one_step(compressor, optimizer)
+    kill(compressor)
+    compressor.cut(optimizer)
+    for _ in range(4):
+        one_step(compressor, optimizer)
+        assert model[0].bias.grad.abs().max() < 0.5
+
+
+class Other(nn.BatchNorm2d):
+    """Not a type that is known."""
+
+
+def test_norms_of_other_types_are_held_too() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), Other(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    before = model[1].running_mean.clone()
+    model[1].eval()
+    one_step(compressor, sgd(compressor))
+    compressor.finish([X + 1])
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_an_error_in_the_loader_leaves_the_statistics() -> None:
+    model: Any = nn.Sequential(block(3, 4))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    before = model[0][1].running_mean.clone()
+    with pytest.raises(ValueError, match="batches must be"):
+        compressor.reestimate([X, None])
+    assert torch.equal(model[0][1].running_mean, before)
+    assert model[0][1].momentum == 0.1
+
+
 def test_statistics_are_averaged_over_all_batches_alike() -> None:
     model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
     compressor = Compressor(model, X, 0.0, bits=8)
@@ -136,10 +177,12 @@ class Named(nn.Module):
         return self.body(batch["x"])
 
 
+@pytest.mark.parametrize("tupled", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_a_model_of_a_dict_is_finished_on_dicts(labelled: bool) -> None:
+def test_a_model_of_a_dict_is_finished_on_dicts(labelled: bool, tupled: bool) -> None:
     model: Any = Named()
-    compressor = Compressor(model, ({"x": X},), 0.0)
+    example: Any = ({"x": X},) if tupled else {"x": X}
+    compressor = Compressor(model, example, 0.0)
     batch = {"x": X + 1}
     compressor.finish([(batch, torch.zeros(6))] if labelled else [batch])
     made = model.body[0](X + 1).mean((0, 2, 3))
@@ -169,7 +212,56 @@ def test_samples_are_told_from_queries_sequences_and_tokens() -> None:
     Compressor(model, X, 0.0)
     model(X[:5])
     seen = {name: getattr(model, name).samples for name in ("ask", "read", "tokens")}
-    assert seen == {"ask": 0, "read": 5, "tokens": 5}
+    assert seen == {"ask": 0, "read": 5, "tokens": 0}
+
+
+class Tables(nn.Module):
+    """Layers that see no samples: a grid, a vector and a table, whose sizes look like some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid, self.vector = torch.ones(1, 2, 6, 6), torch.ones(12)
+        self.table = torch.ones(36, 2)
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Linear(12, 4), nn.Linear(2, 4)
+        self.body = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        place = self.a(self.grid) + self.b(self.vector).view(4, 1, 1)
+        place = place + self.c(self.table).T.reshape(4, 6, 6)
+        return self.body(x) + place
+
+
+def test_samples_are_not_counted_in_tables() -> None:
+    model = Tables()
+    compressor = Compressor(model, X, 0.0)
+    model(X[:5])
+    assert {name: layer.samples for name, layer in compressor.layers.items()} == {
+        "a": 0, "b": 0, "c": 0, "body": 5,
+    }  # fmt: skip
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+
+    def forward(self, edges: Tensor, nodes: Tensor) -> Any:
+        return self.body(nodes)[edges[0]]
+
+
+def test_nodes_of_a_graph_are_samples() -> None:
+    model: Any = Graph()
+    edges = torch.zeros(2, 7, dtype=torch.int64)
+    Compressor(model, (edges, torch.ones(100, 3)), 0.0)
+    model(edges, torch.ones(80, 3))
+    assert model.body.samples == 80
+
+
+def test_a_layer_of_windows_alone_counts_their_images() -> None:
+    model: Any = nn.Sequential(nn.Unflatten(1, (12, 16)), nn.Flatten(0, 1), nn.Linear(16, 4))
+    Compressor(model, X.flatten(1), 0.0)
+    model(X.flatten(1)[:5])
+    assert model[2].samples == 5
 
 
 def test_a_layer_that_is_thawed_is_compressed() -> None:
@@ -247,6 +339,19 @@ def test_hooks_and_notes_on_a_parameter_survive_a_cut() -> None:
     assert len(seen) == 1
 
 
+def test_hooks_after_accumulation_survive_a_cut() -> None:
+    model: Any = nn.Sequential(block(3, 9), nn.Flatten(), nn.Linear(9 * 64, 4))
+    compressor = Compressor(model, X, 0.0)
+    optimizer = sgd(compressor)
+    seen: list[torch.Size] = []
+    model[0][0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    kill(compressor)
+    assert compressor.cut(optimizer) is not None
+    one_step(compressor, optimizer)
+    assert seen == [model[0][0].weight.shape]
+    assert len(model[0][0].weight._post_accumulate_grad_hooks) == 2  # the user's and ours
+
+
 def test_a_dense_copy_keeps_hooks_on_layers() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
     model[0].register_forward_hook(lambda module, args, output: output + 1)
@@ -268,8 +373,8 @@ def test_formats_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
     assert layer.weight.dtype == dtype
     assert torch.equal(layer.bit_depth, before[0])
     assert torch.equal(layer.exponent, before[1])
-    model.double()
-    assert layer.bit_depth.dtype == torch.float64
+    assert model.double()[0][0].bit_depth.dtype == torch.float64
+    assert model.float()[0][0].bit_depth.dtype == torch.float32
 
 
 class Dropped(nn.Module):
@@ -396,10 +501,12 @@ class Kept(nn.Module):
         super().__init__()
         self.one, self.two, self.head = block(3, 9), block(9, 9), nn.Conv2d(9, 4, 1)
         self.features: Any = None
+        self._private: Any = None
 
     def forward(self, x: Tensor) -> Any:
         self.features = [self.one(x)]
-        return self.head(self.two(self.features[0]))
+        self._private = self.two(self.features[0])
+        return self.head(self._private)
 
 
 def test_what_a_hook_on_a_block_sees_keeps_its_channels() -> None:
@@ -425,4 +532,5 @@ def test_features_that_a_module_keeps_keep_their_channels() -> None:
     model(X)
     assert model.features[0].shape[1] == 9
     assert any("kept as features" in why for why in compressor.graph.reasons.values())
-    assert model.head.in_channels == len(model.two[0].weight) == 6
+    assert any("kept as _private" in why for why in compressor.graph.reasons.values())
+    assert model._private.shape[1] == 9
