@@ -307,6 +307,9 @@ def test_the_pool_is_bounded_in_order_and_shares_cores_and_gpus(
     # 7 cores for 3 jobs, and no more threads than the user asked for.
     assert {end.lines[0] for end in ended} == {"1 2 4", "1 2 GPU-x"}
     assert all(end.code == 0 for end in ended)
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")  # asks for nothing
+    over = [end for _, more in run_all(scripts, 3, tmp_path) for end in more]
+    assert {end.lines[-1] for end in over} == {"2 2 None"}
 
 
 def alive(pid: int) -> bool:

@@ -184,7 +184,7 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # damaged files make PIL raise nearly anything
-        raise UserError(f"{path} cannot be read as an image") from error
+        raise UserError(f"{path} cannot be read as an image: repair it or leave it out") from error
 
 
 def _cifar10(data_dir: Path, image_size: int, device: torch.device) -> Dataset:

@@ -45,8 +45,9 @@ def run_all(
     share = max(1, cores() // jobs)
     environment = dict(os.environ)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        asked = environment.get(variable, "")
-        environment[variable] = str(min(share, int(asked)) if asked.isdecimal() else share)
+        text = environment.get(variable, "")
+        asked = int(text) if text.isdecimal() else 0
+        environment[variable] = str(min(share, asked or share))
     try:
         while waiting or running:
             while waiting and free:
