@@ -527,11 +527,13 @@ class Compressor:
     @torch.no_grad()
     def keep_connected(self) -> None:
         """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
-        alive = [layer.live_rows().sum() for layer in self.layers.values()]
+        depths: list[Tensor] = [layer.bit_depth for layer in self.layers.values()]
+        # Read at once: a GPU is waited for whenever something is read.
+        live = (torch.cat(depths) > 0).cpu().numpy()
         dead: set[str] = set()
-        for (name, layer), count in zip(
-            self.layers.items(), torch.stack(alive).tolist(), strict=True
-        ):
+        ends = np.cumsum([len(depth) for depth in depths])
+        for (name, layer), rows in zip(self.layers.items(), np.split(live, ends[:-1]), strict=True):
+            count = int(rows.sum())
             least = min(self.min_channels, len(layer.rows))
             # An empty layer lost its rows in a cut, so the network is connected without it.
             if count == 0 and least == 0 and len(layer.rows):
@@ -540,7 +542,7 @@ class Compressor:
                 else:
                     least = 1
             if count < least:
-                _revive(layer, least - int(count))
+                _revive(layer, least - count)
 
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}

@@ -44,7 +44,7 @@ enough to be harmless can follow.
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -171,11 +171,14 @@ class FormatStepper:
             gamma: γ of eq. (2); without the penalty in the loss, bit depths stay.
             least_bits: that a row has unless it has none.
         """
-        depths = [integer_depth(layer.bit_depth) for layer in self.layers.values()]
+        layers = list(self.layers.values())
+        # Rows of all layers in one tensor: a GPU takes as long for a layer's as for all of them.
+        depth = torch.cat([layer.bit_depth for layer in layers])
+        before = integer_depth(depth)
         scale, finite = self._scale_and_finite()
         usable = math.isfinite(scale) and scale > 0
         # An example of one sample does not tell whose rows are tokens; the fewest are samples.
-        called = [layer.samples for layer in self.layers.values() if layer.samples]
+        called = [layer.samples for layer in layers if layer.samples]
         samples = min(called, default=1) * max(1, self._penalties)
         if self._penalties and gamma > 0 and not self._squares and self._expected():
             warnings.warn(
@@ -183,29 +186,39 @@ class FormatStepper:
                 "they are collected as loss.backward() runs",
                 stacklevel=3,
             )
-        for layer in self.layers.values():
-            squares = self._squares.get(layer)
-            if usable and finite and squares is not None:
-                self._remember(layer, 0.5 * samples * squares / scale**2)
-            if usable and layer.exponent in self._collected:
-                layer.exponent.grad = self._collected[layer.exponent] / scale
-            if self._penalties and gamma > 0:
-                self._move(layer, gamma, least_bits)
+        if usable:
+            if finite:
+                for layer, squares in self._squares.items():
+                    self._remember(layer, squares * (0.5 * samples / scale**2))
+            for exponent, gradient in self._collected.items():
+                exponent.grad = gradient / scale
+        if self._penalties and gamma > 0:
+            depth = self._moved(depth, gamma, least_bits)
         self._forget()
         if self._trainable() != self._watched:  # the user has frozen or thawed layers
             self.watch()
         self.adam.step()
         self.adam.zero_grad()
-        for layer, depth in zip(self.layers.values(), depths, strict=True):
-            if layer.integer_bits:
-                self._settle(layer, depth, fit)
+        if layers[0].integer_bits:
+            depth, finer = _settled(depth, before)
+            for layer, change in self._by_layer(finer):
+                layer.exponent.add_(change)
+        for layer, part in self._by_layer(depth):
+            layer.bit_depth.copy_(part)
+            if fit and layer.integer_bits:
+                layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+
+    def _by_layer(self, rows: Tensor) -> Iterator[tuple[QuantizedLayer, Tensor]]:
+        """Every layer and its part of a tensor of all layers' rows."""
+        sizes = [len(layer.bit_depth) for layer in self.layers.values()]
+        return zip(self.layers.values(), rows.split(sizes), strict=True)
 
     def _scale_and_finite(self) -> tuple[float, bool]:
         """What the loss was multiplied with, and whether all gradients of weights are finite.
 
         Read together, as a GPU is waited for whenever something is read.
         """
-        read = [squares.sum() for squares in self._squares.values()]
+        read = [torch.cat(list(self._squares.values())).sum()] if self._squares else []
         if self._loss_scale is not None:
             read.append(self._loss_scale.float())
         values = torch.stack(read).tolist() if read else []
@@ -221,45 +234,64 @@ class FormatStepper:
         state["step"] += 1
 
     @torch.no_grad()
-    def wanted(self, layer: QuantizedLayer, gamma: float) -> Tensor:
-        """(rows,) the bit depths, not rounded, that rows are worth at a price of `gamma`.
+    def wanted(self, gamma: float) -> Tensor:
+        """(rows of all layers,) the bit depths, not rounded, that they are worth at a price.
 
         Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
         nothing is known about, as its weight is frozen, wants what it has.
         """
-        state = self.adam.state.get(layer.bit_depth)
-        if not state or gamma <= 0:
-            return layer.bit_depth.detach()
-        worth = TASK_SHARE * state["worth"] / (1 - self.memory ** float(state["step"]))
-        price = gamma * layer.fan_in / self.starting_weights
-        first_bit = 2 * math.log(2) * ROUNDING * worth
-        return (0.5 * torch.log2(first_bit / price)).clamp(max=self.most_bits)
+        depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
+        if gamma <= 0:
+            return depth
+        ratio = torch.cat([self._ratio(layer, gamma) for layer in self.layers.values()])
+        wanted = (0.5 * torch.log2(ratio)).clamp(max=self.most_bits)
+        return torch.where(ratio.isnan(), depth, wanted)
 
-    def _move(self, layer: QuantizedLayer, gamma: float, least_bits: float) -> None:
-        depth, step = layer.bit_depth, self.adam.param_groups[0]["lr"]
-        wanted = self.wanted(layer, gamma)
+    def _ratio(self, layer: QuantizedLayer, gamma: float) -> Tensor:
+        """(rows,) what the bit after none would be worth, over its price; NaN where unknown."""
+        state = self.adam.state.get(layer.bit_depth)
+        if not state or layer.fan_in == 0:
+            return torch.full_like(layer.bit_depth, math.nan)
+        price = gamma * layer.fan_in / self.starting_weights
+        averaged = 1 - self.memory ** float(state["step"])
+        ratio: Tensor = state["worth"] * (
+            2 * math.log(2) * ROUNDING * TASK_SHARE / (averaged * price)
+        )
+        return ratio
+
+    def _moved(self, depth: Tensor, gamma: float, least_bits: float) -> Tensor:
+        """(rows of all layers,) the bit depths a step nearer to what is wanted."""
+        step = self.adam.param_groups[0]["lr"]
+        wanted = self.wanted(gamma)
         # In the middle of the depths that round up to `least_bits`.
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        change = torch.where(_given_up(wanted, depth), -GIVING_UP * step, change)
+        sizes = [len(part) for _, part in self._by_layer(depth)]
+        change = torch.where(_given_up(wanted, depth, sizes), -GIVING_UP * step, change)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
-        depth.copy_(torch.where(depth > 0, (depth + change).clamp(min=0), depth))
-
-    def _settle(self, layer: QuantizedLayer, before: Tensor, fit: bool) -> None:
-        """Move exponents and bit depths of a layer along with its integer depths."""
-        depth = integer_depth(layer.bit_depth)
-        depth = torch.where((depth == 1) & (before > 1), 0.0, depth)  # but it may start at one bit
-        layer.exponent.add_(before - depth)
-        middle = (depth - 0.5).clamp(min=0)
-        layer.bit_depth.copy_(torch.where(depth == before, layer.bit_depth, middle))
-        if fit:
-            layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+        return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
 
-def _given_up(wanted: Tensor, depth: Tensor) -> Tensor:
-    """(rows,) which of a layer's rows are to lose all bits, given what they want and have."""
-    order = wanted.argsort()
-    bits = integer_depth(depth)[order]
-    # What the rows before it hold: the first may always go, however much it has.
-    first = bits.cumsum(0) - bits <= AT_ONCE * bits.sum()
+def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows,) bit depths along with their integer depths, and how far those fell from `before`."""
+    whole = integer_depth(depth)
+    whole = torch.where((whole == 1) & (before > 1), 0.0, whole)  # but it may start at one bit
+    middle = (whole - 0.5).clamp(min=0)
+    return torch.where(whole == before, depth, middle), before - whole
+
+
+def _given_up(wanted: Tensor, depth: Tensor, sizes: list[int]) -> Tensor:
+    """(rows,) which rows are to lose all bits, given what they want and have.
+
+    Args:
+        sizes: how many of the rows are the first layer's, the second's, and so on.
+    """
+    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(depth.device)
+    order = wanted.argsort(stable=True)
+    order = order[index[order].argsort(stable=True)]  # layer by layer, the least wanted first
+    bits, index = integer_depth(depth)[order].long(), index[order]
+    of_layer = bits.new_zeros(len(sizes)).index_add(0, index, bits)
+    # What the rows of its layer before it hold: the first may always go, however much it has.
+    ahead = bits.cumsum(0) - bits - (of_layer.cumsum(0) - of_layer)[index]
+    first = ahead <= AT_ONCE * of_layer[index]
     return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first)

@@ -29,8 +29,7 @@ def linear(**options: object) -> tuple[Compressor, SGD]:
 
 
 def wanted(compressor: Compressor) -> Tensor:
-    (layer,) = compressor.layers.values()
-    return compressor.formats.wanted(layer, GAMMA)
+    return compressor.formats.wanted(GAMMA)
 
 
 def batch(size: int = 32) -> tuple[Tensor, Tensor]:
@@ -53,9 +52,9 @@ def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
     cheapest = (harm + GAMMA * 5 / 15 * depths).argmin(1)
     torch.testing.assert_close(wanted(compressor), depths[cheapest], atol=2e-3, rtol=0)
     # Two decades of γ are log2(100) / 2 bits.
-    less = compressor.formats.wanted(layer, 100 * GAMMA)
+    less = compressor.formats.wanted(100 * GAMMA)
     torch.testing.assert_close(less, wanted(compressor) - math.log2(100) / 2)
-    assert (compressor.formats.wanted(layer, 1e-12) == 8).all()  # never more than at the start
+    assert (compressor.formats.wanted(1e-12) == 8).all()  # never more than at the start
 
 
 @pytest.mark.parametrize("scale", [7.0, 1e-3])
@@ -152,23 +151,28 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
     assert (layer.bit_depth == 8).all()  # and none gets more than it started with
 
 
-@given(st.lists(st.tuples(st.floats(-9, 9) | st.just(-math.inf), st.integers(0, 8)), min_size=1))
+ROW = st.tuples(st.floats(-9, 9) | st.just(-math.inf), st.integers(0, 8))
+
+
+@given(st.lists(st.lists(ROW), min_size=1).filter(any))
 def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
-    rows: list[tuple[float, int]],
+    layers: list[list[tuple[float, int]]],
 ) -> None:
-    wanted, depth = (
-        torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)
-    )
-    going = _given_up(wanted, depth) & (depth > 0)
-    unwanted = (wanted < 1) & (depth > 0)
-    assert not (going & ~unwanted).any()
-    assert going.any() == unwanted.any()
-    waiting = unwanted & ~going
-    if going.any() and waiting.any():
-        assert wanted[going].max() <= wanted[waiting].min()
-        assert depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
-    if going.any():
-        assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
+    rows = torch.tensor([row for layer in layers for row in layer], dtype=torch.float64)
+    sizes = [len(layer) for layer in layers]
+    given_up = _given_up(rows[:, 0], rows[:, 1], sizes)
+    for (wanted, depth), up in zip(
+        (part.T for part in rows.split(sizes)), given_up.split(sizes), strict=True
+    ):
+        going, unwanted = up & (depth > 0), (wanted < 1) & (depth > 0)
+        assert not (going & ~unwanted).any()
+        assert going.any() == unwanted.any()
+        waiting = unwanted & ~going
+        if going.any() and waiting.any():
+            assert wanted[going].max() <= wanted[waiting].min()
+            assert depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
+        if going.any():
+            assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
 
 
 def test_a_frozen_weight_keeps_its_bits() -> None:

@@ -148,14 +148,15 @@ class SizeControl:
     @torch.no_grad()
     def _change_of_bits(self, gamma: float) -> float:
         """Bits of weights there would be more if every row had what it is worth at `gamma`."""
-        change = 0.0
-        for layer in self.compressor.layers.values():
-            now = integer_depth(layer.bit_depth)
-            wanted = self.compressor.formats.wanted(layer, gamma)
-            # What is between two depths is rounded up: half a bit more on average.
-            then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
-            change += layer.fan_in * float((then.where(now > 0, 0) - now).sum())
-        return change
+        layers = self.compressor.layers.values()
+        now = integer_depth(torch.cat([layer.bit_depth for layer in layers]))
+        wanted = self.compressor.formats.wanted(gamma)
+        # What is between two depths is rounded up: half a bit more on average.
+        then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
+        change = (then.where(now > 0, 0) - now).split([len(layer.bit_depth) for layer in layers])
+        return sum(
+            layer.fan_in * float(rows.sum()) for layer, rows in zip(layers, change, strict=True)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what a run needs to go on as if it had not stopped."""
