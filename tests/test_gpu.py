@@ -1,0 +1,190 @@
+"""On a GPU networks train, are cut, saved and resumed as on a CPU."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Chain, Depthwise, Grouped, Residual, Transformer, kill
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import selfcompress
+from selfcompress import Compressor, Schedule
+from selfcompress.formats import _given_up
+from selfcompress.quantizer import fake_quantize, fit_exponent
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+Build = Callable[[], nn.Module]
+IMAGES = [Chain, lambda: Residual(True), Grouped, Depthwise]
+
+
+def batch(i: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    x = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(5, (size,), generator=generator)
+
+
+def started(build: Build, device: str, **options: Any) -> tuple[Compressor, AdamW]:
+    torch.manual_seed(0)
+    model = build().double().to(device)
+    options = {"interval": 10, "bit_step": 0.1, "gamma": 0.3} | options
+    compressor = Compressor(model, batch(0)[0].to(device), **options)
+    return compressor, AdamW(compressor.weights(), lr=1e-2)
+
+
+def train(compressor: Compressor, optimizer: AdamW, first: int, last: int, device: str) -> None:
+    for i in range(first, last):
+        x, y = (tensor.to(device) for tensor in batch(i))
+        optimizer.zero_grad()
+        (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+
+
+def on_cpu(state: Any) -> Any:
+    """What a file of `state` holds when it is read on a machine without a GPU."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def test_the_quantiser_and_its_gradients() -> None:
+    weight = torch.randn(8, 500)
+    depth = torch.tensor([0.0, 0.5, 1, 2, 2.5, 3, 5, 8])
+    exponent = fit_exponent(weight, depth)
+    torch.testing.assert_close(fit_exponent(weight.cuda(), depth.cuda()).cpu(), exponent)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).detach().requires_grad_() for t in (weight, depth, exponent)]
+        quantized = fake_quantize(*leaves)
+        quantized.square().sum().backward()
+        found.append([quantized.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]
+    torch.testing.assert_close(*found)
+
+
+def test_which_rows_are_given_up() -> None:
+    wanted, depth = torch.randn(1000) * 2, torch.randint(0, 9, (1000,)).float()
+    sizes = [0, 1, 399, 0, 600]
+    there = _given_up(wanted.cuda(), depth.cuda(), sizes)
+    assert torch.equal(there.cpu(), _given_up(wanted, depth, sizes))
+
+
+@pytest.mark.parametrize("build", IMAGES)
+def test_training_goes_as_on_a_cpu(build: Build) -> None:
+    ended = []
+    for device in ("cpu", "cuda"):
+        compressor, optimizer = started(build, device)
+        train(compressor, optimizer, 0, 40, device)
+        assert compressor.cuts
+        ended.append(on_cpu(compressor.state_dict(optimizer)))
+    for part in ("model", "removed", "rows", "formats", "optimizer", "lingering", "idle"):
+        torch.testing.assert_close(ended[1][part], ended[0][part], msg=part)
+
+
+@pytest.mark.parametrize(("there", "here"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_checkpoint_goes_on_on_either(there: str, here: str) -> None:
+    compressor, optimizer = started(lambda: Residual(False), there)
+    train(compressor, optimizer, 0, 20, there)
+    assert compressor.cuts
+    state = on_cpu(compressor.state_dict(optimizer))
+    train(compressor, optimizer, 20, 30, there)
+
+    other, other_optimizer = started(lambda: Residual(False), here)
+    other.load_state_dict(state, other_optimizer)
+    train(other, other_optimizer, 20, 30, here)
+    want, got = on_cpu(compressor.state_dict(optimizer)), on_cpu(other.state_dict(other_optimizer))
+    for part in ("model", "rows", "formats", "optimizer"):
+        torch.testing.assert_close(got[part], want[part], msg=part)
+
+
+@pytest.mark.parametrize("build", [*IMAGES, Transformer])
+def test_a_cut_is_exact_and_files_load_on_either(build: Build, tmp_path: Path) -> None:
+    model = build().cuda()
+    x = torch.randn(4, 3, 8, 8, device="cuda")
+    compressor = Compressor(model, x, 0.1)
+    for name, layer in compressor.layers.items():
+        kill(model, name, torch.arange(0, len(layer.rows) - 1, 3))
+    assert compressor.cut()  # compares outputs before and after
+    compressor.finish([(x,)])
+    compressor.size()
+    with torch.no_grad():
+        want = model.eval()(x)
+    selfcompress.save(compressor.model, tmp_path / "net.scnn")
+    for device in ("cpu", "cuda"):
+        loaded = selfcompress.load(tmp_path / "net.scnn", build()).to(device).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x.to(device)).cpu(), want.cpu(), atol=2e-3, rtol=2e-3)
+    dense = selfcompress.to_dense(compressor.model).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), want, atol=2e-3, rtol=2e-3)
+
+
+def test_half_precision_with_a_schedule() -> None:
+    torch.manual_seed(0)
+    model = Residual(True).cuda()
+    x, y = (tensor.cuda() for tensor in batch(0, 64))
+    x = x.float()
+    schedule = Schedule(steps=60)
+    compressor = Compressor(model, x, 0.01, bits=8, interval=10, schedule=schedule)
+    optimizer = AdamW(compressor.weights(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(x)
+        (F.cross_entropy(logits.float(), y) + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    compressor.finish([(x, y)], optimizer)
+    size = compressor.size()
+    assert size.q_percent < 20 and all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_and_are_cut() -> None:
+    torch.manual_seed(0)
+    model = Chain().cuda()
+    compiled: Any = torch.compile(model)
+    x, y = (tensor.cuda() for tensor in batch(0, 64))
+    x = x.float()
+    compressor = Compressor(compiled, x, 0.3, interval=20, bit_step=0.1)
+    optimizer = AdamW(compressor.weights(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (F.cross_entropy(compiled(x), y) + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    assert compressor.cuts
+    eager = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(x), eager(x), atol=2e-3, rtol=2e-3)
+
+
+def test_train_py_resumes_and_its_file_is_what_it_says(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    args = (
+        "--dataset digits --width 8 --image-size 8 --epochs 4 --batch-size 128 --gamma 0.01 "
+        "--device cuda --run-dir"
+    ).split()
+    run = tmp_path / "run"
+    code, out, err = cli(*args, run)
+    assert code == 0, err
+    assert torch.cuda.get_device_name() in out
+    summary = json.loads((run / "summary.json").read_text())
+    code, out, _ = cli(*args, run)
+    assert code == 0 and "finished" in out
+    (run / "summary.json").unlink()
+    code, out, err = cli(*args, run)
+    assert code == 0 and "going on after epoch 4" in out, err
+    again = json.loads((run / "summary.json").read_text())
+    assert again["file_bytes"] == summary["file_bytes"]
+    assert again["test_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1 / 180)
