@@ -106,7 +106,7 @@ class UniformRun(Run):
             layer.bit_depth.requires_grad_(False)
         return compressor
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
         if step == round(LEARN * self.epochs * self.steps_per_epoch):
             assert self.compressor is not None
             with torch.no_grad():
@@ -143,7 +143,7 @@ class DiffQRun(Run):
         self.folder.write_summary(summary)
         return summary
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
         self.bits.zero_grad()
         result = super()._step(step, images, labels)
         (self.penalty * self.quantizer.model_size()).backward()

@@ -267,7 +267,7 @@ class FormatStepper:
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
         sizes = [len(part) for _, part in self._by_layer(depth)]
-        change = torch.where(_given_up(wanted, depth, sizes), -GIVING_UP * step, change)
+        change = change.masked_fill(_given_up(wanted, depth, sizes), -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
@@ -275,7 +275,7 @@ class FormatStepper:
 def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """(rows,) bit depths along with their integer depths, and how far those fell from `before`."""
     whole = integer_depth(depth)
-    whole = torch.where((whole == 1) & (before > 1), 0.0, whole)  # but it may start at one bit
+    whole = whole.masked_fill((whole == 1) & (before > 1), 0.0)  # but it may start at one bit
     middle = (whole - 0.5).clamp(min=0)
     return torch.where(whole == before, depth, middle), before - whole
 
@@ -286,7 +286,11 @@ def _given_up(wanted: Tensor, depth: Tensor, sizes: list[int]) -> Tensor:
     Args:
         sizes: how many of the rows are the first layer's, the second's, and so on.
     """
-    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(depth.device)
+    device = depth.device
+    repeats = torch.tensor(sizes).to(device, non_blocking=True)  # a GPU is not waited for
+    index = torch.arange(len(sizes), device=device).repeat_interleave(
+        repeats, output_size=len(depth)
+    )
     order = wanted.argsort(stable=True)
     order = order[index[order].argsort(stable=True)]  # layer by layer, the least wanted first
     bits, index = integer_depth(depth)[order].long(), index[order]

@@ -184,14 +184,14 @@ def q_bits(model: nn.Module) -> Tensor:
 
     Bit depths count as the forward pass rounds them, with the gradient straight through.
     """
-    total = torch.zeros(())
+    of_layers = []
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             bits: Tensor = module.bit_depth
             if module.integer_bits:
                 bits = bits + (bits.ceil() - bits).detach()
-            total = total.to(bits.device) + module.fan_in * bits.sum()
-    return total
+            of_layers.append(module.fan_in * bits.sum())
+    return torch.stack(of_layers).sum() if of_layers else torch.zeros(())
 
 
 @torch.no_grad()

@@ -90,12 +90,13 @@ class Split:
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
         chosen = [i for i in order.split(batch_size) if len(i) == batch_size or not drop_last]
         for indices, images in zip(chosen, self._read(chosen), strict=True):
-            yield images, self.labels[indices.to(self.labels.device)]
+            yield images, self.labels[indices.to(self.labels.device, non_blocking=True)]
 
     def _read(self, chosen: list[Tensor]) -> Iterator[Tensor]:
         """The images (B, 3, H, W) for each of the batches of int64 CPU indices (B,)."""
         if isinstance(self.images, Tensor):
-            yield from (self.images[indices.to(self.images.device)] for indices in chosen)
+            device = self.images.device
+            yield from (self.images[i.to(device, non_blocking=True)] for i in chosen)
             return
         loader: DataLoader[Tensor | UserError] = DataLoader(
             self.images,

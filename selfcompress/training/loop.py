@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -281,7 +281,9 @@ class Run:
             leave=False,
             disable=None,  # unless this is a terminal
         )
-        for loss, hits in self._steps(epoch, bar):
+        for index, (images, labels) in enumerate(bar):
+            step = epoch * self.steps_per_epoch + index
+            loss, hits = self._step(step, self.augment(images), labels)
             total, correct = total + loss, correct + hits
             bar.set_postfix(loss=f"{loss:.3f}")
         seconds = time.perf_counter() - started
@@ -325,36 +327,16 @@ class Run:
             "target_kb": self.control.target / 1000,
         }
 
-    def _steps(
-        self, epoch: int, batches: Iterable[tuple[Tensor, Tensor]]
-    ) -> Iterator[tuple[float, int]]:
-        """Train on `batches`: of each, the task's loss and the number of images it got right."""
-        first = epoch * self.steps_per_epoch
-        steps = (
-            (step, *self._step(step, self.augment(images), labels))
-            for step, (images, labels) in enumerate(batches, first)
-        )
-        # What is read of a GPU is waited for, so a step is read when the next has been queued.
-        before = next(steps)
-        for now in steps:
-            yield self._read(*before)
-            before = now
-        yield self._read(*before)
-
-    def _read(self, step: int, loss: Tensor, hits: Tensor) -> tuple[float, int]:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(value, step)
-        return value, int(hits)
-
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of everything: the task's loss and how many images it got right, scalars."""
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """One step of everything: the task's loss and the number of images it got right."""
         if self.control is not None:
             self.control.press()
         with self.autocast:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-        task = loss.detach()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(value, step)
         if self.compressor is not None:
             loss = loss + self.compressor.penalty()
         self.optimizer.zero_grad()
@@ -363,7 +345,7 @@ class Run:
         self.scheduler.step()
         if self.compressor is not None:
             self.compressor.step(self.optimizer)
-        return task, (logits.argmax(1) == labels).sum()
+        return value, int((logits.argmax(1) == labels).sum())
 
     def _diverged(self, loss: float, step: int) -> UserError:
         epoch = step // self.steps_per_epoch
