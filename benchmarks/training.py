@@ -204,11 +204,16 @@ def _random_images(size: int, device: torch.device) -> Dataset:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    begin = time.perf_counter()
+    begin = _now(device)
     call()
+    return _now(device) - begin
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
