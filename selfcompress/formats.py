@@ -44,13 +44,14 @@ enough to be harmless can follow.
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from selfcompress.layers import QuantizedLayer
+from selfcompress.layers import QuantizedLayer, of_rows
 from selfcompress.quantizer import fit_exponent, integer_depth
 
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
@@ -95,7 +96,7 @@ class FormatStepper:
             ],
             betas=BETAS,
         )
-        self._squares: dict[QuantizedLayer, Tensor] = {}  # (rows,) Σ (g·w)² of this step
+        self._norms: dict[QuantizedLayer, Tensor] = {}  # (rows,) √(Σ (g·w)²) of this step
         self._collected: dict[nn.Parameter, Tensor] = {}  # gradients of exponents
         self._loss_scale: Tensor | None = None
         self._penalties = 0
@@ -113,7 +114,7 @@ class FormatStepper:
             for parameter, collect in (
                 (layer.exponent, self._collect),
                 (layer.bit_depth, self._drop),
-                (layer.weight, self._square_of(layer)),
+                (layer.weight, self._norm_of(layer)),
             ):
                 if parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(collect)
@@ -127,33 +128,33 @@ class FormatStepper:
         return any(map(operator.and_, self._watched, self._trainable()))
 
     def _forget(self) -> None:
-        self._squares.clear()
+        self._norms.clear()
         self._collected.clear()
         self._loss_scale, self._penalties = None, 0
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        # A batch that the user's loop skips for its infinite loss must not linger here.
-        gradient = parameter.grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
         if parameter in self._collected:
-            gradient = gradient + self._collected[parameter]
+            gradient = _finite(gradient) + _finite(self._collected[parameter])
         self._collected[parameter] = gradient
 
     @staticmethod
     def _drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    def _square_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
-        def square(weight: Tensor) -> None:
+    def _norm_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
+        def norm(weight: Tensor) -> None:
             if weight.grad is None:  # compiled, an empty weight has none
                 return
             # What batches accumulated in turn is all there by the last of them.
-            product = layer.by_row(weight.grad * weight.detach()).float()
+            product = layer.by_row(weight.grad * weight.detach())
             # Not flattened first: in channels_last that would be a copy.
-            self._squares[layer] = product.square().sum(list(range(1, product.dim())))
+            over_row = list(range(1, product.dim()))
+            wide = torch.promote_types(product.dtype, torch.float32)
+            self._norms[layer] = torch.linalg.vector_norm(product, dim=over_row, dtype=wide).float()
 
-        return square
+        return norm
 
     def note_loss_scale(self, gradient: Tensor) -> None:
         """Remember the gradient that came back to the penalty: what the loss was multiplied with.
@@ -175,23 +176,25 @@ class FormatStepper:
         # Rows of all layers in one tensor: a GPU takes as long for a layer's as for all of them.
         depth = torch.cat([layer.bit_depth for layer in layers])
         before = integer_depth(depth)
-        scale, finite = self._scale_and_finite()
+        squares = torch.cat(list(self._norms.values())).square() if self._norms else None
+        scale, finite = self._scale_and_finite(squares)
         usable = math.isfinite(scale) and scale > 0
-        # An example of one sample does not tell whose rows are tokens; the fewest are samples.
-        called = [layer.samples for layer in layers if layer.samples]
-        samples = min(called, default=1) * max(1, self._penalties)
-        if self._penalties and gamma > 0 and not self._squares and self._expected():
+        if squares is None and self._penalties and gamma > 0 and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
                 stacklevel=3,
             )
-        if usable:
-            if finite:
-                for layer, squares in self._squares.items():
-                    self._remember(layer, squares * (0.5 * samples / scale**2))
-            for exponent, gradient in self._collected.items():
-                exponent.grad = gradient / scale
+        if usable and finite and squares is not None:
+            # An example of one sample does not tell whose rows are tokens; the fewest are samples.
+            called = [layer.samples for layer in layers if layer.samples]
+            samples = min(called, default=1) * max(1, self._penalties)
+            self._remember(squares * (0.5 * samples / scale**2))
+        if usable and self._collected:
+            sizes = [len(exponent) for exponent in self._collected]
+            gradients = _finite(torch.cat(list(self._collected.values()))) / scale
+            for exponent, part in zip(self._collected, gradients.split(sizes), strict=True):
+                exponent.grad = part.to(exponent)
         if self._penalties and gamma > 0:
             depth = self._moved(depth, gamma, least_bits)
         self._forget()
@@ -199,39 +202,36 @@ class FormatStepper:
             self.watch()
         self.adam.step()
         self.adam.zero_grad()
+        sizes = [len(layer.bit_depth) for layer in layers]
         if layers[0].integer_bits:
-            depth, finer = _settled(depth, before)
-            for layer, change in self._by_layer(finer):
-                layer.exponent.add_(change)
-        for layer, part in self._by_layer(depth):
-            layer.bit_depth.copy_(part)
-            if fit and layer.integer_bits:
+            depth, fallen = _settled(depth, before)
+            torch._foreach_add_([layer.exponent for layer in layers], fallen.split(sizes))
+        torch._foreach_copy_([layer.bit_depth for layer in layers], depth.split(sizes))
+        if fit and layers[0].integer_bits:
+            for layer in layers:
                 layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
-    def _by_layer(self, rows: Tensor) -> Iterator[tuple[QuantizedLayer, Tensor]]:
-        """Every layer and its part of a tensor of all layers' rows."""
-        sizes = [len(layer.bit_depth) for layer in self.layers.values()]
-        return zip(self.layers.values(), rows.split(sizes), strict=True)
-
-    def _scale_and_finite(self) -> tuple[float, bool]:
+    def _scale_and_finite(self, squares: Tensor | None) -> tuple[float, bool]:
         """What the loss was multiplied with, and whether all gradients of weights are finite.
 
         Read together, as a GPU is waited for whenever something is read.
         """
-        read = [torch.cat(list(self._squares.values())).sum()] if self._squares else []
+        read = [] if squares is None else [squares.sum()]
         if self._loss_scale is not None:
             read.append(self._loss_scale.float())
         values = torch.stack(read).tolist() if read else []
         scale = 1.0 if self._loss_scale is None else values.pop()
         return scale, all(map(math.isfinite, values))
 
-    def _remember(self, layer: QuantizedLayer, worth: Tensor) -> None:
-        """Average what rows are worth over steps."""
-        state = self.adam.state[layer.bit_depth]
-        if not state:
-            state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
-        state["worth"].lerp_(worth.to(layer.bit_depth), 1 - self.memory)
-        state["step"] += 1
+    def _remember(self, worth: Tensor) -> None:
+        """Average over steps what the rows are worth whose layers have seen gradients."""
+        sizes = [len(norms) for norms in self._norms.values()]
+        for layer, part in zip(self._norms, worth.split(sizes), strict=True):
+            state = self.adam.state[layer.bit_depth]
+            if not state:
+                state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
+            state["worth"].lerp_(part.to(layer.bit_depth), 1 - self.memory)
+            state["step"] += 1
 
     @torch.no_grad()
     def wanted(self, gamma: float) -> Tensor:
@@ -240,24 +240,31 @@ class FormatStepper:
         Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
         nothing is known about, as its weight is frozen, wants what it has.
         """
-        depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
+        layers = list(self.layers.values())
+        depth = torch.cat([layer.bit_depth for layer in layers])
         if gamma <= 0:
             return depth
-        ratio = torch.cat([self._ratio(layer, gamma) for layer in self.layers.values()])
+        states = [self.adam.state.get(layer.bit_depth) for layer in layers]
+        # Of the first bit, what it is worth over its price; NaN where nothing is known.
+        shares = map(self._share, layers, states)
+        worth = torch.cat(
+            [
+                layer.bit_depth if not s else s["worth"]
+                for layer, s in zip(layers, states, strict=True)
+            ]
+        )
+        ratio = worth * of_rows(layers, [share / gamma for share in shares])
         wanted = (0.5 * torch.log2(ratio)).clamp(max=self.most_bits)
         return torch.where(ratio.isnan(), depth, wanted)
 
-    def _ratio(self, layer: QuantizedLayer, gamma: float) -> Tensor:
-        """(rows,) what the bit after none would be worth, over its price; NaN where unknown."""
-        state = self.adam.state.get(layer.bit_depth)
+    def _share(self, layer: QuantizedLayer, state: dict[str, Any] | None) -> float:
+        """What the average worth of a layer's rows is multiplied with, at γ = 1."""
         if not state or layer.fan_in == 0:
-            return torch.full_like(layer.bit_depth, math.nan)
-        price = gamma * layer.fan_in / self.starting_weights
+            return math.nan
         averaged = 1 - self.memory ** float(state["step"])
-        ratio: Tensor = state["worth"] * (
-            2 * math.log(2) * ROUNDING * TASK_SHARE / (averaged * price)
-        )
-        return ratio
+        price = layer.fan_in / self.starting_weights
+        share: float = 2 * math.log(2) * ROUNDING * TASK_SHARE / (averaged * price)
+        return share
 
     def _moved(self, depth: Tensor, gamma: float, least_bits: float) -> Tensor:
         """(rows of all layers,) the bit depths a step nearer to what is wanted."""
@@ -266,10 +273,16 @@ class FormatStepper:
         # In the middle of the depths that round up to `least_bits`.
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        sizes = [len(part) for _, part in self._by_layer(depth)]
-        change = change.masked_fill(_given_up(wanted, depth, sizes), -GIVING_UP * step)
+        layers = list(self.layers.values())
+        layer_of = of_rows(layers, range(len(layers))).long()
+        change = change.masked_fill(_given_up(wanted, depth, layer_of), -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """Zero what is not finite: a batch that the user's loop skips for its loss must not linger."""
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,22 +293,20 @@ def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole == before, depth, middle), before - whole
 
 
-def _given_up(wanted: Tensor, depth: Tensor, sizes: list[int]) -> Tensor:
-    """(rows,) which rows are to lose all bits, given what they want and have.
+def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor) -> Tensor:
+    """(rows of all layers,) which are to lose all bits, given what they want and have.
 
     Args:
-        sizes: how many of the rows are the first layer's, the second's, and so on.
+        layer_of: (rows of all layers,) int64, ascending: the number of each row's layer.
     """
-    device = depth.device
-    repeats = torch.tensor(sizes).to(device, non_blocking=True)  # a GPU is not waited for
-    index = torch.arange(len(sizes), device=device).repeat_interleave(
-        repeats, output_size=len(depth)
-    )
     order = wanted.argsort(stable=True)
-    order = order[index[order].argsort(stable=True)]  # layer by layer, the least wanted first
-    bits, index = integer_depth(depth)[order].long(), index[order]
-    of_layer = bits.new_zeros(len(sizes)).index_add(0, index, bits)
+    order = order[layer_of[order].argsort(stable=True)]  # layer by layer, the least wanted first
+    bits = integer_depth(depth)[order].long()
+    until = bits.cumsum(0)
+    # Of every row's layer the first and the last; `layer_of` is sorted, so in this order too.
+    start = torch.searchsorted(layer_of, layer_of)
+    end = torch.searchsorted(layer_of, layer_of, right=True) - 1
+    before = (until - bits)[start]
     # What the rows of its layer before it hold: the first may always go, however much it has.
-    ahead = bits.cumsum(0) - bits - (of_layer.cumsum(0) - of_layer)[index]
-    first = ahead <= AT_ONCE * of_layer[index]
+    first = until - bits - before <= AT_ONCE * (until[end] - before)
     return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first)

@@ -10,8 +10,10 @@ Few gaps are filled with zeros in the weight, which is small; many are made in t
 nothing is computed for them.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,14 @@ def few_gaps(used: Tensor, width: int) -> bool:
     """Whether the channels `used`, of `width`, leave few out."""
     count, share = _FEW_GAPS
     return width - used.numel() <= max(count, share * width)
+
+
+def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
+    """(rows of all `layers`, one layer after the other,) float32: the value of each row's layer."""
+    sizes = [len(layer.bit_depth) for layer in layers]
+    spread = np.repeat(np.array(list(values), np.float32), sizes)
+    # Not blocking: a GPU would be waited for.
+    return torch.from_numpy(spread).to(layers[0].bit_depth.device, non_blocking=True)
 
 
 class Placed(nn.Module):

@@ -33,7 +33,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    PlacedBatchNorm,
+    QuantizedLayer,
+    of_rows,
+    quantized_layers,
+)
 from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
@@ -184,14 +190,13 @@ def q_bits(model: nn.Module) -> Tensor:
 
     Bit depths count as the forward pass rounds them, with the gradient straight through.
     """
-    of_layers = []
-    for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            bits: Tensor = module.bit_depth
-            if module.integer_bits:
-                bits = bits + (bits.ceil() - bits).detach()
-            of_layers.append(module.fan_in * bits.sum())
-    return torch.stack(of_layers).sum() if of_layers else torch.zeros(())
+    layers = list(quantized_layers(model).values())
+    if not layers:
+        return torch.zeros(())
+    bits = torch.cat([layer.bit_depth for layer in layers])
+    if layers[0].integer_bits:
+        bits = bits + (bits.ceil() - bits).detach()
+    return (bits * of_rows(layers, [layer.fan_in for layer in layers])).sum()
 
 
 @torch.no_grad()

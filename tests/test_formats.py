@@ -160,7 +160,8 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
 ) -> None:
     rows = torch.tensor([row for layer in layers for row in layer], dtype=torch.float64)
     sizes = [len(layer) for layer in layers]
-    given_up = _given_up(rows[:, 0], rows[:, 1], sizes)
+    layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(sizes))
+    given_up = _given_up(rows[:, 0], rows[:, 1], layer_of)
     for (wanted, depth), up in zip(
         (part.T for part in rows.split(sizes)), given_up.split(sizes), strict=True
     ):
