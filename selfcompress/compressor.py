@@ -302,7 +302,7 @@ class Compressor:
         self._require_cuttable(optimizer, averages)
         self._require_finite()
         for name, idle in self._idle.items():
-            self.layers[name].bit_depth[idle] = 0
+            self.layers[name].bit_depth.index_fill_(0, idle, 0)
         self.keep_connected()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
@@ -592,8 +592,12 @@ class Compressor:
                 )
 
     def _require_finite(self) -> None:
-        for name, layer in self.layers.items():
-            if not all(p.isfinite().all() for p in layer.parameters()):
+        finite = [
+            torch.stack([p.isfinite().all() for p in layer.parameters()]).all()
+            for layer in self.layers.values()
+        ]
+        for name, holds in zip(self.layers, torch.stack(finite).tolist(), strict=True):
+            if not holds:
                 raise FloatingPointError(
                     f"the weights or formats of layer {name} are not finite: training has diverged"
                 )

@@ -60,17 +60,19 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
         assert isinstance(norm, PlacedBatchNorm)
         if norm.running_mean is None or norm.running_var is None or analysis.calls[node.module] > 1:
             continue
-        read = constant[node.inputs[0]][graph.sources[node.name][0]]
-        read = torch.from_numpy(read).to(norm.running_mean)[norm.columns]
+        known = constant[node.inputs[0]][graph.sources[node.name][0]][analysis.columns(node)]
+        # Not blocking, and no index by a mask: a GPU would be waited for.
+        read = torch.from_numpy(known).to(norm.running_mean, non_blocking=True)
         fixed = ~read.isnan()
         if norm.held:
             if norm.bias is None:
                 continue
-            norm.bias[fixed] = _in_evaluation(norm, read).to(norm.bias)[fixed]
-        norm.running_mean[fixed] = read[fixed]
+            made = _in_evaluation(norm, read).to(norm.bias)
+            norm.bias.copy_(made.where(fixed, norm.bias))
+        norm.running_mean.copy_(read.where(fixed, norm.running_mean))
         # In eval mode a variance of 0 would multiply whatever c still moves by, and its gradient.
         if not norm.held:
-            norm.running_var[fixed] = 0
+            norm.running_var.masked_fill_(fixed, 0)
 
 
 class _Analysis:
@@ -82,6 +84,8 @@ class _Analysis:
         for node in graph.nodes:
             for name in node.inputs:
                 self.users[name].append(node)
+        # What was read of modules: every reading waits for a GPU.
+        self._arrays: dict[tuple[str, str], np.ndarray] = {}
         self.rows: dict[str, np.ndarray] = {}
         for name in graph.origin:
             module = self.modules[name]
@@ -121,7 +125,7 @@ class _Analysis:
                     varies = self._live(node) & ~self._starved(node, inputs[0])
                     value[self._positions(node)[varies]] = np.nan
                 case Kind.NORM:
-                    read = inputs[0][self._columns(node)]
+                    read = inputs[0][self.columns(node)]
                     if self.calls[node.module] > 1:
                         read = np.full_like(read, np.nan)  # its statistics are of several tensors
                     value[:] = 0  # also of entries that this analysis has dropped
@@ -144,10 +148,10 @@ class _Analysis:
     def _starved(self, node: Node, read: np.ndarray) -> np.ndarray:
         """(rows,) bool: the rows of a layer that read nothing but zeros."""
         if node.kind is Kind.LAYER:
-            return np.full(len(self._live(node)), (read[self._columns(node)] == 0).all())
+            return np.full(len(self._live(node)), (read[self.columns(node)] == 0).all())
         conv = self._grouped(node)
-        silent = (read[_numpy(conv.columns)] == 0).reshape(conv.groups, -1).all(1)
-        starved: np.ndarray = silent[_numpy(conv.slots) // conv.group_width]
+        silent = (read[self.columns(node)] == 0).reshape(conv.groups, -1).all(1)
+        starved: np.ndarray = silent[self._array(node, "slots") // conv.group_width]
         return starved
 
     def _look_back(self) -> None:
@@ -192,13 +196,13 @@ class _Analysis:
             live = self._live(node)
             needs = np.zeros(len(self.graph.sources[node.name][0]), bool)
             if node.kind is Kind.LAYER:
-                needs[self._columns(node)] = live.any()
+                needs[self.columns(node)] = live.any()
             elif node.kind is Kind.NORM:
-                needs[self._columns(node)[live]] = True
+                needs[self.columns(node)[live]] = True
             else:
                 conv = self._grouped(node)
-                groups = np.unique(_numpy(conv.slots)[live] // conv.group_width)
-                needs[_numpy(conv.columns).reshape(conv.groups, -1)[groups]] = True
+                groups = np.unique(self._array(node, "slots")[live] // conv.group_width)
+                needs[self.columns(node).reshape(conv.groups, -1)[groups]] = True
             return needs, ~needs
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
         if node.kind is Kind.MUL:
@@ -224,7 +228,7 @@ class _Analysis:
             live, positions = self._live(node), self._positions(node)
             read = self.constant[node.inputs[0]][self.graph.sources[node.name][0]]
             if node.kind is Kind.NORM:
-                fixed = ~np.isnan(read[self._columns(node)])
+                fixed = ~np.isnan(read[self.columns(node)])
                 if self.calls[node.module] > 1:
                     fixed[:] = False
                 idle = fixed & self.replaceable[node.name][positions]
@@ -241,7 +245,7 @@ class _Analysis:
         for name, replaceable in self.replaceable.items():
             carried[self.graph.ids[name][~replaceable]] = True
         for node in self.graph.of_kind(Kind.NORM):
-            carried[self.graph.reads(node)[self._columns(node)[self._live(node)]]] = True
+            carried[self.graph.reads(node)[self.columns(node)[self._live(node)]]] = True
         return carried
 
     def _lingering(self, gone: np.ndarray) -> dict[str, np.ndarray]:
@@ -272,14 +276,14 @@ class _Analysis:
         """(rows,): the output channel of each row."""
         module = self.modules[node.module]
         if isinstance(module, QuantizedLayer | PlacedBatchNorm):
-            return _numpy(module.rows)
+            return self._array(node, "rows")
         return np.arange(len(self._live(node)))
 
-    def _columns(self, node: Node) -> np.ndarray:
+    def columns(self, node: Node) -> np.ndarray:
         """(columns,): the input channel of each column, or of each entry of a norm."""
         module = self.modules[node.module]
         if isinstance(module, QuantizedLayer | PlacedBatchNorm):
-            return _numpy(module.columns)
+            return self._array(node, "columns")
         return np.arange(len(self.graph.sources[node.name][0]))
 
     def _grouped(self, node: Node) -> _QuantConv:
@@ -296,8 +300,16 @@ class _Analysis:
 
     def _bias(self, node: Node) -> np.ndarray | float:
         """What a row outputs that computes nothing: by output channel, or by entry of a norm."""
-        bias = getattr(self.modules[node.module], "bias", None)
-        return 0.0 if bias is None else _numpy(bias.detach().double())
+        if getattr(self.modules[node.module], "bias", None) is None:
+            return 0.0
+        return self._array(node, "bias")
+
+    def _array(self, node: Node, attribute: str) -> np.ndarray:
+        key = node.module, attribute
+        if key not in self._arrays:
+            tensor = getattr(self.modules[node.module], attribute).detach()
+            self._arrays[key] = _numpy(tensor.double() if tensor.is_floating_point() else tensor)
+        return self._arrays[key]
 
 
 def _in_evaluation(norm: PlacedBatchNorm, read: Tensor) -> Tensor:
