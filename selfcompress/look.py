@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,4 +80,15 @@ def eagerly() -> Iterator[None]:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, float32 is float32: neither autocast nor, in a GPU's convolutions, TensorFloat-32."""
+    cuda = device.type == "cuda"
+    without_tf32 = (
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else nullcontext()
+    )
+    with torch.autocast(device.type, enabled=False), without_tf32:
         yield

@@ -1,8 +1,6 @@
 """Compare what a network computes before and after a cut, and name the layer where it differs."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.layers import QuantizedLayer, quantized_layers
-from selfcompress.look import Inputs, device_of, positional, undisturbed
+from selfcompress.look import Inputs, device_of, full_precision, positional, undisturbed
 from selfcompress.surgery import Plan
 
 
@@ -52,7 +50,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
 
     hooks = [m.register_forward_hook(record(n)) for n, m in quantized_layers(model).items()]
     try:
-        with undisturbed(model, inputs), _full_precision(device_of(inputs)):
+        with undisturbed(model, inputs), full_precision(device_of(inputs)):
             model.eval()
             returned = pytree.tree_leaves(model(*positional(inputs)))
     finally:
@@ -116,13 +114,3 @@ def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
             runs.append(snapshot(model, inputs))
     pairs = zip(*(run.outputs for run in runs), strict=True)
     return any(_difference(a, b) > tolerance for a, b in pairs)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    cuda = device.type == "cuda"
-    without_tf32 = (
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else nullcontext()
-    )
-    with torch.autocast(device.type, enabled=False), without_tf32:
-        yield

@@ -26,7 +26,7 @@ from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
-from selfcompress.look import kept_modes
+from selfcompress.look import full_precision, kept_modes
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
 from selfcompress.training import runs
@@ -532,7 +532,8 @@ def evaluate(
     model.eval()
     loss, correct = 0.0, 0
     for images, labels in split.batches(batch_size):
-        logits = model(normalise(images, dataset.mean, dataset.std))
+        with full_precision(images.device):
+            logits = model(normalise(images, dataset.mean, dataset.std))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(1) == labels).sum())
     return loss / len(split), correct / len(split)
