@@ -155,6 +155,8 @@ class Compressor:
         self._held: set[str] = set()
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
+        self._hangs_on: tuple[set[str] | None, set[str]] = None, set()  # when these are empty
+        self._awake: dict[str, Tensor] = {}  # which of the idle rows, in their order
         self._idle = self._zero_rows()
 
     def _warn_of_idle(self, observed: Observed) -> None:
@@ -262,8 +264,7 @@ class Compressor:
             self._require_all_weights(optimizer)
         if not self.frozen:
             fit = (self.steps + 1) % FIT_INTERVAL == 0
-            self.formats.step(self.price, self._least_bits(), fit=fit)
-            self.keep_connected()
+            self.formats.step(self.price, self._least_bits(), self._least_rows(), fit=fit)
         self.steps += 1
         if self.schedule is not None and self.schedule.ended(self.steps):
             self.freeze()
@@ -301,7 +302,7 @@ class Compressor:
         """Cut; if `patient`, only what is worth to be compiled anew."""
         self._require_cuttable(optimizer, averages)
         self._require_finite()
-        for name, idle in self._idle.items():
+        for name, idle in self._still_idle().items():
             self.layers[name].bit_depth.index_fill_(0, idle, 0)
         self.keep_connected()
         settle_statistics(self.graph, self.model)
@@ -322,7 +323,7 @@ class Compressor:
             name: torch.from_numpy(positions).to(device)
             for name, positions in analyse(self.graph, self.model).lingering.items()
         }
-        self._idle = self._zero_rows()
+        self._idle, self._awake = self._zero_rows(), {}
         return plan if plan and worth_it else None
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
@@ -380,7 +381,7 @@ class Compressor:
             )
         self.freeze()
         self.multiple = 1
-        self._idle = self._zero_rows()
+        self._idle, self._awake = self._zero_rows(), {}
         self.cut(optimizer, averages)
         self.reestimate(loader)
 
@@ -444,7 +445,7 @@ class Compressor:
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
             "lingering": dict(self._lingering),
-            "idle": dict(self._idle),
+            "idle": self._still_idle(),
             "gamma": self.gamma,
             "frozen": self.frozen,
             "steps": self.steps,
@@ -475,12 +476,12 @@ class Compressor:
         plan = self._plan_towards(state)
         self._apply(plan, optimizer)
         self.model.load_state_dict(state["model"])
-        self.formats.adam.load_state_dict(state["formats"])
+        self.formats.load_state_dict(state["formats"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
-        self._idle = {n: t.to(device) for n, t in state["idle"].items()}
+        self._idle, self._awake = {n: t.to(device) for n, t in state["idle"].items()}, {}
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
@@ -544,6 +545,22 @@ class Compressor:
             if count < least:
                 _revive(layer, least - count)
 
+    def _least_rows(self) -> list[int]:
+        """How many rows of every layer keep bits: one of those the output may come to hang on."""
+        empty = self._empty()
+        if self._hangs_on[0] != empty:
+            gone, names = set(empty), set()
+            for name in self.layers:
+                if name not in gone and self.graph.connected(gone | {name}):
+                    gone.add(name)
+                elif name not in gone:
+                    names.add(name)
+            self._hangs_on = empty, names
+        return [
+            min(max(self.min_channels, int(name in self._hangs_on[1])), len(layer.rows))
+            for name, layer in self.layers.items()
+        ]
+
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}
 
@@ -564,10 +581,17 @@ class Compressor:
 
     @torch.no_grad()
     def _update_idle(self) -> None:
-        """Forget the rows that have come back to life since the last cut."""
+        """Note which of these rows have come back to life since the last cut."""
         for name, idle in self._idle.items():
             if len(idle):
-                self._idle[name] = idle[self.layers[name].zero_rows(among=idle)]
+                zero = self.layers[name].zero_rows(among=idle)
+                self._awake[name] = self._awake.get(name, torch.zeros_like(zero)) | ~zero
+
+    def _still_idle(self) -> dict[str, Tensor]:
+        """The rows that were zero at every step since the last cut, by layer."""
+        # Not sorted out at every step, as a GPU would be waited for.
+        awake = self._awake
+        return {n: i[~awake[n]] if n in awake else i for n, i in self._idle.items()}
 
     def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
         if optimizer is not None:

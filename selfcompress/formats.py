@@ -44,7 +44,7 @@ enough to be harmless can follow.
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ AT_ONCE = 0.2  # of a layer's bits are given up at a time, or one row
 EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
 BETAS = (0.9, 0.99)  # of Adam's averages
 FIT_INTERVAL = 20  # steps between two fits of the exponents
+LEAST_WANTED = -1e9  # of a row that has bits, where rows are put in order
 
 
 class FormatStepper:
@@ -156,6 +157,13 @@ class FormatStepper:
 
         return norm
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `adam.state_dict()` was."""
+        self.adam.load_state_dict(state)
+        for kept in self.adam.state.values():
+            if "worth" in kept:  # Adam leaves its counts of steps where they were saved
+                kept["step"] = kept["step"].to(kept["worth"])
+
     def note_loss_scale(self, gradient: Tensor) -> None:
         """Remember the gradient that came back to the penalty: what the loss was multiplied with.
 
@@ -165,38 +173,41 @@ class FormatStepper:
         self._penalties += 1
 
     @torch.no_grad()
-    def step(self, gamma: float, least_bits: float, *, fit: bool) -> None:
+    def step(
+        self, gamma: float, least_bits: float, least_rows: Sequence[int], *, fit: bool
+    ) -> None:
         """Step all formats from what was collected since the last step; maybe `fit` exponents.
+
+        Nothing is read here, as a GPU would have to be waited for; and rows of all layers are in
+        one tensor, as it takes as long for those of one layer as for all of them.
 
         Args:
             gamma: γ of eq. (2); without the penalty in the loss, bit depths stay.
             least_bits: that a row has unless it has none.
+            least_rows: that keep bits in each layer.
         """
         layers = list(self.layers.values())
-        # Rows of all layers in one tensor: a GPU takes as long for a layer's as for all of them.
         depth = torch.cat([layer.bit_depth for layer in layers])
         before = integer_depth(depth)
-        squares = torch.cat(list(self._norms.values())).square() if self._norms else None
-        scale, finite = self._scale_and_finite(squares)
-        usable = math.isfinite(scale) and scale > 0
-        if squares is None and self._penalties and gamma > 0 and self._expected():
+        scale = depth.new_ones(()) if self._loss_scale is None else self._loss_scale
+        if self._norms:
+            # An example of one sample does not tell whose rows are tokens; the fewest are samples.
+            called = [layer.samples for layer in layers if layer.samples]
+            samples = min(called, default=1) * max(1, self._penalties)
+            self._remember(samples, scale)
+        elif self._penalties and gamma > 0 and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
                 stacklevel=3,
             )
-        if usable and finite and squares is not None:
-            # An example of one sample does not tell whose rows are tokens; the fewest are samples.
-            called = [layer.samples for layer in layers if layer.samples]
-            samples = min(called, default=1) * max(1, self._penalties)
-            self._remember(squares * (0.5 * samples / scale**2))
-        if usable and self._collected:
+        if self._collected:
             sizes = [len(exponent) for exponent in self._collected]
-            gradients = _finite(torch.cat(list(self._collected.values()))) / scale
+            gradients = _finite(torch.cat(list(self._collected.values())) / scale)
             for exponent, part in zip(self._collected, gradients.split(sizes), strict=True):
                 exponent.grad = part.to(exponent)
         if self._penalties and gamma > 0:
-            depth = self._moved(depth, gamma, least_bits)
+            depth = self._moved(depth, gamma, least_bits, least_rows)
         self._forget()
         if self._trainable() != self._watched:  # the user has frozen or thawed layers
             self.watch()
@@ -211,27 +222,25 @@ class FormatStepper:
             for layer in layers:
                 layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
-    def _scale_and_finite(self, squares: Tensor | None) -> tuple[float, bool]:
-        """What the loss was multiplied with, and whether all gradients of weights are finite.
+    def _remember(self, samples: int, scale: Tensor) -> None:
+        """Average over steps what rows are worth, of which gradients were seen, all of them finite.
 
-        Read together, as a GPU is waited for whenever something is read.
+        Args:
+            scale: what the loss was multiplied with, a scalar.
         """
-        read = [] if squares is None else [squares.sum()]
-        if self._loss_scale is not None:
-            read.append(self._loss_scale.float())
-        values = torch.stack(read).tolist() if read else []
-        scale = 1.0 if self._loss_scale is None else values.pop()
-        return scale, all(map(math.isfinite, values))
-
-    def _remember(self, worth: Tensor) -> None:
-        """Average over steps what the rows are worth whose layers have seen gradients."""
-        sizes = [len(norms) for norms in self._norms.values()]
-        for layer, part in zip(self._norms, worth.split(sizes), strict=True):
-            state = self.adam.state[layer.bit_depth]
+        states = [self.adam.state[layer.bit_depth] for layer in self._norms]
+        for layer, state in zip(self._norms, states, strict=True):
             if not state:
-                state["worth"], state["step"] = torch.zeros_like(layer.bit_depth), torch.zeros(())
-            state["worth"].lerp_(part.to(layer.bit_depth), 1 - self.memory)
-            state["step"] += 1
+                state["worth"] = torch.zeros_like(layer.bit_depth)
+                state["step"] = layer.bit_depth.new_zeros(())
+        norms = torch.cat(list(self._norms.values()))
+        worth = (norms / scale).square() * (0.5 * samples)
+        finite = worth.isfinite().all() & scale.isfinite()
+        so_far = torch.cat([state["worth"] for state in states])
+        parts = worth.to(so_far).where(finite, so_far).split([len(n) for n in self._norms.values()])
+        torch._foreach_lerp_([state["worth"] for state in states], parts, 1 - self.memory)
+        counts = [state["step"] for state in states]
+        torch._foreach_add_(counts, [finite.to(count) for count in counts])
 
     @torch.no_grad()
     def wanted(self, gamma: float) -> Tensor:
@@ -245,37 +254,34 @@ class FormatStepper:
         if gamma <= 0:
             return depth
         states = [self.adam.state.get(layer.bit_depth) for layer in layers]
-        # Of the first bit, what it is worth over its price; NaN where nothing is known.
-        shares = map(self._share, layers, states)
-        worth = torch.cat(
-            [
-                layer.bit_depth if not s else s["worth"]
-                for layer, s in zip(layers, states, strict=True)
-            ]
+        pairs = list(zip(layers, states, strict=True))
+        known = of_rows(
+            layers, [math.nan if not s or layer.fan_in == 0 else 1 for layer, s in pairs]
         )
-        ratio = worth * of_rows(layers, [share / gamma for share in shares])
-        wanted = (0.5 * torch.log2(ratio)).clamp(max=self.most_bits)
-        return torch.where(ratio.isnan(), depth, wanted)
+        worth = torch.cat([s["worth"] if s else layer.bit_depth for layer, s in pairs])
+        steps = torch.stack([s["step"] if s else depth.new_ones(()) for _, s in pairs])
+        averaged = (1 - self.memory**steps)[self._layer_of()]
+        prices = of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
+        first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * worth / averaged
+        wanted = (0.5 * torch.log2(known * first_bit / prices)).clamp(max=self.most_bits)
+        return torch.where(wanted.isnan(), depth, wanted)  # also before there was a finite gradient
 
-    def _share(self, layer: QuantizedLayer, state: dict[str, Any] | None) -> float:
-        """What the average worth of a layer's rows is multiplied with, at γ = 1."""
-        if not state or layer.fan_in == 0:
-            return math.nan
-        averaged = 1 - self.memory ** float(state["step"])
-        price = layer.fan_in / self.starting_weights
-        share: float = 2 * math.log(2) * ROUNDING * TASK_SHARE / (averaged * price)
-        return share
+    def _layer_of(self) -> Tensor:
+        """(rows of all layers,) int64: the number of each row's layer."""
+        return of_rows(list(self.layers.values()), range(len(self.layers))).long()
 
-    def _moved(self, depth: Tensor, gamma: float, least_bits: float) -> Tensor:
+    def _moved(
+        self, depth: Tensor, gamma: float, least_bits: float, least_rows: Sequence[int]
+    ) -> Tensor:
         """(rows of all layers,) the bit depths a step nearer to what is wanted."""
         step = self.adam.param_groups[0]["lr"]
         wanted = self.wanted(gamma)
         # In the middle of the depths that round up to `least_bits`.
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        layers = list(self.layers.values())
-        layer_of = of_rows(layers, range(len(layers))).long()
-        change = change.masked_fill(_given_up(wanted, depth, layer_of), -GIVING_UP * step)
+        least = of_rows(list(self.layers.values()), least_rows).long()
+        given_up = _given_up(wanted, depth, self._layer_of(), least)
+        change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
@@ -293,14 +299,16 @@ def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole == before, depth, middle), before - whole
 
 
-def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor) -> Tensor:
+def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor, least: Tensor) -> Tensor:
     """(rows of all layers,) which are to lose all bits, given what they want and have.
 
     Args:
         layer_of: (rows of all layers,) int64, ascending: the number of each row's layer.
+        least: of the same shape: how many rows of that layer keep bits.
     """
-    order = wanted.argsort(stable=True)
-    order = order[layer_of[order].argsort(stable=True)]  # layer by layer, the least wanted first
+    # Layer by layer, those that have none before the others, then the least wanted first.
+    order = wanted.clamp(min=LEAST_WANTED).masked_fill(depth <= 0, -math.inf).argsort(stable=True)
+    order = order[layer_of[order].argsort(stable=True)]
     bits = integer_depth(depth)[order].long()
     until = bits.cumsum(0)
     # Of every row's layer the first and the last; `layer_of` is sorted, so in this order too.
@@ -309,4 +317,5 @@ def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor) -> Tensor:
     before = (until - bits)[start]
     # What the rows of its layer before it hold: the first may always go, however much it has.
     first = until - bits - before <= AT_ONCE * (until[end] - before)
-    return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first)
+    spared = end - torch.arange(len(end), device=end.device) < least
+    return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first & ~spared)

@@ -107,12 +107,9 @@ def test_layers_that_cannot_be_cut_do_not_disconnect_it_either(
             compressor = Compressor(model, X, 1.0)
     else:
         compressor = Compressor(model, X, 1.0)
-    optimizer = SGD(compressor.weights(), lr=0.01)
     for name, layer in compressor.layers.items():
         kill(model, name, range(len(layer.bit_depth)))
-    F.cross_entropy(model(X), torch.tensor([0, 1, 2, 3])).backward()
-    compressor.formats._collected.clear()
-    compressor.step(optimizer)
+    compressor.keep_connected()
     assert all(layer.live_rows().any() for layer in compressor.layers.values())
 
 
@@ -186,7 +183,7 @@ def test_rows_pass_over_one_bit_unless_they_start_there() -> None:
         for x, y in batches(60):
             one_step(compressor, optimizer, x, y)
             seen |= {d for depth in depths(compressor).values() for d in depth.ceil().tolist()}
-        assert seen >= {0, 2}  # rows died, and those that were kept alive have two bits
+        assert seen >= {0, min(bits, 2)}  # rows died, and those that were kept alive have two bits
         assert (1 in seen) == (bits == 1)
 
 

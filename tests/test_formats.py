@@ -154,24 +154,35 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
 ROW = st.tuples(st.floats(-9, 9) | st.just(-math.inf), st.integers(0, 8))
 
 
-@given(st.lists(st.lists(ROW), min_size=1).filter(any))
+@given(
+    st.lists(st.tuples(st.lists(ROW), st.integers(0, 3)), min_size=1).filter(
+        lambda layers: any(rows for rows, _ in layers)
+    )
+)
 def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
-    layers: list[list[tuple[float, int]]],
+    layers: list[tuple[list[tuple[float, int]], int]],
 ) -> None:
-    rows = torch.tensor([row for layer in layers for row in layer], dtype=torch.float64)
-    sizes = [len(layer) for layer in layers]
+    sizes = [len(rows) for rows, _ in layers]
+    rows = torch.tensor([row for rows, _ in layers for row in rows], dtype=torch.float64)
     layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(sizes))
-    given_up = _given_up(rows[:, 0], rows[:, 1], layer_of)
-    for (wanted, depth), up in zip(
-        (part.T for part in rows.split(sizes)), given_up.split(sizes), strict=True
-    ):
+    least = torch.tensor([least for _, least in layers])
+    given_up = _given_up(rows[:, 0], rows[:, 1], layer_of, least[layer_of])
+    for part, up, spared in zip(rows.split(sizes), given_up.split(sizes), least, strict=True):
+        wanted, depth = part.T
         going, unwanted = up & (depth > 0), (wanted < 1) & (depth > 0)
         assert not (going & ~unwanted).any()
-        assert going.any() == unwanted.any()
+        live = int((depth > 0).sum())
+        assert live - int(going.sum()) >= min(int(spared), live)
+        if live > spared:
+            assert (
+                going.any()
+                == (unwanted & (wanted <= wanted[depth > 0].sort()[0][live - spared - 1])).any()
+            )
         waiting = unwanted & ~going
         if going.any() and waiting.any():
             assert wanted[going].max() <= wanted[waiting].min()
-            assert depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
+            limited = depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
+            assert limited or live - int(going.sum()) == spared
         if going.any():
             assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
 

@@ -334,7 +334,9 @@ class Run:
         with self.autocast:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-        value = loss.item()
+        hits = (logits.argmax(1) == labels).sum()
+        # Read together, as a GPU is waited for.
+        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()
         if not math.isfinite(value):
             raise self._diverged(value, step)
         if self.compressor is not None:
@@ -345,7 +347,7 @@ class Run:
         self.scheduler.step()
         if self.compressor is not None:
             self.compressor.step(self.optimizer)
-        return value, int((logits.argmax(1) == labels).sum())
+        return value, int(right)
 
     def _diverged(self, loss: float, step: int) -> UserError:
         epoch = step // self.steps_per_epoch
