@@ -107,6 +107,8 @@ class Compressor:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
         if integer_bits and bits != int(bits):
             raise ValueError(f"bits must be a whole number unless integer_bits=False, not {bits}")
+        if bit_step is not None and not bit_step > 0:
+            raise ValueError(f"bit_step must be above 0, not {bit_step}")
         if min_channels < 0:
             raise ValueError(f"min_channels must be at least 0, not {min_channels}")
         if interval < 1:
@@ -303,7 +305,8 @@ class Compressor:
         self._require_cuttable(optimizer, averages)
         self._require_finite()
         for name, idle in self._still_idle().items():
-            self.layers[name].bit_depth.index_fill_(0, idle, 0)
+            depth = self.layers[name].bit_depth
+            depth.index_fill_(0, idle.to(depth.device), 0)
         self.keep_connected()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
@@ -481,7 +484,7 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
-        self._idle, self._awake = {n: t.to(device) for n, t in state["idle"].items()}, {}
+        self._idle, self._awake = dict(state["idle"]), {}
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)

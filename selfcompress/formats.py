@@ -136,7 +136,7 @@ class FormatStepper:
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
-        if parameter in self._collected:
+        if parameter in self._collected:  # what is not finite must not spread
             gradient = _finite(gradient) + _finite(self._collected[parameter])
         self._collected[parameter] = gradient
 
@@ -223,7 +223,9 @@ class FormatStepper:
                 layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
     def _remember(self, samples: int, scale: Tensor) -> None:
-        """Average over steps what rows are worth, of which gradients were seen, all of them finite.
+        """Average what rows are worth over steps, of the layers whose gradients were seen.
+
+        Steps whose gradients are not all finite do not count.
 
         Args:
             scale: what the loss was multiplied with, a scalar.
@@ -231,14 +233,15 @@ class FormatStepper:
         states = [self.adam.state[layer.bit_depth] for layer in self._norms]
         for layer, state in zip(self._norms, states, strict=True):
             if not state:
-                state["worth"] = torch.zeros_like(layer.bit_depth)
-                state["step"] = layer.bit_depth.new_zeros(())
+                state.update(_nothing_seen(layer))
         norms = torch.cat(list(self._norms.values()))
         worth = (norms / scale).square() * (0.5 * samples)
         finite = worth.isfinite().all() & scale.isfinite()
         so_far = torch.cat([state["worth"] for state in states])
-        parts = worth.to(so_far).where(finite, so_far).split([len(n) for n in self._norms.values()])
-        torch._foreach_lerp_([state["worth"] for state in states], parts, 1 - self.memory)
+        now = worth.to(so_far).where(finite, so_far).split([len(n) for n in self._norms.values()])
+        kept = [state["worth"] for state in states]
+        ends = [part.to(old) for part, old in zip(now, kept, strict=True)]
+        torch._foreach_lerp_(kept, ends, 1 - self.memory)
         counts = [state["step"] for state in states]
         torch._foreach_add_(counts, [finite.to(count) for count in counts])
 
@@ -247,24 +250,23 @@ class FormatStepper:
         """(rows of all layers,) the bit depths, not rounded, that they are worth at a price.
 
         Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
-        nothing is known about, as its weight is frozen, wants what it has.
+        nothing is known about, as its weight is frozen or empty, wants what it has.
         """
         layers = list(self.layers.values())
         depth = torch.cat([layer.bit_depth for layer in layers])
         if gamma <= 0:
             return depth
-        states = [self.adam.state.get(layer.bit_depth) for layer in layers]
-        pairs = list(zip(layers, states, strict=True))
-        known = of_rows(
-            layers, [math.nan if not s or layer.fan_in == 0 else 1 for layer, s in pairs]
-        )
-        worth = torch.cat([s["worth"] if s else layer.bit_depth for layer, s in pairs])
-        steps = torch.stack([s["step"] if s else depth.new_ones(()) for _, s in pairs])
-        averaged = (1 - self.memory**steps)[self._layer_of()]
-        prices = of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
-        first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * worth / averaged
-        wanted = (0.5 * torch.log2(known * first_bit / prices)).clamp(max=self.most_bits)
-        return torch.where(wanted.isnan(), depth, wanted)  # also before there was a finite gradient
+        worth, steps = [], []
+        for layer in layers:
+            state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
+            worth.append(state["worth"])
+            steps.append(state["step"])
+        averaged = 1 - self.memory ** torch.stack(steps)
+        first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * torch.cat(worth)
+        price = of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
+        wanted = 0.5 * torch.log2(first_bit / averaged[self._layer_of()] / price)
+        # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
+        return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
     def _layer_of(self) -> Tensor:
         """(rows of all layers,) int64: the number of each row's layer."""
@@ -286,13 +288,18 @@ class FormatStepper:
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
 
+def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:
+    """What is kept about the worth of a layer's rows: the average, and of how many steps."""
+    return {"worth": torch.zeros_like(layer.bit_depth), "step": layer.bit_depth.new_zeros(())}
+
+
 def _finite(gradient: Tensor) -> Tensor:
     """Zero what is not finite: a batch that the user's loop skips for its loss must not linger."""
     return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows,) bit depths along with their integer depths, and how far those fell from `before`."""
+    """(rows,) bit depths, in the middle of their integer depth if that is new, and its fall."""
     whole = integer_depth(depth)
     whole = whole.masked_fill((whole == 1) & (before > 1), 0.0)  # but it may start at one bit
     middle = (whole - 0.5).clamp(min=0)
@@ -314,8 +321,8 @@ def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor, least: Tensor) ->
     # Of every row's layer the first and the last; `layer_of` is sorted, so in this order too.
     start = torch.searchsorted(layer_of, layer_of)
     end = torch.searchsorted(layer_of, layer_of, right=True) - 1
-    before = (until - bits)[start]
+    earlier = (until - bits)[start]  # in the layers before
     # What the rows of its layer before it hold: the first may always go, however much it has.
-    first = until - bits - before <= AT_ONCE * (until[end] - before)
+    first = until - bits - earlier <= AT_ONCE * (until[end] - earlier)
     spared = end - torch.arange(len(end), device=end.device) < least
     return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first & ~spared)

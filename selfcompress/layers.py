@@ -13,7 +13,6 @@ nothing is computed for them.
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,10 +42,12 @@ def few_gaps(used: Tensor, width: int) -> bool:
 
 def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
     """(rows of all `layers`, one layer after the other,) float32: the value of each row's layer."""
-    sizes = [len(layer.bit_depth) for layer in layers]
-    spread = np.repeat(np.array(list(values), np.float32), sizes)
-    # Not blocking: a GPU would be waited for.
-    return torch.from_numpy(spread).to(layers[0].bit_depth.device, non_blocking=True)
+    parts = [
+        torch.full((len(layer.bit_depth),), float(value), dtype=torch.float32, device="cpu")
+        for layer, value in zip(layers, values, strict=True)
+    ]
+    # Not blocking, as a GPU would be waited for; CUDA has read the source when this returns.
+    return torch.cat(parts).to(layers[0].bit_depth.device, non_blocking=True)
 
 
 class Placed(nn.Module):

@@ -194,7 +194,7 @@ def q_bits(model: nn.Module) -> Tensor:
     if not layers:
         return torch.zeros(())
     bits = torch.cat([layer.bit_depth for layer in layers])
-    if layers[0].integer_bits:
+    if layers[0].integer_bits:  # as in all of them
         bits = bits + (bits.ceil() - bits).detach()
     return (bits * of_rows(layers, [layer.fan_in for layer in layers])).sum()
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW, Optimizer
 
 from selfcompress import Compressor
+from selfcompress.size import q_bits
 
 # In double precision, since in training that rounds weights small differences do not stay small.
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -258,3 +259,10 @@ def test_what_waited_is_cut_on_request(request_cut: str) -> None:
         compressor.finish([X], optimizer)
     assert compressor.cuts == 1
     assert len(compressor.layers["head.linear"].rows) == 4
+
+
+def test_the_size_can_be_taken_in_a_compiled_loss() -> None:
+    compressor, _ = started("after", "eager")
+    counting = Counting("eager")
+    compiled = torch.compile(lambda: q_bits(compressor.model), backend=counting, fullgraph=True)
+    assert compiled() == q_bits(compressor.model) and counting.ran == 1

@@ -97,6 +97,20 @@ def test_pressure_alone_never_disconnects_the_network() -> None:
     assert optimizer.state
 
 
+@pytest.mark.parametrize("min_channels", [0, 2])
+def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
+    torch.manual_seed(0)
+    model = Residual(relu_after=False)
+    compressor = Compressor(model, X, 1e6, min_channels=min_channels, interval=10**9, bit_step=0.5)
+    optimizer = SGD(compressor.weights(), lr=0.01)
+    for x, y in batches(40):
+        one_step(compressor, optimizer, x, y)
+        live = {name: int(layer.live_rows().sum()) for name, layer in compressor.layers.items()}
+        assert live["stem.0"] and live["head.linear"] and min(live.values()) >= min_channels
+    branch = {"one.0": min_channels, "two.0": min_channels}  # may go whole
+    assert live == {"stem.0": max(1, min_channels), "head.linear": max(1, min_channels)} | branch
+
+
 @pytest.mark.parametrize("build", [Grouped, Untraceable])
 def test_layers_that_cannot_be_cut_do_not_disconnect_it_either(
     build: Callable[[], nn.Module],
@@ -329,7 +343,8 @@ def test_a_skipped_batch_leaves_no_trace() -> None:
             optimizer.zero_grad()
         for x, y in batches(3):
             assert math.isfinite(one_step(compressor, optimizer, x, y))
-        found.append(torch.cat(list(depths(compressor).values())))
+        exponents = [layer.exponent.detach() for layer in compressor.layers.values()]
+        found.append(torch.cat([*depths(compressor).values(), *exponents]))
     assert torch.equal(*found)
     assert found[0].isfinite().all()
 
@@ -646,6 +661,7 @@ def test_bad_gammas_are_refused(gamma: float) -> None:
     [
         ({"gamma": -1.0}, "gamma"), ({"exclude": ("b.9",)}, "b.9"), ({"bits": 0}, "bits"),
         ({"bits": 17}, "bits"), ({"interval": 0}, "interval"), ({"multiple": 0}, "multiple"),
+        ({"bit_step": 0.0}, "bit_step"),
         ({"exclude": ("a", "b", "head")}, "nothing to compress"),
     ],
 )  # fmt: skip
