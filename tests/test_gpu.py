@@ -134,6 +134,22 @@ def test_a_cut_is_exact_and_files_load_on_either(build: Build, tmp_path: Path) -
         torch.testing.assert_close(dense(x), want, atol=2e-3, rtol=2e-3)
 
 
+def test_a_step_of_the_compressor_waits_for_nothing() -> None:
+    compressor, optimizer = started(lambda: Residual(True), "cuda", interval=10**6)
+    train(compressor, optimizer, 0, 3, "cuda")
+    x, y = (tensor.cuda() for tensor in batch(3))
+    loss = F.cross_entropy(compressor.model(x), y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        penalty = compressor.penalty()
+        torch.cuda.set_sync_debug_mode("default")
+        (loss + penalty).backward()
+        torch.cuda.set_sync_debug_mode("error")
+        compressor.step(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_half_precision_with_a_schedule() -> None:
     torch.manual_seed(0)
     model = Residual(True).cuda()
