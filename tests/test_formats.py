@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD
 
 from selfcompress import Compressor
-from selfcompress.formats import AT_ONCE, ROUNDING, TASK_SHARE, _given_up
+from selfcompress.convert import quantize_layers
+from selfcompress.formats import AT_ONCE, ROUNDING, TASK_SHARE, FormatStepper, _given_up
+from selfcompress.layers import quantized_layers
 from selfcompress.quantizer import fake_quantize, fit_exponent
+from selfcompress.size import q_bits
 
 GAMMA = 0.01
 
@@ -198,6 +202,24 @@ def test_a_frozen_weight_keeps_its_bits() -> None:
         (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
         compressor.step(optimizer)
     assert torch.equal(layer.bit_depth, before)
+
+
+def test_a_step_waits_for_nothing_on_a_gpu() -> None:
+    # Fake tensors have a device and no values: what reads one fails, as does what mixes devices.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        quantize_layers(model, bits=8, integer_bits=True, exclude=(), read_elsewhere=set())
+        layers = quantized_layers(model)
+        formats = FormatStepper(layers, 64, 8, 0.01)
+        for _ in range(2):
+            for layer in layers.values():
+                formats._norms[layer] = torch.ones(len(layer.rows))
+                formats._collected[layer.exponent] = torch.ones(len(layer.rows))
+            assert q_bits(model).device.type == "cuda"
+            formats.note_loss_scale(torch.ones(()))
+            formats.step(0.01, 2.0, [1, 1], fit=True)
+        state = formats.adam.state[layers["0"].bit_depth]
+        assert {kept.device.type for kept in state.values()} == {"cuda"}
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
