@@ -157,7 +157,7 @@ class Compressor:
         self._held: set[str] = set()
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
-        self._hangs_on: tuple[set[str] | None, set[str]] = None, set()  # when these are empty
+        self._vital: tuple[set[str] | None, set[str]] = None, set()  # without these, these are
         self._awake: dict[str, Tensor] = {}  # which of the idle rows, in their order
         self._idle = self._zero_rows()
 
@@ -484,7 +484,8 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
-        self._idle, self._awake = dict(state["idle"]), {}
+        self._idle = {n: t.to(self.layers[n].bit_depth.device) for n, t in state["idle"].items()}
+        self._awake = {}
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
@@ -549,18 +550,20 @@ class Compressor:
                 _revive(layer, least - count)
 
     def _least_rows(self) -> list[int]:
-        """How many rows of every layer keep bits: one of those the output may come to hang on."""
+        """How many rows of every layer keep bits until the next cut, for the output to depend on.
+
+        Layers that can all go together may go whole, as many as are found in their order; every
+        other keeps a row. The next cut looks at what has gone.
+        """
         empty = self._empty()
-        if self._hangs_on[0] != empty:
-            gone, names = set(empty), set()
+        if self._vital[0] != empty:
+            gone = set(empty)
             for name in self.layers:
-                if name not in gone and self.graph.connected(gone | {name}):
+                if self.graph.connected(gone | {name}):
                     gone.add(name)
-                elif name not in gone:
-                    names.add(name)
-            self._hangs_on = empty, names
+            self._vital = empty, self.layers.keys() - gone
         return [
-            min(max(self.min_channels, int(name in self._hangs_on[1])), len(layer.rows))
+            min(max(self.min_channels, int(name in self._vital[1])), len(layer.rows))
             for name, layer in self.layers.items()
         ]
 
@@ -593,8 +596,8 @@ class Compressor:
     def _still_idle(self) -> dict[str, Tensor]:
         """The rows that were zero at every step since the last cut, by layer."""
         # Not sorted out at every step, as a GPU would be waited for.
-        awake = self._awake
-        return {n: i[~awake[n]] if n in awake else i for n, i in self._idle.items()}
+        still = {n: ~awake.to(self._idle[n].device) for n, awake in self._awake.items()}
+        return {n: rows[still[n]] if n in still else rows for n, rows in self._idle.items()}
 
     def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
         if optimizer is not None:
