@@ -260,17 +260,13 @@ class FormatStepper:
         for layer in layers:
             state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
             worth.append(state["worth"])
-            steps.append(state["step"])
-        averaged = 1 - self.memory ** torch.stack(steps)
+            steps.append(state["step"].expand_as(state["worth"]))
+        averaged = 1 - self.memory ** torch.cat(steps)
         first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * torch.cat(worth)
         price = of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
-        wanted = 0.5 * torch.log2(first_bit / averaged[self._layer_of()] / price)
+        wanted = 0.5 * torch.log2(first_bit / averaged / price)
         # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
         return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
-
-    def _layer_of(self) -> Tensor:
-        """(rows of all layers,) int64: the number of each row's layer."""
-        return of_rows(list(self.layers.values()), range(len(self.layers))).long()
 
     def _moved(
         self, depth: Tensor, gamma: float, least_bits: float, least_rows: Sequence[int]
@@ -281,8 +277,9 @@ class FormatStepper:
         # In the middle of the depths that round up to `least_bits`.
         target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        least = of_rows(list(self.layers.values()), least_rows).long()
-        given_up = _given_up(wanted, depth, self._layer_of(), least)
+        layers = list(self.layers.values())
+        layer_of = of_rows(layers, range(len(layers))).long()
+        given_up = _given_up(wanted, depth, layer_of, of_rows(layers, least_rows).long())
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)

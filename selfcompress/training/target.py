@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selfcompress.compressor import Compressor
+from selfcompress.layers import of_rows
 from selfcompress.quantizer import integer_depth
 from selfcompress.schedule import RISE
 from selfcompress.training.runs import STORAGE
@@ -148,15 +149,13 @@ class SizeControl:
     @torch.no_grad()
     def _change_of_bits(self, gamma: float) -> float:
         """Bits of weights there would be more if every row had what it is worth at `gamma`."""
-        layers = self.compressor.layers.values()
+        layers = list(self.compressor.layers.values())
         now = integer_depth(torch.cat([layer.bit_depth for layer in layers]))
         wanted = self.compressor.formats.wanted(gamma)
         # What is between two depths is rounded up: half a bit more on average.
         then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
-        change = (then.where(now > 0, 0) - now).split([len(layer.bit_depth) for layer in layers])
-        return sum(
-            layer.fan_in * float(rows.sum()) for layer, rows in zip(layers, change, strict=True)
-        )
+        weights = of_rows(layers, [layer.fan_in for layer in layers]).double()
+        return float((weights * (then.where(now > 0, 0) - now)).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what a run needs to go on as if it had not stopped."""
