@@ -13,6 +13,7 @@ compressor.finish(loader)
 """
 
 import copy
+import dataclasses
 import math
 import sys
 import warnings
@@ -43,6 +44,7 @@ from selfcompress.report import Report, make_report
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
+from selfcompress.target import SizePath
 from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
@@ -62,6 +64,8 @@ class Compressor:
             size of the batch, of more than one, layers that see no samples are told apart.
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
             any time (`compressor.gamma = ...`), for a schedule.
+        stored_percent: the size to end at, as `size().stored_percent` tells it, instead of a γ: the
+            γ that leads there is looked for while the schedule, which this needs, has it rise.
         bits: the bit depth that every channel starts at.
         integer_bits: round bit depths up in the forward pass, so that sizes can be stored. False
             is the paper's fractional bit depth.
@@ -81,17 +85,19 @@ class Compressor:
             may stay, which nobody reads.
 
     Raises:
-        ValueError: γ is negative or not a number, `bits` or `interval` is out of range, a name in
-            `exclude` does not exist, the model does not accept `example_input`, has nothing to
-            quantise, or is compressed already.
+        ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or
+            both, `bits` or `interval` is out of range, a name in `exclude` does not exist, the
+            model does not accept `example_input`, has nothing to quantise, or is compressed
+            already.
     """
 
     def __init__(
         self,
         model: nn.Module,
         example_input: Inputs,
-        gamma: float,
+        gamma: float | None = None,
         *,
+        stored_percent: float | None = None,
         bits: float = 4,
         integer_bits: bool = True,
         exclude: Iterable[str] = (),
@@ -103,6 +109,14 @@ class Compressor:
     ) -> None:
         if not isinstance(schedule, Schedule | None):
             raise ValueError(f"schedule must be a selfcompress.Schedule, not {schedule!r}")
+        if (gamma is None) == (stored_percent is None):
+            raise ValueError("give either gamma or stored_percent, the size to end at")
+        if stored_percent is not None and not 0 < stored_percent < math.inf:
+            raise ValueError(f"stored_percent must be a number above 0, not {stored_percent}")
+        if stored_percent is not None and (schedule is None or schedule.begin == schedule.end):
+            raise ValueError(
+                "stored_percent needs a schedule that leaves time between its begin and end"
+            )
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
         if integer_bits and bits != int(bits):
@@ -115,7 +129,7 @@ class Compressor:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1 channel, not {multiple}")
-        self.gamma = gamma
+        self.gamma = 0.0 if gamma is None else gamma
         self.multiple = multiple
         self.model = model = without_compile(model)
         self.example_input = example_input
@@ -160,6 +174,43 @@ class Compressor:
         self._vital: tuple[set[str] | None, set[str]] = None, set()  # without these, these are
         self._awake: dict[str, Tensor] = {}  # which of the idle rows, in their order
         self._idle = self._zero_rows()
+        self._path = None if stored_percent is None else self._path_to(stored_percent)
+
+    def _path_to(self, stored_percent: float) -> SizePath | None:
+        """The way to a size in stored bits; none if the network is smaller already."""
+        assert self.schedule is not None
+        self.schedule = dataclasses.replace(self.schedule, rise=False)  # it rises by the path
+        start, least = self.size(), self._stored_bits(self.smallest())
+        target = stored_percent / 100 * start.float_bits
+        if target < least:
+            raise ValueError(
+                f"stored_percent={stored_percent:g} is less than the network can have: in the rows "
+                f"that have to stay it stores {100 * least / start.float_bits:.3g} %"
+            )
+        if target >= start.stored_bits:
+            warnings.warn(
+                f"stored_percent={stored_percent:g} has no effect: the network has "
+                f"{start.stored_percent:.3g} % at its {self.bits:g} starting bits",
+                stacklevel=3,
+            )
+            return None
+        return SizePath(
+            target,
+            least,
+            start,
+            self.schedule,
+            self.formats,
+            measure=lambda: self._stored_bits(self.preview(settled=True)),
+        )
+
+    def _stored_bits(self, model: nn.Module) -> int:
+        return measure(model, None, self.starting_weights).stored_bits
+
+    def _press(self) -> None:
+        """Set the γ that leads to the size asked for, if one was."""
+        gamma = None if self._path is None else self._path.gamma(self.steps)
+        if gamma is not None:
+            self.gamma = gamma
 
     def _warn_of_idle(self, observed: Observed) -> None:
         """Name the layers that would miss what is cut in front of them."""
@@ -265,6 +316,7 @@ class Compressor:
             self._require_cuttable(optimizer, averages)
             self._require_all_weights(optimizer)
         if not self.frozen:
+            self._press()
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), self._least_rows(), fit=fit)
         self.steps += 1
@@ -343,11 +395,31 @@ class Compressor:
             )
 
     @torch.no_grad()
-    def preview(self) -> nn.Module:
-        """A copy of the model as cutting what has no bits now would leave it."""
+    def preview(self, *, settled: bool = False) -> nn.Module:
+        """A copy of the model as cutting what has no bits now would leave it.
+
+        Args:
+            settled: with those biases at zero that dead rows have left and that are on their way.
+        """
         model = copy.deepcopy(self.model)
         settle_statistics(self.graph, model)
+        while settled and (lingering := analyse(self.graph, model).lingering):
+            for name, positions in lingering.items():
+                model.get_parameter(name)[torch.from_numpy(positions)] = 0
         apply_plan(plan_cut(self.graph, model, analyse(self.graph, model)), model)
+        return model
+
+    @torch.no_grad()
+    def smallest(self) -> nn.Module:
+        """A copy of the model with no more rows than the output and `min_channels` need."""
+        formats = [p for m in self.layers.values() for p in (m.bit_depth, m.exponent)]
+        before = [p.clone() for p in formats]
+        for layer in self.layers.values():
+            layer.bit_depth.zero_()
+        self.keep_connected()
+        model = self.preview()
+        for parameter, value in zip(formats, before, strict=True):
+            parameter.copy_(value)
         return model
 
     def freeze(self) -> None:
@@ -454,6 +526,7 @@ class Compressor:
             "steps": self.steps,
             "cuts": self.cuts,
             "held": sorted(self._held),
+            "path": None if self._path is None else self._path.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -488,6 +561,8 @@ class Compressor:
         self._awake = {}
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
+        if self._path is not None and state.get("path"):
+            self._path.load_state_dict(state["path"])
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:
             self.freeze()

@@ -175,12 +175,7 @@ class Run:
             return None
         assert config.target_size is not None
         target = FileSize.parse(config.target_size).bytes(self.start.float_bits)
-        smallest = self._compressor(self._build())
-        with torch.no_grad():
-            for layer in smallest.layers.values():
-                layer.bit_depth.zero_()
-        smallest.keep_connected()
-        least = self._file_bytes(smallest.preview())
+        least = self._file_bytes(compressor.smallest())
         if target < least:
             raise UserError(
                 f"--target-size {config.target_size} is {target:,} bytes, but no file of "
@@ -199,8 +194,10 @@ class Run:
             compressor,
             self.optimizer,
             target,
+            least,
+            self.start,
             math.ceil(config.bits if target >= start else max(config.bits, MOST_BITS)),
-            lambda: self._file_bytes(compressor.preview()),
+            self._file_bytes,
             self._losses,
         )
 

@@ -1,10 +1,8 @@
-"""A size asked for instead of γ: the γ is looked for at which the network would have it.
+"""--target-size: has the file of a network in training end at a size, instead of a given γ.
 
-What every row is worth is known (see `formats.py`), so for any γ the size of the network that it
-leads to can be told. While γ rises, that size is to follow a path from the size at the start to the
-target, a bit faster at first; then it stays there.
-Once the formats are frozen `trim.Fitter` makes up for what is missing, and again whenever training
-moves the entropy of the integers away from the target, for the last time in the finished network.
+While formats move, γ keeps the network on its way to the target (see `selfcompress/target.py`).
+Once they are frozen `trim.Fitter` makes up for what is missing, and again whenever training moves
+the entropy of the integers away from the target, for the last time in the finished network.
 """
 
 import math
@@ -13,26 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfcompress.compressor import Compressor
-from selfcompress.layers import of_rows
-from selfcompress.quantizer import integer_depth
-from selfcompress.schedule import RISE
-from selfcompress.training.runs import STORAGE
+from selfcompress.size import Size
+from selfcompress.target import SizePath
 from selfcompress.training.trim import Fitter
 
 TOLERANCE = 0.01  # of the target, by which a file may be below it before it is filled up
 LANDING = 1.02  # times the target is where the path ends: what was taken off does not come back
-SLOWING = 1.5  # the logarithm of what is to go is as (1 - time)^SLOWING
-LOWEST, HIGHEST = 1e-8, 1e4
-HALVINGS = 30  # of the interval between them, to find γ
-CONTROLS = 100  # times on the path that γ is set
-MEASUREMENTS = 20  # times on the path that the file is measured
 
-_STATE = ("start", "ratio", "measured_at", "set_at")
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
@@ -72,8 +61,10 @@ class SizeControl:
     Args:
         compressor, optimizer: of the run.
         target: bytes of the file.
+        smallest: bytes of the smallest file that the network can have.
+        start: all sizes of the network at the start.
         most_bits: that a row may be given where there is room.
-        file_bytes: the size of the network's file, were it cut now.
+        bytes_of: the size of a network's file.
         losses: the task's loss on a few batches, one after the other, with gradients.
     """
 
@@ -82,49 +73,35 @@ class SizeControl:
         compressor: Compressor,
         optimizer: Optimizer,
         target: int,
+        smallest: int,
+        start: Size,
         most_bits: int,
-        file_bytes: Callable[[], int],
+        bytes_of: Callable[[nn.Module], int],
         losses: Callable[[], Iterable[Tensor]],
     ) -> None:
         self.compressor, self.target, self.most_bits = compressor, target, most_bits
-        self.file_bytes = file_bytes
-        self.fitter = Fitter(compressor, optimizer, losses, file_bytes)
-        self.start: float | None = None  # bytes of the file where the path begins
-        self.ratio = 1.0  # bytes of the file over those stored, when last measured
-        self.measured_at = self.set_at = 0.0
+        self.bytes_of = bytes_of
+        self.fitter = Fitter(compressor, optimizer, losses, self.file_bytes)
+        schedule = compressor.schedule
+        assert schedule is not None and not schedule.rise
+        self.path = SizePath(
+            LANDING * target,
+            smallest,
+            start,
+            schedule,
+            compressor.formats,
+            measure=lambda: bytes_of(compressor.preview(settled=True)),
+        )
+
+    def file_bytes(self) -> int:
+        """The size of the network's file, were it cut now."""
+        return self.bytes_of(self.compressor.preview())
 
     def press(self) -> None:
         """Set γ for the next step. It rises by itself."""
-        schedule, step = self.compressor.schedule, self.compressor.steps
-        assert schedule is not None and not schedule.rise
-        progress = schedule.progress(step) / RISE
-        if progress < 0 or self.compressor.frozen:
-            return
-        if self.start is None:
-            self.start = self._measure(progress)
-        elif progress - self.set_at < 1 / CONTROLS:
-            return
-        elif progress - self.measured_at >= 1 / MEASUREMENTS:
-            self._measure(progress)
-        self.compressor.gamma = self._gamma_for(self.planned(progress))
-        self.set_at = progress
-
-    def planned(self, progress: float) -> float:
-        """The bytes that γ has to lead to after `progress` of the path."""
-        assert self.start is not None
-        end = LANDING * self.target
-        left = max(0.0, 1 - progress) ** SLOWING
-        return float(end * max(1.0, self.start / end) ** left)
-
-    def _gamma_for(self, size: float) -> float:
-        """The smallest γ that leads to a file of at most `size` bytes, or the largest there is."""
-        low, high = math.log(LOWEST), math.log(HIGHEST)
-        now = self.compressor.size(**STORAGE).stored_bits
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            small = self.ratio * (now + self._change_of_bits(math.exp(middle))) / 8 <= size
-            low, high = (low, middle) if small else (middle, high)
-        return math.exp(high)
+        gamma = None if self.compressor.frozen else self.path.gamma(self.compressor.steps)
+        if gamma is not None:
+            self.compressor.gamma = gamma
 
     def settle(self, last: bool = False) -> None:
         """Once formats are frozen: back to the target, if the file has left it.
@@ -139,28 +116,9 @@ class SizeControl:
         least = round((1 - TOLERANCE) * self.target)
         self.fitter.fit(self.target, least, self.most_bits)
 
-    def _measure(self, progress: float) -> float:
-        """The bytes of the file, were it cut now; how that compares to what is stored is kept."""
-        measured = self.file_bytes()
-        self.ratio = measured / (self.compressor.size(**STORAGE).stored_bits / 8)
-        self.measured_at = progress
-        return measured
-
-    @torch.no_grad()
-    def _change_of_bits(self, gamma: float) -> float:
-        """Bits of weights there would be more if every row had what it is worth at `gamma`."""
-        layers = list(self.compressor.layers.values())
-        now = integer_depth(torch.cat([layer.bit_depth for layer in layers]))
-        wanted = self.compressor.formats.wanted(gamma)
-        # What is between two depths is rounded up: half a bit more on average.
-        then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
-        weights = of_rows(layers, [layer.fan_in for layer in layers]).double()
-        return float((weights * (then.where(now > 0, 0) - now)).sum())
-
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what a run needs to go on as if it had not stopped."""
-        return {name: getattr(self, name) for name in _STATE}
+        return self.path.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in _STATE:
-            setattr(self, name, state[name])
+        self.path.load_state_dict(state)

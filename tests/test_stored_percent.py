@@ -1,0 +1,206 @@
+"""A size asked for in a user's own loop: it is reached, also after a resume, or refused."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Residual, Untraceable, block, kill
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from selfcompress import Compressor, Schedule
+from selfcompress.target import SizePath
+
+STEPS = 300
+CLASSES = 5
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        block(3, 32), block(32, 64), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)
+    )
+
+
+def batches(steps: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """A problem that can be learnt: one noisy pattern per class."""
+    patterns = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        y = torch.randint(CLASSES, (32,), generator=generator)
+        yield patterns[y] + 0.5 * torch.randn(32, 3, 8, 8, generator=generator), y
+
+
+def example() -> Tensor:
+    return next(batches(1))[0]
+
+
+def started(percent: float, **options: Any) -> tuple[Compressor, Optimizer]:
+    options = {"schedule": Schedule(STEPS)} | options
+    compressor = Compressor(net(), example(), stored_percent=percent, bits=8, **options)
+    return compressor, AdamW(compressor.weights(), lr=3e-3)
+
+
+def train(compressor: Compressor, optimizer: Optimizer, first: int, last: int) -> list[float]:
+    """Steps of a plain loop: γ at each."""
+    gammas = []
+    for x, y in list(batches(STEPS))[first:last]:
+        loss = F.cross_entropy(compressor.model(x), y) + compressor.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        compressor.step(optimizer)
+        gammas.append(compressor.gamma)
+    return gammas
+
+
+@pytest.mark.parametrize("percent", [10.0, 4.0, 2.0])
+def test_a_plain_loop_ends_in_the_size_asked_for(percent: float) -> None:
+    compressor, optimizer = started(percent)
+    gammas = train(compressor, optimizer, 0, STEPS)
+    assert set(gammas[: STEPS // 10]) == {0.0}
+    assert len(set(gammas)) > 50
+    compressor.finish(list(batches(8, seed=2)), optimizer)
+    assert 0.95 * percent <= compressor.size().stored_percent <= 1.01 * percent
+    x, y = next(batches(1, seed=3))
+    assert (compressor.model.eval()(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_training_goes_on_alike_after_a_resume() -> None:
+    whole, optimizer = started(4.0)
+    gammas = train(whole, optimizer, 0, STEPS)
+    half, optimizer = started(4.0)
+    train(half, optimizer, 0, STEPS // 2)
+    other, other_optimizer = started(4.0)
+    other.load_state_dict(copy.deepcopy(half.state_dict(optimizer)), other_optimizer)
+    assert train(other, other_optimizer, STEPS // 2, STEPS) == gammas[STEPS // 2 :]
+    assert other.size() == whole.size()
+
+
+def test_a_state_of_a_run_with_gamma_starts_the_path_where_it_is() -> None:
+    saved = Compressor(net(), example(), 0.01, bits=8, schedule=Schedule(STEPS))
+    optimizer: Optimizer = AdamW(saved.weights(), lr=3e-3)
+    train(saved, optimizer, 0, STEPS // 4)
+    compressor, other = started(4.0)
+    compressor.load_state_dict(saved.state_dict(optimizer), other)
+    train(compressor, other, STEPS // 4, STEPS)
+    assert 3.6 <= compressor.size().stored_percent <= 4.1
+
+
+def test_the_schedule_of_the_user_stays_as_it_is() -> None:
+    schedule = Schedule(STEPS)
+    started(4.0, schedule=schedule)
+    assert schedule == Schedule(STEPS)
+
+
+@pytest.mark.parametrize("percent", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_sizes_are_refused(percent: float) -> None:
+    with pytest.raises(ValueError, match="stored_percent must be a number above 0"):
+        started(percent)
+
+
+def test_either_gamma_or_a_size_is_given() -> None:
+    for gamma, percent in ((None, None), (0.01, 3.0)):
+        with pytest.raises(ValueError, match="either gamma or stored_percent"):
+            Compressor(net(), example(), gamma, stored_percent=percent)
+
+
+@pytest.mark.parametrize("schedule", [None, Schedule(100, begin=0.5, end=0.5)])
+def test_a_size_needs_time_to_be_reached(schedule: Schedule | None) -> None:
+    with pytest.raises(ValueError, match="stored_percent needs a schedule"):
+        started(3.0, schedule=schedule)
+
+
+def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"stored_percent=0\.01 is less .* it stores .* %"
+    ) as error:
+        started(0.01)
+    least = float(str(error.value).split("stores ")[1].split(" ")[0])
+    compressor, _ = started(1.01 * least)
+    smallest = compressor.smallest()
+    parameters = {n: p.shape for n, p in smallest.named_parameters() if n.endswith("weight")}
+    assert parameters["0.0.weight"] == (1, 3, 3, 3)
+    assert parameters["1.0.weight"] == (1, 1, 3, 3)
+    with pytest.raises(ValueError, match="less"):
+        started(0.99 * least)
+
+
+def test_a_size_above_that_at_the_start_has_no_effect() -> None:
+    with pytest.warns(UserWarning, match="no effect: the network has 2[67].* % at its 8 starting"):
+        compressor, optimizer = started(50.0)
+    before = compressor.size()
+    assert set(train(compressor, optimizer, 0, STEPS)) == {0.0}
+    assert compressor.size().q_bits == before.q_bits
+
+
+@pytest.mark.parametrize("build", [net, lambda: Residual(relu_after=False), Untraceable])
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_the_smallest_network_is_a_copy(build: Any) -> None:
+    x = example()
+    compressor = Compressor(build(), x, 0.01, min_channels=2)
+    before = copy.deepcopy(compressor.model.state_dict())
+    smallest = compressor.smallest()
+    assert all(layer.live_rows().sum() >= 2 for layer in compressor.layers.values())
+    torch.testing.assert_close(compressor.model.state_dict(), before, rtol=0, atol=0)
+    for name, module in smallest.named_modules():
+        if name in compressor.layers:
+            assert int((module.bit_depth > 0).sum()) == min(2, len(compressor.layers[name].rows))
+    with torch.no_grad():
+        y = smallest.eval()(torch.cat([x, 2 * x]))
+    assert (y[: len(x)] - y[len(x) :]).abs().max() > 0
+
+
+def test_a_settled_preview_is_what_biases_on_their_way_to_zero_will_leave() -> None:
+    model = Residual(relu_after=False)
+    compressor = Compressor(model, example(), 0.0)
+    optimizer = SGD(compressor.weights(), lr=0.0)
+    with torch.no_grad():
+        model.get_parameter("two.1.bias").fill_(0.5)
+    kill(model, "two.0", [1, 2])
+    compressor.cut(optimizer)
+
+    def entries(network: nn.Module) -> int:
+        return len(network.get_parameter("two.1.bias"))
+
+    assert entries(compressor.preview()) == 6
+    settled = compressor.preview(settled=True)
+    assert entries(settled) == 4
+    assert (model.get_parameter("two.1.bias") == 0.5).all()
+    for _ in range(60):
+        optimizer.zero_grad()
+        compressor.step(optimizer)
+    compressor.cut(optimizer)
+    assert entries(compressor.model) == 4
+    torch.testing.assert_close(compressor.model.state_dict(), settled.state_dict())
+
+
+@pytest.mark.parametrize("size", [10_000.0, 50_000.0, 100_000.0])
+def test_gamma_is_the_smallest_that_leads_to_a_size(size: float) -> None:
+    compressor, optimizer = started(4.0)
+    train(compressor, optimizer, 0, STEPS // 4)
+    path = compressor._path
+    assert isinstance(path, SizePath)
+    gamma = path._gamma_for(size)
+    assert path._rough_size(gamma) <= size < path._rough_size(0.99 * gamma)
+
+
+def test_what_is_planned_falls_from_the_start_to_the_target_and_stays() -> None:
+    compressor, optimizer = started(4.0)
+    start = compressor.size().stored_bits
+    train(compressor, optimizer, 0, STEPS // 5)
+    path = compressor._path
+    assert path is not None and path.start == start
+    planned = [path._planned(i / 20) for i in range(30)]
+    assert planned == sorted(planned, reverse=True)
+    assert planned[0] == start
+    assert planned[20:] == [path.target] * 10
+    shares = [after / before for before, after in itertools.pairwise(planned)]
+    assert shares == sorted(shares)  # a bit faster at first
