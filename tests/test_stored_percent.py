@@ -12,9 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import Residual, Untraceable, block, kill
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
 
+from models import build
 from selfcompress import Compressor, Schedule
 from selfcompress.target import SizePath
 
@@ -25,7 +29,7 @@ CLASSES = 5
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        block(3, 32), block(32, 64), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)
+        block(3, 24), block(24, 48), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(48, CLASSES)
     )
 
 
@@ -134,7 +138,7 @@ def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
 
 
 def test_a_size_above_that_at_the_start_has_no_effect() -> None:
-    with pytest.warns(UserWarning, match="no effect: the network has 2[67].* % at its 8 starting"):
+    with pytest.warns(UserWarning, match="no effect: the network has [23][0-9].* % at its 8 starting"):
         compressor, optimizer = started(50.0)
     before = compressor.size()
     assert set(train(compressor, optimizer, 0, STEPS)) == {0.0}
@@ -182,7 +186,7 @@ def test_a_settled_preview_is_what_biases_on_their_way_to_zero_will_leave() -> N
     torch.testing.assert_close(compressor.model.state_dict(), settled.state_dict())
 
 
-@pytest.mark.parametrize("size", [10_000.0, 50_000.0, 100_000.0])
+@pytest.mark.parametrize("size", [5_000.0, 20_000.0, 50_000.0])
 def test_gamma_is_the_smallest_that_leads_to_a_size(size: float) -> None:
     compressor, optimizer = started(4.0)
     train(compressor, optimizer, 0, STEPS // 4)
@@ -204,3 +208,47 @@ def test_what_is_planned_falls_from_the_start_to_the_target_and_stays() -> None:
     assert planned[20:] == [path.target] * 10
     shares = [after / before for before, after in itertools.pairwise(planned)]
     assert shares == sorted(shares)  # a bit faster at first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "image_size", "epochs", "percent"),
+    [
+        ("resnet9", 8, 20, 3.0), ("resnet9", 8, 20, 0.3), ("resnet20", 8, 20, 2.0),
+        ("torchvision:mobilenet_v3_small", 32, 12, 1.0), ("vit", 8, 20, 8.0),
+    ],
+)  # fmt: skip
+def test_a_size_is_reached_by_any_network(
+    name: str, image_size: int, epochs: int, percent: float
+) -> None:
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None].expand(-1, 3, -1, -1) / 8 - 1
+    images, labels = F.interpolate(images, size=image_size), torch.from_numpy(data.target)
+    train_set = TensorDataset(images[:1437], labels[:1437])
+    torch.manual_seed(0)
+    loader = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
+    model = build(name, 10, 32 if name == "vit" else 16, image_size)
+    compressor = Compressor(
+        model,
+        images[:16],
+        stored_percent=percent,
+        bits=8,
+        schedule=Schedule(epochs * len(loader)),
+    )
+    optimizer = AdamW(compressor.weights(), lr=1e-3)
+    scheduler = OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(loader))
+    for _ in range(epochs):
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y) + compressor.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            compressor.step(optimizer)
+    compressor.finish(loader, optimizer)
+    with torch.no_grad():
+        accuracy = (model.eval()(images[1437:]).argmax(1) == labels[1437:]).float().mean()
+    stored = compressor.size().stored_percent
+    print(f"{name} {percent} %: stored {stored:.3f} %, accuracy {accuracy:.4f}")
+    assert 0.95 * percent <= stored <= 1.01 * percent
+    assert accuracy > 0.8
