@@ -31,15 +31,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
+from selfcompress.connection import Connection
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
+from selfcompress.idle import IdleRows
+from selfcompress.layers import PlacedBatchNorm, quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import Inputs, device_of, positional, without_compile
 from selfcompress.norms import reestimate
 from selfcompress.observe import Observed, observe
-from selfcompress.quantizer import MAX_BITS, fit_exponent
+from selfcompress.quantizer import MAX_BITS
 from selfcompress.report import Report, make_report
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
@@ -133,7 +135,6 @@ class Compressor:
         self.multiple = multiple
         self.model = model = without_compile(model)
         self.example_input = example_input
-        self.min_channels = min_channels
         self.schedule = schedule
         self.bits = bits
         self.interval = interval
@@ -171,9 +172,9 @@ class Compressor:
         self._held: set[str] = set()
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
         self._lingering: dict[str, Tensor] = {}
-        self._vital: tuple[set[str] | None, set[str]] = None, set()  # without these, these are
-        self._awake: dict[str, Tensor] = {}  # which of the idle rows, in their order
-        self._idle = self._zero_rows()
+        self.connection = Connection(self.graph, self.layers, min_channels)
+        traced = {n: layer for n, layer in self.layers.items() if n in self.graph.origin}
+        self.idle = IdleRows(traced)
         self._path = None if stored_percent is None else self._path_to(stored_percent)
 
     def _path_to(self, stored_percent: float) -> SizePath | None:
@@ -318,12 +319,12 @@ class Compressor:
         if not self.frozen:
             self._press()
             fit = (self.steps + 1) % FIT_INTERVAL == 0
-            self.formats.step(self.price, self._least_bits(), self._least_rows(), fit=fit)
+            self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
         self.steps += 1
         if self.schedule is not None and self.schedule.ended(self.steps):
             self.freeze()
         self._shrink_lingering_biases()
-        self._update_idle()
+        self.idle.update()
         if not due:
             return None
         return self._cut(optimizer, averages, patient=_compiled_anything())
@@ -356,10 +357,8 @@ class Compressor:
         """Cut; if `patient`, only what is worth to be compiled anew."""
         self._require_cuttable(optimizer, averages)
         self._require_finite()
-        for name, idle in self._still_idle().items():
-            depth = self.layers[name].bit_depth
-            depth.index_fill_(0, idle.to(depth.device), 0)
-        self.keep_connected()
+        self.idle.give_up()
+        self.connection.keep()
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
         worth_it = not patient or _worth_recompiling(plan, self.model)
@@ -378,7 +377,7 @@ class Compressor:
             name: torch.from_numpy(positions).to(device)
             for name, positions in analyse(self.graph, self.model).lingering.items()
         }
-        self._idle, self._awake = self._zero_rows(), {}
+        self.idle.look()
         return plan if plan and worth_it else None
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
@@ -416,7 +415,7 @@ class Compressor:
         before = [p.clone() for p in formats]
         for layer in self.layers.values():
             layer.bit_depth.zero_()
-        self.keep_connected()
+        self.connection.keep()
         model = self.preview()
         for parameter, value in zip(formats, before, strict=True):
             parameter.copy_(value)
@@ -456,7 +455,7 @@ class Compressor:
             )
         self.freeze()
         self.multiple = 1
-        self._idle, self._awake = self._zero_rows(), {}
+        self.idle.look()
         self.cut(optimizer, averages)
         self.reestimate(loader)
 
@@ -520,7 +519,7 @@ class Compressor:
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
             "lingering": dict(self._lingering),
-            "idle": self._still_idle(),
+            "idle": self.idle.still(),
             "gamma": self.gamma,
             "frozen": self.frozen,
             "steps": self.steps,
@@ -557,8 +556,7 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         device = device_of(self.example_input)
         self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
-        self._idle = {n: t.to(self.layers[n].bit_depth.device) for n, t in state["idle"].items()}
-        self._awake = {}
+        self.idle.load(state["idle"])
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
         if self._path is not None and state.get("path"):
@@ -605,74 +603,10 @@ class Compressor:
         self.formats.watch()
 
     @torch.no_grad()
-    def keep_connected(self) -> None:
-        """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
-        depths: list[Tensor] = [layer.bit_depth for layer in self.layers.values()]
-        # Read at once: a GPU is waited for whenever something is read.
-        live = (torch.cat(depths) > 0).cpu().numpy()
-        dead: set[str] = set()
-        ends = np.cumsum([len(depth) for depth in depths])
-        for (name, layer), rows in zip(self.layers.items(), np.split(live, ends[:-1]), strict=True):
-            count = int(rows.sum())
-            least = min(self.min_channels, len(layer.rows))
-            # An empty layer lost its rows in a cut, so the network is connected without it.
-            if count == 0 and least == 0 and len(layer.rows):
-                if self.graph.connected(dead | {name} | self._empty()):
-                    dead.add(name)
-                else:
-                    least = 1
-            if count < least:
-                _revive(layer, least - count)
-
-    def _least_rows(self) -> list[int]:
-        """How many rows of every layer keep bits until the next cut, for the output to depend on.
-
-        Layers that can all go together may go whole, as many as are found in their order; every
-        other keeps a row. The next cut looks at what has gone.
-        """
-        empty = self._empty()
-        if self._vital[0] != empty:
-            gone = set(empty)
-            for name in self.layers:
-                if self.graph.connected(gone | {name}):
-                    gone.add(name)
-            self._vital = empty, self.layers.keys() - gone
-        return [
-            min(max(self.min_channels, int(name in self._vital[1])), len(layer.rows))
-            for name, layer in self.layers.items()
-        ]
-
-    def _empty(self) -> set[str]:
-        return {name for name, layer in self.layers.items() if len(layer.rows) == 0}
-
-    @torch.no_grad()
     def _shrink_lingering_biases(self) -> None:
         for name, positions in self._lingering.items():
             bias = self.model.get_parameter(name)
             bias[positions] = F.softshrink(bias[positions], _BIAS_STEP)
-
-    @torch.no_grad()
-    def _zero_rows(self) -> dict[str, Tensor]:
-        """By layer, the rows that have bits and yet quantise to nothing but zeros."""
-        found = {}
-        for name, layer in self.layers.items():
-            if name in self.graph.origin:
-                found[name] = (layer.zero_rows() & layer.live_rows()).nonzero().flatten()
-        return found
-
-    @torch.no_grad()
-    def _update_idle(self) -> None:
-        """Note which of these rows have come back to life since the last cut."""
-        for name, idle in self._idle.items():
-            if len(idle):
-                zero = self.layers[name].zero_rows(among=idle)
-                self._awake[name] = self._awake.get(name, torch.zeros_like(zero)) | ~zero
-
-    def _still_idle(self) -> dict[str, Tensor]:
-        """The rows that were zero at every step since the last cut, by layer."""
-        # Not sorted out at every step, as a GPU would be waited for.
-        still = {n: ~awake.to(self._idle[n].device) for n, awake in self._awake.items()}
-        return {n: rows[still[n]] if n in still else rows for n, rows in self._idle.items()}
 
     def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
         if optimizer is not None:
@@ -706,15 +640,6 @@ class Compressor:
                 raise FloatingPointError(
                     f"the weights or formats of layer {name} are not finite: training has diverged"
                 )
-
-
-def _revive(layer: QuantizedLayer, count: int) -> None:
-    """Give bits again to those dead rows of a layer that have the largest weights."""
-    norms = layer.weight_by_row().flatten(1).norm(dim=1)
-    strongest = norms.masked_fill(layer.live_rows(), -1).topk(count).indices
-    layer.bit_depth[strongest] = 2  # one bit has no level above zero
-    weight = layer.weight_by_row()[strongest]
-    layer.exponent[strongest] = fit_exponent(weight, layer.bit_depth[strongest])
 
 
 def _averaged(model: nn.Module) -> nn.Module:

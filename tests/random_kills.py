@@ -59,9 +59,9 @@ def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> No
             norm.bias[below(0.3, len(norm.bias), generator)] *= -1
             norm.bias[below(0.3, len(norm.bias), generator)] = 0
     # What a cut does before it cuts: rows that are nothing but zeros die, vital ones come back.
-    for name, idle in compressor._idle.items():
+    for name, idle in compressor.idle.still().items():
         compressor.layers[name].bit_depth[idle] = 0
-    compressor.keep_connected()
+    compressor.connection.keep()
     if settle:
         avoid_ties(compressor)
         settle_statistics(compressor.graph, compressor.model)

@@ -123,7 +123,7 @@ def test_layers_that_cannot_be_cut_do_not_disconnect_it_either(
         compressor = Compressor(model, X, 1.0)
     for name, layer in compressor.layers.items():
         kill(model, name, range(len(layer.bit_depth)))
-    compressor.keep_connected()
+    compressor.connection.keep()
     assert all(layer.live_rows().any() for layer in compressor.layers.values())
 
 
@@ -313,7 +313,7 @@ def test_unsupported_optimizers_are_refused_before_anything_changes() -> None:
         with torch.no_grad():
             compressor.layers["one.0"].weight[2] = 0
             before["one.0.weight"][2] = 0
-        compressor._idle = compressor._zero_rows()
+        compressor.idle.look()
         with pytest.raises(TypeError, match="Adadelta"):
             refused(optimizer)
         torch.testing.assert_close(compressor.model.state_dict(), before, rtol=0, atol=0)
@@ -511,10 +511,10 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_rows_that_wait_for_the_end_of_their_interval_are_saved() -> None:
     compressor, optimizer = started(3)
-    compressor._idle = {"one.0": torch.tensor([2]), "two.0": torch.tensor([0, 1])}
+    compressor.idle.load({"one.0": torch.tensor([2]), "two.0": torch.tensor([0, 1])})
     other, other_optimizer = started()
     other.load_state_dict(compressor.state_dict(optimizer), other_optimizer)
-    torch.testing.assert_close(other._idle, compressor._idle)
+    torch.testing.assert_close(other.idle.still(), compressor.idle.still())
 
 
 def test_state_of_a_frozen_compressor_loads_frozen() -> None:

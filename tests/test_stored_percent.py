@@ -138,7 +138,9 @@ def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
 
 
 def test_a_size_above_that_at_the_start_has_no_effect() -> None:
-    with pytest.warns(UserWarning, match="no effect: the network has [23][0-9].* % at its 8 starting"):
+    with pytest.warns(
+        UserWarning, match="no effect: the network has [23][0-9].* % at its 8 starting"
+    ):
         compressor, optimizer = started(50.0)
     before = compressor.size()
     assert set(train(compressor, optimizer, 0, STEPS)) == {0.0}

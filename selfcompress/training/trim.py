@@ -175,7 +175,7 @@ class Fitter:
         for layer, (depth, exponent) in zip(self._layers, self._by_layer(formats), strict=True):
             layer.bit_depth.copy_(depth)
             layer.exponent.copy_(exponent)
-        self.compressor.keep_connected()
+        self.compressor.connection.keep()
 
     def _saved(self, steps: _Formats) -> Tensor:
         """(rows,) the bits of the file that each step takes off, estimated.
