@@ -51,6 +51,7 @@ from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
 _BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
+_MISSED = 1.05  # times the size asked for is told
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
@@ -67,7 +68,8 @@ class Compressor:
         gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
             any time (`compressor.gamma = ...`), for a schedule.
         stored_percent: the size to end at, as `size().stored_percent` tells it, instead of a γ: the
-            γ that leads there is looked for while the schedule, which this needs, has it rise.
+            γ that leads there is looked for until the schedule, which this needs, ends the penalty;
+            what is assigned to it does not last. Needs a model that `copy.deepcopy` can copy.
         bits: the bit depth that every channel starts at.
         integer_bits: round bit depths up in the forward pass, so that sizes can be stored. False
             is the paper's fractional bit depth.
@@ -181,7 +183,12 @@ class Compressor:
         """The way to a size in stored bits; none if the network is smaller already."""
         assert self.schedule is not None
         self.schedule = dataclasses.replace(self.schedule, rise=False)  # it rises by the path
-        start, least = self.size(), self._stored_bits(self.smallest())
+        try:
+            start, least = self.size(), self._stored_bits(self.smallest())
+        except TypeError as error:
+            raise ValueError(
+                f"stored_percent needs a model that copy.deepcopy can copy, which failed: {error}"
+            ) from error
         target = stored_percent / 100 * start.float_bits
         if target < least:
             raise ValueError(
@@ -321,8 +328,10 @@ class Compressor:
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
         self.steps += 1
-        if self.schedule is not None and self.schedule.ended(self.steps):
+        if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
+            if self._path is not None:  # which has counted all of these as gone
+                self._note_lingering()
         self._shrink_lingering_biases()
         self.idle.update()
         if not due:
@@ -372,11 +381,7 @@ class Compressor:
             if _compiled_anything():
                 torch.compiler.reset()
             self._check(before, plan)
-        device = device_of(self.example_input)
-        self._lingering = {
-            name: torch.from_numpy(positions).to(device)
-            for name, positions in analyse(self.graph, self.model).lingering.items()
-        }
+        self._note_lingering()
         self.idle.look()
         return plan if plan and worth_it else None
 
@@ -400,23 +405,37 @@ class Compressor:
         Args:
             settled: with those biases at zero that dead rows have left and that are on their way.
         """
-        model = copy.deepcopy(self.model)
+        # What a forward() has left in an attribute cannot be copied with its history.
+        left = [
+            value
+            for module in self.model.modules()
+            for value in pytree.tree_leaves(vars(module))
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        model = copy.deepcopy(self.model, {id(value): value.detach() for value in left})
         settle_statistics(self.graph, model)
-        while settled and (lingering := analyse(self.graph, model).lingering):
-            for name, positions in lingering.items():
-                model.get_parameter(name)[torch.from_numpy(positions)] = 0
+        left_over = settled
+        while left_over:  # where one bias goes, the next may have nothing else to hold
+            left_over = False
+            for name, positions in analyse(self.graph, model).lingering.items():
+                bias = model.get_parameter(name)
+                left_over |= bool(bias[torch.from_numpy(positions)].any())
+                bias[torch.from_numpy(positions)] = 0
         apply_plan(plan_cut(self.graph, model, analyse(self.graph, model)), model)
         return model
 
     @torch.no_grad()
     def smallest(self) -> nn.Module:
-        """A copy of the model with no more rows than the output and `min_channels` need."""
+        """A copy of the model with no more rows than the output and `min_channels` need.
+
+        Biases that dead rows may leave behind are gone from it.
+        """
         formats = [p for m in self.layers.values() for p in (m.bit_depth, m.exponent)]
         before = [p.clone() for p in formats]
         for layer in self.layers.values():
             layer.bit_depth.zero_()
         self.connection.keep()
-        model = self.preview()
+        model = self.preview(settled=True)
         for parameter, value in zip(formats, before, strict=True):
             parameter.copy_(value)
         return model
@@ -458,6 +477,14 @@ class Compressor:
         self.idle.look()
         self.cut(optimizer, averages)
         self.reestimate(loader)
+        if self._path is not None and self._stored_bits(self.model) > _MISSED * self._path.target:
+            size = self.size()
+            target = 100 * self._path.target / size.float_bits
+            warnings.warn(
+                f"the network stores {size.stored_percent:.3g} %, not the {target:.3g} % asked "
+                "for: train for more steps",
+                stacklevel=2,
+            )
 
     def reestimate(self, loader: Iterable[Any]) -> None:
         """Average batch-norm statistics anew over `loader`, as `finish` does.
@@ -601,6 +628,14 @@ class Compressor:
         for name, kept in plan.rows.items():
             self.graph.origin[name] = self.graph.origin[name][np.array(kept, dtype=np.int64)]
         self.formats.watch()
+
+    def _note_lingering(self) -> None:
+        """Find the biases that are all that is left of dead rows, to be driven to zero."""
+        device = device_of(self.example_input)
+        self._lingering = {
+            name: torch.from_numpy(positions).to(device)
+            for name, positions in analyse(self.graph, self.model).lingering.items()
+        }
 
     @torch.no_grad()
     def _shrink_lingering_biases(self) -> None:

@@ -157,6 +157,11 @@ class FormatStepper:
 
         return norm
 
+    @property
+    def judged(self) -> bool:
+        """Whether anything is known of what rows are worth."""
+        return any("worth" in kept for kept in self.adam.state.values())
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `adam.state_dict()` was."""
         self.adam.load_state_dict(state)

@@ -18,12 +18,12 @@ from selfcompress.schedule import RISE, Schedule
 from selfcompress.size import Size
 
 SLOWING = 1.5  # the logarithm of what is to go is as (1 - time)^SLOWING
-LOWEST, HIGHEST = 1e-8, 1e4  # of γ
-HALVINGS = 30  # of the interval between them, to find γ
+LOWEST, HIGHEST = 1e-30, 1e20  # of γ: as the square of what a loss is multiplied with
+HALVINGS = 40  # of the interval between them, to find γ
 CONTROLS = 100  # times on the path that γ is set
-MEASUREMENTS = 20  # times on the path that the size is measured
+MEASUREMENTS = 20  # times on the path that the size is measured, and after every cut
 
-_STATE = ("start", "ratio", "measured_at", "set_at")
+_STATE = ("start", "ratio", "weights", "measured_at", "set_at")
 
 
 class SizePath:
@@ -54,19 +54,21 @@ class SizePath:
         self.besides = (at_first.stored_bits - at_first.q_bits) / rows
         self.start: float | None = None  # the size where the path begins
         self.ratio = 1.0  # of the size beyond `least` to the rough one, when last measured
+        self.weights = 0  # of the quantised layers then
         self.measured_at = self.set_at = 0.0
 
     def gamma(self, step: int) -> float | None:
         """γ for `step`; None if it is to stay."""
         progress = self.schedule.progress(step) / RISE
-        if progress < 0 or self.schedule.ended(step):
+        if progress < 0 or not self.formats.judged:
             return None
         if self.start is not None and progress - self.set_at < 1 / CONTROLS:
             return None
-        if self.start is None or progress - self.measured_at >= 1 / MEASUREMENTS:
+        weights = sum(layer.weight.numel() for layer in self.formats.layers.values())
+        if weights != self.weights or progress - self.measured_at >= 1 / MEASUREMENTS:
             size = self.measure()
             self.ratio = max(1.0, size - self.least) / max(1.0, self._rough_size())
-            self.measured_at = progress
+            self.weights, self.measured_at = weights, progress
             if self.start is None:
                 self.start = size
         self.set_at = progress
@@ -95,7 +97,8 @@ class SizePath:
         if gamma is not None:
             wanted = self.formats.wanted(gamma)
             # What is between two depths is rounded up: half a bit more on average.
-            then = torch.where(wanted < 1, 0, (wanted + 0.5).clamp(min=2))
+            then = (wanted + 0.5).clamp(min=2).clamp(max=self.formats.most_bits)
+            then = torch.where(wanted < 1, 0, then)
             bits = then.where(bits > 0, 0)
         weights = of_rows(layers, [layer.fan_in for layer in layers]).double()
         return float((weights * bits + self.besides * (bits > 0)).sum())

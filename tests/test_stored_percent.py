@@ -5,6 +5,7 @@
 import copy
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,17 +47,23 @@ def example() -> Tensor:
     return next(batches(1))[0]
 
 
-def started(percent: float, **options: Any) -> tuple[Compressor, Optimizer]:
+def started(
+    percent: float, model: nn.Module | None = None, **options: Any
+) -> tuple[Compressor, Optimizer]:
     options = {"schedule": Schedule(STEPS)} | options
-    compressor = Compressor(net(), example(), stored_percent=percent, bits=8, **options)
+    model = net() if model is None else model
+    compressor = Compressor(model, example(), stored_percent=percent, bits=8, **options)
     return compressor, AdamW(compressor.weights(), lr=3e-3)
 
 
-def train(compressor: Compressor, optimizer: Optimizer, first: int, last: int) -> list[float]:
+def train(
+    compressor: Compressor, optimizer: Optimizer, first: int, last: int, scale: float = 1.0
+) -> list[float]:
     """Steps of a plain loop: γ at each."""
     gammas = []
     for x, y in list(batches(STEPS))[first:last]:
-        loss = F.cross_entropy(compressor.model(x), y) + compressor.penalty()
+        task = scale * F.cross_entropy(compressor.model(x), y)
+        loss = task + compressor.penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -77,14 +84,79 @@ def test_a_plain_loop_ends_in_the_size_asked_for(percent: float) -> None:
     assert (compressor.model.eval()(x).argmax(1) == y).float().mean() > 0.9
 
 
+class Mlp(nn.Module):
+    """Two hidden layers with biases and no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.out = nn.Linear(192, 64), nn.Linear(64, 64), nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.two(self.one(x.flatten(1)).relu()).relu())
+        return y
+
+
+class Keeping(Mlp):
+    """Keeps what it computes in a list, with its history."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.seen = [y]
+        return y
+
+
+def test_a_model_may_keep_what_it_computes() -> None:
+    compressor, optimizer = started(4.0, Keeping())
+    train(compressor, optimizer, 0, STEPS // 4)
+    assert compressor.gamma > 0
+
+
+# Cuts come every 50 steps, or not before the end: dead rows leave biases behind then too.
+@pytest.mark.parametrize("interval", [50, 10**6])
+def test_biases_that_are_left_behind_do_not_count(interval: int) -> None:
+    compressor, optimizer = started(2.0, Mlp(), interval=interval)
+    train(compressor, optimizer, 0, STEPS)
+    compressor.finish(list(batches(2, seed=2)), optimizer)
+    assert 1.8 <= compressor.size().stored_percent <= 2.04
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
+    compressor, optimizer = started(4.0)
+    train(compressor, optimizer, 0, STEPS, scale)
+    assert 3.7 <= compressor.size().stored_percent <= 4.1
+
+
+def test_gamma_on_the_path_is_what_presses() -> None:
+    compressor, optimizer = started(4.0)
+    train(compressor, optimizer, 0, STEPS // 4)
+    assert compressor.price == compressor.gamma > 0
+
+
+def test_without_any_gradient_there_is_no_gamma_yet() -> None:
+    compressor, optimizer = started(4.0, schedule=Schedule(STEPS, begin=0), integer_bits=False)
+    gammas = train(compressor, optimizer, 0, 30)
+    assert gammas[0] == 0
+    assert 0 < max(gammas) < 1
+
+
+def test_a_size_that_is_missed_is_told() -> None:
+    compressor, optimizer = started(3.0, schedule=Schedule(20))
+    train(compressor, optimizer, 0, 20)
+    with pytest.warns(UserWarning, match=r"the network stores .* %, not the 3 % asked for"):
+        compressor.finish(list(batches(2)), optimizer)
+
+
 def test_training_goes_on_alike_after_a_resume() -> None:
     whole, optimizer = started(4.0)
     gammas = train(whole, optimizer, 0, STEPS)
+    at = STEPS // 2 + 3  # a step at which nothing is measured or set
     half, optimizer = started(4.0)
-    train(half, optimizer, 0, STEPS // 2)
+    train(half, optimizer, 0, at)
     other, other_optimizer = started(4.0)
     other.load_state_dict(copy.deepcopy(half.state_dict(optimizer)), other_optimizer)
-    assert train(other, other_optimizer, STEPS // 2, STEPS) == gammas[STEPS // 2 :]
+    assert train(other, other_optimizer, at, STEPS) == gammas[at:]
     assert other.size() == whole.size()
 
 
@@ -128,7 +200,7 @@ def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
     ) as error:
         started(0.01)
     least = float(str(error.value).split("stores ")[1].split(" ")[0])
-    compressor, _ = started(1.01 * least)
+    compressor, _ = started(1.01 * least)  # as it says
     smallest = compressor.smallest()
     parameters = {n: p.shape for n, p in smallest.named_parameters() if n.endswith("weight")}
     assert parameters["0.0.weight"] == (1, 3, 3, 3)
@@ -145,6 +217,20 @@ def test_a_size_above_that_at_the_start_has_no_effect() -> None:
     before = compressor.size()
     assert set(train(compressor, optimizer, 0, STEPS)) == {0.0}
     assert compressor.size().q_bits == before.q_bits
+
+
+def test_the_smallest_network_has_no_biases_of_dead_rows() -> None:
+    smallest = Compressor(Mlp(), example(), 0.01).smallest()
+    assert {n: p.shape[0] for n, p in smallest.named_parameters() if n.endswith("bias")} == {
+        "one.bias": 1, "two.bias": 1, "out.bias": CLASSES,
+    }  # fmt: skip
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = Mlp()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"copy.deepcopy can copy, which failed: .*lock"):
+        started(3.0, model)
 
 
 @pytest.mark.parametrize("build", [net, lambda: Residual(relu_after=False), Untraceable])
