@@ -432,13 +432,14 @@ class Compressor:
         """
         formats = [p for m in self.layers.values() for p in (m.bit_depth, m.exponent)]
         before = [p.clone() for p in formats]
-        for layer in self.layers.values():
-            layer.bit_depth.zero_()
-        self.connection.keep()
-        model = self.preview(settled=True)
-        for parameter, value in zip(formats, before, strict=True):
-            parameter.copy_(value)
-        return model
+        try:
+            for layer in self.layers.values():
+                layer.bit_depth.zero_()
+            self.connection.keep()
+            return self.preview(settled=True)
+        finally:
+            for parameter, value in zip(formats, before, strict=True):
+                parameter.copy_(value)
 
     def freeze(self) -> None:
         """Bit depths and exponents stay as they are from now on; dead channels still go."""
