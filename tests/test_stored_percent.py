@@ -72,7 +72,7 @@ def train(
     return gammas
 
 
-@pytest.mark.parametrize("percent", [10.0, 4.0, 2.0])
+@pytest.mark.parametrize("percent", [10.0, 2.0])
 def test_a_plain_loop_ends_in_the_size_asked_for(percent: float) -> None:
     compressor, optimizer = started(percent)
     gammas = train(compressor, optimizer, 0, STEPS)
