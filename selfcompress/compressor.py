@@ -478,13 +478,17 @@ class Compressor:
         self.idle.look()
         self.cut(optimizer, averages)
         self.reestimate(loader)
-        if self._path is not None and self._stored_bits(self.model) > _MISSED * self._path.target:
-            size = self.size()
-            target = 100 * self._path.target / size.float_bits
+        if self._path is not None:
+            self._warn_if_missed(self._path.target)
+
+    def _warn_if_missed(self, target: float) -> None:
+        """Say that the network is larger than the `target`, in stored bits, that was asked for."""
+        size = self.size()
+        if size.stored_bits > _MISSED * target:
             warnings.warn(
-                f"the network stores {size.stored_percent:.3g} %, not the {target:.3g} % asked "
-                "for: train for more steps",
-                stacklevel=2,
+                f"the network stores {size.stored_percent:.3g} %, not the "
+                f"{100 * target / size.float_bits:.3g} % asked for: train for more steps",
+                stacklevel=3,
             )
 
     def reestimate(self, loader: Iterable[Any]) -> None:
