@@ -30,6 +30,7 @@ from models import build, default_width
 from selfcompress.training.config import Config
 from selfcompress.training.data import Dataset, Split
 from selfcompress.training.loop import Run, run
+from selfcompress.training.memory import keep_freed
 from selfcompress.training.runs import RunFolder
 
 CLASSES, IMAGES = 10, 2048
@@ -86,6 +87,8 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"{options.model}, {options.image_size} pixels, batch {options.batch_size}; {name}, "

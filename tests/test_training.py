@@ -4,6 +4,9 @@ import errno
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,3 +424,19 @@ def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert_refused(cli(*TINY, "--run-dir", tmp_path / "full"), "choose another --run-dir")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_a_cpu_keeps_what_a_step_frees() -> None:
+    code = (
+        "import resource, sys, torch\n"
+        "from selfcompress.training.memory import keep_freed\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"  # 64 MiB, 16,384 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); ordinary = faults(); keep_freed(); faults(); print(ordinary, faults())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ordinary, kept = map(int, done.stdout.split())
+    assert kept < 0.01 * ordinary

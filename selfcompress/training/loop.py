@@ -35,6 +35,7 @@ from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
+from selfcompress.training.memory import keep_freed
 from selfcompress.training.target import FileSize, SizeControl
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
@@ -72,6 +73,8 @@ def run(
     for warning in config.without_effect():
         print(f"warning: {warning}", file=sys.stderr)
     device = _device(config)
+    if device.type == "cpu":
+        keep_freed()
     dataset_name, dataset = _load(config, device)
     config = config.resolved(dataset_name, dataset.image_size, default_width)
     folder = runs.RunFolder(_run_dir(config, dataset), config.as_json())
