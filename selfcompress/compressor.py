@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -37,6 +36,7 @@ from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.idle import IdleRows
 from selfcompress.layers import PlacedBatchNorm, quantized_layers
+from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import Inputs, device_of, positional, without_compile
 from selfcompress.norms import reestimate
@@ -49,7 +49,6 @@ from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, p
 from selfcompress.target import SizePath
 from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
-_BIAS_STEP = 0.01  # how far one step drives a dead row's bias to zero: the L1 loss's proximal step
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
 _MISSED = 1.05  # times the size asked for is told
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
@@ -173,7 +172,7 @@ class Compressor:
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
         self._held: set[str] = set()
         self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
-        self._lingering: dict[str, Tensor] = {}
+        self.lingering = LingeringBiases(self.graph, model)
         self.connection = Connection(self.graph, self.layers, min_channels)
         traced = {n: layer for n, layer in self.layers.items() if n in self.graph.origin}
         self.idle = IdleRows(traced)
@@ -331,8 +330,8 @@ class Compressor:
         if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
             if self._path is not None:  # which has counted all of these as gone
-                self._note_lingering()
-        self._shrink_lingering_biases()
+                self.lingering.look()
+        self.lingering.shrink()
         self.idle.update()
         if not due:
             return None
@@ -381,7 +380,7 @@ class Compressor:
             if _compiled_anything():
                 torch.compiler.reset()
             self._check(before, plan)
-        self._note_lingering()
+        self.lingering.look()
         self.idle.look()
         return plan if plan and worth_it else None
 
@@ -414,13 +413,8 @@ class Compressor:
         ]
         model = copy.deepcopy(self.model, {id(value): value.detach() for value in left})
         settle_statistics(self.graph, model)
-        left_over = settled
-        while left_over:  # where one bias goes, the next may have nothing else to hold
-            left_over = False
-            for name, positions in analyse(self.graph, model).lingering.items():
-                bias = model.get_parameter(name)
-                left_over |= bool(bias[torch.from_numpy(positions)].any())
-                bias[torch.from_numpy(positions)] = 0
+        if settled:
+            clear_lingering(self.graph, model)
         apply_plan(plan_cut(self.graph, model, analyse(self.graph, model)), model)
         return model
 
@@ -550,7 +544,7 @@ class Compressor:
             "formats": self.formats.adam.state_dict(),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
-            "lingering": dict(self._lingering),
+            "lingering": dict(self.lingering.positions),
             "idle": self.idle.still(),
             "gamma": self.gamma,
             "frozen": self.frozen,
@@ -586,8 +580,7 @@ class Compressor:
         self.formats.load_state_dict(state["formats"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-        device = device_of(self.example_input)
-        self._lingering = {n: t.to(device) for n, t in state["lingering"].items()}
+        self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
         self._hold(set(state.get("held", ())))
         self.gamma = state["gamma"]
@@ -633,20 +626,6 @@ class Compressor:
         for name, kept in plan.rows.items():
             self.graph.origin[name] = self.graph.origin[name][np.array(kept, dtype=np.int64)]
         self.formats.watch()
-
-    def _note_lingering(self) -> None:
-        """Find the biases that are all that is left of dead rows, to be driven to zero."""
-        device = device_of(self.example_input)
-        self._lingering = {
-            name: torch.from_numpy(positions).to(device)
-            for name, positions in analyse(self.graph, self.model).lingering.items()
-        }
-
-    @torch.no_grad()
-    def _shrink_lingering_biases(self) -> None:
-        for name, positions in self._lingering.items():
-            bias = self.model.get_parameter(name)
-            bias[positions] = F.softshrink(bias[positions], _BIAS_STEP)
 
     def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
         if optimizer is not None:
