@@ -35,7 +35,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.idle import IdleRows
-from selfcompress.layers import PlacedBatchNorm, quantized_layers
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
 from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import Inputs, device_of, positional, without_compile
@@ -286,17 +286,16 @@ class Compressor:
 
     def penalty(self) -> Tensor:
         """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
-        if torch.is_grad_enabled():  # the modes are those of training now
-            self._hold({name for name, norm in self._norms.items() if not norm.training})
         penalty = self.price / self.starting_weights * q_bits(self.model)
         if penalty.requires_grad:
             penalty.register_hook(self.formats.note_loss_scale)
         return penalty
 
-    def _hold(self, names: set[str]) -> None:
-        """Note which batch norms are in eval mode while the network trains."""
+    def _hold(self, names: set[str], model: nn.Module | None = None) -> None:
+        """Note which batch norms of the model, or an average, are in eval mode in training."""
         self._held = names
-        for name, norm in self._norms.items():
+        for name in self._norms:
+            norm = (model or self.model).get_submodule(name)
             if isinstance(norm, PlacedBatchNorm):
                 norm.held = name in names
 
@@ -306,7 +305,8 @@ class Compressor:
         Call it after `optimizer.step()`.
 
         Args:
-            averages: copies of the model to be cut along, such as an `AveragedModel` of it.
+            averages: copies of the model to be cut along, such as an `AveragedModel` of it. They
+                get its bit depths and exponents, which are nothing to be averaged.
 
         Returns:
             The plan that was applied, if something was cut.
@@ -318,6 +318,8 @@ class Compressor:
             CutError: a cut changed what the network computes; the model stays cut.
             FloatingPointError: a weight or its format is no longer finite.
         """
+        # The modes are those of training now.
+        self._hold({name for name, norm in self._norms.items() if not norm.training})
         due = (self.steps + 1) % self.interval == 0
         if self.steps == 0 or due:
             self._require_cuttable(optimizer, averages)
@@ -326,6 +328,7 @@ class Compressor:
             self._press()
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
+            self._keep_alike(averages)
         self.steps += 1
         if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
@@ -345,7 +348,7 @@ class Compressor:
         Rows that quantised to zero at every step since the last cut lose their bits first.
 
         Args:
-            averages: copies of the model to be cut along, such as an `AveragedModel` of it.
+            averages: as in `step`.
 
         Returns:
             The plan that was applied, or None if there was nothing to cut.
@@ -367,6 +370,7 @@ class Compressor:
         self._require_finite()
         self.idle.give_up()
         self.connection.keep()
+        self._keep_alike(averages)
         settle_statistics(self.graph, self.model)
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
         worth_it = not patient or _worth_recompiling(plan, self.model)
@@ -383,6 +387,17 @@ class Compressor:
         self.lingering.look()
         self.idle.look()
         return plan if plan and worth_it else None
+
+    @torch.no_grad()
+    def _keep_alike(self, averages: Iterable[nn.Module]) -> None:
+        """Give averages of the model its formats, which would lag behind, and its held norms."""
+        for average in map(_averaged, averages):
+            for name, layer in self.layers.items():
+                twin = average.get_submodule(name)
+                assert isinstance(twin, QuantizedLayer)
+                twin.bit_depth.copy_(layer.bit_depth)
+                twin.exponent.copy_(layer.exponent)
+            self._hold(self._held, average)
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
         """Compare what the network computes with what it did; a random one cannot be."""
@@ -455,8 +470,9 @@ class Compressor:
         While formats move, running statistics lag behind; those of the final network are
         averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
         tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were
-        in eval mode at the last `penalty` keep theirs. Only an optimiser that is given here can
-        train the network on: of any other the cut parameters are the old ones.
+        in eval mode at the last step keep theirs. So it goes for `averages` of the model, which may
+        then be evaluated and saved like it. Only an optimiser that is given here can train the
+        network on: of any other the cut parameters are the old ones.
 
         Raises:
             As `reestimate` and `step`.
@@ -471,7 +487,7 @@ class Compressor:
         self.multiple = 1
         self.idle.look()
         self.cut(optimizer, averages)
-        self.reestimate(loader)
+        self.reestimate(loader, averages)
         if self._path is not None:
             self._warn_if_missed(self._path.target)
 
@@ -485,8 +501,8 @@ class Compressor:
                 stacklevel=3,
             )
 
-    def reestimate(self, loader: Iterable[Any]) -> None:
-        """Average batch-norm statistics anew over `loader`, as `finish` does.
+    def reestimate(self, loader: Iterable[Any], averages: Sequence[nn.Module] = ()) -> None:
+        """Average batch-norm statistics of the model and `averages` anew, as `finish` does.
 
         While formats move, they lag behind: an evaluation in the middle of a training says little
         without it.
@@ -494,9 +510,10 @@ class Compressor:
         Raises:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
-        held = {self._norms[name] for name in self._held}
-        reestimate(self.model, self._batches(loader), held)
-        settle_statistics(self.graph, self.model)
+        models = [self.model, *map(_averaged, averages)]
+        reestimate(models, self._batches(loader), self._held)
+        for model in models:
+            settle_statistics(self.graph, model)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Inputs]:
         """What the model is called with, batch by batch, on its device."""

@@ -197,7 +197,7 @@ class FormatStepper:
         scale = depth.new_ones(()) if self._loss_scale is None else self._loss_scale
         if self._norms:
             # An example of one sample does not tell whose rows are tokens; the fewest are samples.
-            called = [layer.samples for layer in layers if layer.samples]
+            called = [layer.samples for layer in self._norms if layer.samples]
             samples = min(called, default=1) * max(1, self._penalties)
             self._remember(samples, scale)
         elif self._penalties and gamma > 0 and self._expected():

@@ -1,6 +1,7 @@
 """Average the statistics of batch norms anew, over the network as it is now."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -10,20 +11,29 @@ from selfcompress.look import Inputs, kept_modes, positional
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Inputs], held: Collection[nn.Module]) -> None:
-    """Average the statistics of `model`'s batch norms over `batches`, all batches alike.
+def reestimate(
+    models: Sequence[nn.Module], batches: Iterable[Inputs], held: Collection[str]
+) -> None:
+    """Average the statistics of batch norms over `batches`, all batches alike, read once.
 
     As torch's `update_bn` does, but norms that are in eval mode while the network trains keep
     theirs, be they `held` or left in it by a train() of the model's own.
 
+    Args:
+        models: a network and averages of it.
+        held: names of norms.
+
     Raises:
         ValueError: there is no batch; the statistics are what they were, as after any error.
     """
-    with kept_modes(model):
-        model.train()
-        for norm in held:
-            norm.eval()
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(kept_modes(model))
+            model.train()
+            for name in held:
+                model.get_submodule(name).eval()
+        modules = (module for model in models for module in model.modules())
+        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
         norms = [norm for norm in norms if norm.track_running_stats]
         if not norms:
             return
@@ -36,7 +46,8 @@ def reestimate(model: nn.Module, batches: Iterable[Inputs], held: Collection[nn.
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches
             for inputs in batches:
-                model(*positional(inputs))
+                for model in models:
+                    model(*positional(inputs))
                 seen += 1
             if not seen:
                 raise ValueError(

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Chain, Residual, compressor_of, kill
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
-from selfcompress import Compressor
+from selfcompress import Compressor, Schedule
 from selfcompress.liveness import settle_statistics
+from selfcompress.size import measure
 from selfcompress.surgery import Plan
 
 PLACEMENT = ("rows", "columns", "slots")
@@ -232,3 +234,37 @@ def test_an_average_of_another_shape_is_refused_before_anything_changes(
     with pytest.raises(ValueError, match=r"other parameters than the model"):
         getattr(run.compressor, call)(run.optimizer, averages=[run.average, average])
     torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+
+
+def test_an_average_ends_in_the_models_formats_with_statistics_of_its_own() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 8, 8)
+    labels = x.mean((2, 3)).argmax(1)
+    batches = list(zip(x.split(32), labels.split(32), strict=True))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3),
+    )  # fmt: skip
+    schedule = Schedule(20 * len(batches))
+    compressor = Compressor(model, x[:8], 0.01, bits=8, schedule=schedule, interval=20)
+    optimizer = AdamW(compressor.weights(), lr=3e-3)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for inputs, targets in batches * 20:
+        loss = F.cross_entropy(model(inputs), targets) + compressor.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+        compressor.step(optimizer, averages=[average])
+    assert compressor.cuts > 0
+    compressor.finish(iter(batches), optimizer, averages=[average])
+    for name, tensor in tensors(model).items():
+        if name.endswith(("bit_depth", "exponent")):
+            assert torch.equal(tensors(average.module)[name], tensor), name
+    assert measure(average.module, None, 1).stored_bits == compressor.size().stored_bits
+    losses = [F.cross_entropy(network.eval()(x), labels) for network in (model, average.module)]
+    assert losses[1] < 1.2 * losses[0] + 0.02
+    again = copy.deepcopy(average)
+    update_bn(batches, again)
+    for name, buffer in again.named_buffers():
+        torch.testing.assert_close(average.get_buffer(name), buffer)
