@@ -18,7 +18,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -140,6 +140,7 @@ class Compressor:
         self.bits = bits
         self.interval = interval
         self.frozen = False
+        self.stored_percent = stored_percent
         self.steps = 0
         self.cuts = 0
         if quantized_layers(model):
@@ -323,7 +324,6 @@ class Compressor:
         due = (self.steps + 1) % self.interval == 0
         if self.steps == 0 or due:
             self._require_cuttable(optimizer, averages)
-            self._require_all_weights(optimizer)
         if not self.frozen:
             self._press()
             fit = (self.steps + 1) % FIT_INTERVAL == 0
@@ -458,6 +458,7 @@ class Compressor:
         for layer in self.layers.values():
             layer.bit_depth.requires_grad_(False)
             layer.exponent.requires_grad_(False)
+        self.formats.stop()
 
     def finish(
         self,
@@ -545,6 +546,12 @@ class Compressor:
             self.model, self.graph, self.starting_weights, fold_norms=fold_norms, half=half
         )
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse `copy.deepcopy` and pickle: the copy's hooks would be the original's."""
+        raise TypeError(
+            "a Compressor cannot be copied or pickled: give its state_dict() to a fresh one"
+        )
+
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """The cut model, its formats and, if given, its optimiser, as tensors and plain values.
 
@@ -569,7 +576,13 @@ class Compressor:
             "cuts": self.cuts,
             "held": sorted(self._held),
             "path": None if self._path is None else self._path.state_dict(),
+            "asked": self._asked(),
         }
+
+    def _asked(self) -> dict[str, Any]:
+        """What a state does not bring along, and a training that goes on should have the same."""
+        times = self.schedule and (self.schedule.steps, self.schedule.begin, self.schedule.end)
+        return {"schedule": times, "stored_percent": self.stored_percent}
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Cut a freshly built model to the saved one's shape, and load all that was saved.
@@ -578,7 +591,8 @@ class Compressor:
             state: what `state_dict` returned, perhaps in another process.
             optimizer: of the type that was saved, over `weights()` in the same order.
 
-        γ becomes the saved one.
+        γ becomes the saved one. Schedule and `stored_percent` stay those of this compressor; a
+        warning says if they were others.
 
         Raises:
             RuntimeError: this compressor has cut its model already.
@@ -606,6 +620,12 @@ class Compressor:
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:
             self.freeze()
+        for name, value in self._asked().items():
+            saved = state.get("asked", {}).get(name, value)
+            if saved != value:
+                warnings.warn(
+                    f"the saved training had {name}={saved}, this one has {value}", stacklevel=2
+                )
 
     def _require_same_kind(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         if state["optimizer_type"] != type(optimizer).__name__:
@@ -642,11 +662,13 @@ class Compressor:
         self.graph.silent[plan.silent] = True
         for name, kept in plan.rows.items():
             self.graph.origin[name] = self.graph.origin[name][np.array(kept, dtype=np.int64)]
-        self.formats.watch()
+        if not self.frozen:
+            self.formats.watch()
 
     def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
         if optimizer is not None:
             check_optimizer(optimizer)
+            self._require_all_weights(optimizer)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for average in averages:
             if {n: p.shape for n, p in _averaged(average).named_parameters()} != shapes:

@@ -106,10 +106,7 @@ class FormatStepper:
 
     def watch(self) -> None:
         """Collect from the parameters that the layers have now; call again after a cut."""
-        self._forget()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.stop()
         self._watched = self._trainable()
         for layer in self.layers.values():
             for parameter, collect in (
@@ -120,6 +117,13 @@ class FormatStepper:
                 if parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(collect)
                     self._hooks.append(hook)
+
+    def stop(self) -> None:
+        """Collect nothing any more, until `watch` is called again."""
+        self._forget()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _trainable(self) -> list[bool]:
         return [layer.weight.requires_grad for layer in self.layers.values()]
@@ -200,6 +204,11 @@ class FormatStepper:
             called = [layer.samples for layer in self._norms if layer.samples]
             samples = min(called, default=1) * max(1, self._penalties)
             self._remember(samples, scale)
+            if gamma > 0 and not self._penalties:
+                warnings.warn(
+                    "compressor.penalty() was not in the loss: without it no channel loses bits",
+                    stacklevel=3,
+                )
         elif self._penalties and gamma > 0 and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "

@@ -1,6 +1,7 @@
 """Ways in which people train that once led to wrong networks, most of them without a word."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -534,3 +535,91 @@ def test_features_that_a_module_keeps_keep_their_channels() -> None:
     assert any("kept as features" in why for why in compressor.graph.reasons.values())
     assert any("kept as _private" in why for why in compressor.graph.reasons.values())
     assert model._private.shape[1] == 9
+
+
+# --- evaluations in between, and what a loop forgets ----------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """Its heads take turns in training; in evaluation both are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, which: str = "") -> Any:
+        h = F.relu(self.body(x))
+        heads = {"a": self.a, "b": self.b}
+        return heads[which](h) if which else (self.a(h), self.b(h))
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_evaluation_does_not_tell_how_large_batches_are(evaluated: bool) -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(64, 16), torch.randint(4, (64,))
+    compressor = Compressor(TwoHeads(), x, 1e-3, bits=8)
+    for _ in range(3):
+        if evaluated:
+            with torch.no_grad():
+                compressor.model(x[:1])
+        (F.cross_entropy(compressor.model(x, "a"), labels) + compressor.penalty()).backward()
+        compressor.step(sgd(compressor))
+    worth = compressor.formats.adam.state[compressor.layers["body"].bit_depth]["worth"]
+    assert 1e-3 < worth.sum() < 1e-2  # 64 times less if one image were the batch
+
+
+def test_a_validation_loss_with_the_penalty_holds_no_norms() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, bits=8)
+    one_step(compressor, sgd(compressor))
+    compressor.model.eval()
+    compressor.model(X).square().mean() + compressor.penalty()
+    compressor.model.train()
+    mean = compressor.model.get_buffer("0.1.running_mean").clone()
+    compressor.finish([X + 5])
+    assert not torch.equal(compressor.model.get_buffer("0.1.running_mean"), mean)
+
+
+def test_a_loss_without_the_penalty_is_told() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+    compressor.model(X).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"penalty\(\) was not in the loss"):
+        compressor.step(sgd(compressor))
+
+
+def test_nothing_is_collected_once_formats_are_frozen() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.0)
+    optimizer = sgd(compressor)
+    kill(compressor)
+    compressor.freeze()
+    compressor.model(X).square().mean().backward()
+    assert not compressor.formats._norms
+    assert compressor.cut(optimizer)
+    compressor.model(X).square().mean().backward()
+    assert not compressor.formats._norms
+
+
+def test_a_cut_wants_the_optimiser_of_the_weights() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.0)
+    kill(compressor)
+    before = copy.deepcopy(compressor.model.state_dict())
+    with pytest.raises(ValueError, match="optimiser does not hold"):
+        compressor.cut(SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    after = compressor.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_compressor_is_not_copied(way: Any) -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
+    with pytest.raises(TypeError, match="state_dict"):
+        way(compressor)
+
+
+def test_a_training_that_goes_on_otherwise_is_told() -> None:
+    def compressor(**changes: Any) -> Compressor:
+        return Compressor(nn.Sequential(block(3, 4)), X, 0.01, **changes)
+
+    state = compressor(schedule=Schedule(100)).state_dict()
+    compressor(schedule=Schedule(100)).load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"had schedule=\(100, 0.1, 0.85\), this one has None"):
+        compressor().load_state_dict(state)

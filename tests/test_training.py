@@ -435,7 +435,8 @@ def test_a_cpu_keeps_what_a_step_frees() -> None:
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(2**24)\n"  # 64 MiB, 16,384 pages
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); ordinary = faults(); keep_freed(); faults(); print(ordinary, faults())"
+        "faults(); ordinary = faults(); keep_freed()\n"
+        "print(ordinary, min(faults() for _ in range(6)))"  # the first ones find no room yet
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ordinary, kept = map(int, done.stdout.split())
