@@ -30,7 +30,7 @@ from selfcompress.export import ExportError, export_onnx
 from selfcompress.file.header import About, FileError
 from selfcompress.file.load import load_described
 from selfcompress.file.read import Contents, read
-from selfcompress.text import aligned
+from selfcompress.text import aligned, first_line
 from selfcompress.training.augment import Channels, normalise
 from selfcompress.training.config import DatasetName
 from selfcompress.training.data import load as load_dataset
@@ -79,8 +79,8 @@ class Info(_OnFile):
 class Eval(_OnNetwork):
     """Measure a packed network's accuracy on the test images of a dataset."""
 
-    data_dir: Path = Path("data")
-    """Where the images are; for a folder dataset, the folder with train/ and test/."""
+    data_dir: Path | None = None
+    """Where the images are (data); for a folder dataset, the folder with train/ and test/."""
     dataset: DatasetName | None = None
     """None is the one it was trained on."""
 
@@ -90,7 +90,13 @@ class Eval(_OnNetwork):
         name: DatasetName | None = self.dataset or kinds.get(images.about.dataset_kind)
         if name is None:
             raise UserError(f"{self.file} does not say what it was trained on: give --dataset")
-        dataset = load_dataset(name, self.data_dir, images.size, torch.device("cpu"))
+        if name == "digits" and self.data_dir is not None:
+            raise UserError(
+                "digits come with scikit-learn, not from --data-dir: for images of your own add "
+                "--dataset folder"
+            )
+        folder = self.data_dir or Path("data")
+        dataset = load_dataset(name, folder, images.size, torch.device("cpu"))
         trained_on = tuple(images.about.class_names)
         if trained_on and dataset.classes != trained_on:
             raise UserError(
@@ -334,8 +340,8 @@ def _built(builder: str) -> nn.Module:
             raise TypeError(f"{name} cannot be called")
         model = make()
     except Exception as error:  # whatever the user's code does when it is imported and called
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--model {builder}: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--model {builder}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {builder}: it returns {type(model).__name__}, not a torch module")
     return model

@@ -47,6 +47,7 @@ from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
 from selfcompress.target import SizePath
+from selfcompress.text import first_line
 from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
@@ -192,8 +193,9 @@ class Compressor:
         target = stored_percent / 100 * start.float_bits
         if target < least:
             raise ValueError(
-                f"stored_percent={stored_percent:g} is less than the network can have: in the rows "
-                f"that have to stay it stores {100 * least / start.float_bits:.3g} %"
+                f"stored_percent={stored_percent:g} is less than the network can have: what is in "
+                "float and the rows that have to stay store "
+                f"{100 * least / start.float_bits:.3g} %"
             )
         if target >= start.stored_bits:
             warnings.warn(
@@ -726,5 +728,5 @@ def _observe(model: nn.Module, example_input: Inputs) -> Observed:
     try:
         return observe(model, example_input)
     except Exception as error:  # whatever the user's forward() does
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise ValueError(f"the model does not accept example_input: {reason}") from error

@@ -8,16 +8,26 @@ from pathlib import Path
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that it is there whole or not at all."""
-    if not path.parent.is_dir():  # mkstemp would complain of a name that nobody has chosen
+    # Else errors would name a file that nobody has chosen.
+    if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """What the user lets no new file have; to read it is to set it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

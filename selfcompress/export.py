@@ -27,6 +27,7 @@ from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
 from selfcompress.layers import _QuantConv, quantized_layers
 from selfcompress.look import Inputs, eagerly, positional, without_compile
+from selfcompress.text import first_line
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto
@@ -89,7 +90,7 @@ def export_onnx(
                 verbose=False,
             )
     except Exception as error:  # whatever the model does that torch.export does not follow
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ExportError(f"torch cannot export the model to ONNX: {reason}") from error
     assert program is not None
     network = program.model_proto

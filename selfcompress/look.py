@@ -27,7 +27,8 @@ def device_of(inputs: Inputs) -> torch.device:
 def without_compile(model: nn.Module) -> nn.Module:
     """The user's own module inside of what torch.compile(model) returned."""
     inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"this takes a torch module (an object), not a {type(model).__name__}")
     return inner
 
 

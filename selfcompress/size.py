@@ -12,9 +12,11 @@ layers that the channel graph follows.
 *Stored bits* is all that running the network needs, at the width it is stored in:
 
     weights         the integer bit depth of its row, for every weight of a row that has bits
-    formats         8 bits for the bit depth and 32 for the exponent of each such row
+    formats         8 bits for the bit depth and 32 for the exponent of each such row (a file packs
+                    depths into 4)
     placement       1 bit per output channel, where a layer or norm does not compute them all;
-                    1 bit per input channel, where they do not read them all
+                    1 bit per input channel, where they do not read them all; 1 bit per row, where
+                    some are without bits, and in grouped convolutions
     everything else (biases, batch-norm weights and statistics, layers left in float, any other
                     parameter or buffer) as it is held: 32 bits for a float32; counters of seen
                     batches are not needed and not counted
@@ -37,6 +39,7 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
+    _QuantConv,
     of_rows,
     quantized_layers,
 )
@@ -245,8 +248,10 @@ def _measure_module(
         stored = int(depth.sum()) * module.fan_in
         stored += live * (_DEPTH_BITS + (_HALF_BITS if half else _EXPONENT_BITS))
         stored += _as_held(module.bias, half)
-        stored += module.out_width if live < module.out_width else 0
+        stored += module.out_width if len(module.rows) < module.out_width else 0
         stored += module.in_width if len(module.columns) < module.in_width else 0
+        stored += len(module.rows) if live < len(module.rows) else 0
+        stored += len(module.rows) if isinstance(module, _QuantConv) and module.grouped else 0
         return LayerSize(
             name=name,
             channels=live,

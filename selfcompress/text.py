@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables and errors as plain text."""
 
 from collections.abc import Sequence
 
@@ -17,3 +17,8 @@ def aligned(rows: Sequence[Sequence[str]], numbers: bool) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong: the first line of the message, or the type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from selfcompress.attention import QuantAttention
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
 from selfcompress.look import Inputs, device_of, positional, undisturbed
 from selfcompress.observe import Observed, zeros_like_observed
+from selfcompress.text import first_line
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
                 part = _trace_part(name, module, args, kwargs, result.untraceable)
                 result.miscounted |= _compare(part, model, observed.counts)
             except Exception as error:  # whatever the user's forward() does under the tracer
-                result.untraceable[name] = _first_line(error)
+                result.untraceable[name] = first_line(error)
                 pending += _children(name, module)
                 continue
             result.parts.append(part)
@@ -191,7 +192,7 @@ class _Tracer(torch.fx.Tracer):
             name = self.path_of_module(m)
             if self.is_leaf_module(m, name):
                 raise
-            self.failed[name] = _first_line(error)
+            self.failed[name] = first_line(error)
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.module_stack.clear()
@@ -290,7 +291,3 @@ class _Facts(torch.fx.Interpreter):
         result = super().run_node(n)
         self.facts[n] = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), result)
         return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]

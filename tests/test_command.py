@@ -82,6 +82,10 @@ def test_eval_finds_the_accuracy_of_the_run(
     assert json.loads(text)["images"] == 360
     code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn")
     assert f"{100 * accuracy:.2f} % of 360 test images of digits" in text
+    code, text = call(
+        monkeypatch, capsys, "eval", trained / "net.scnn", "--data-dir", trained.parent
+    )
+    assert code == 2 and "--dataset folder" in text
 
 
 def test_predict_names_classes_likeliest_first(

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
-from sweep_runs import make_run, make_sweep
+from sweep_runs import EPOCHS, make_run, make_sweep
 
 from selfcompress.training import curves
 from selfcompress.training.curves import Group, write_figures
@@ -127,6 +127,15 @@ def test_the_means_and_the_baseline_are_where_the_runs_are(tmp_path: Path) -> No
     assert legend is not None
     (baseline,) = [t.get_text() for t in legend.get_texts() if "float" in t.get_text()]
     assert baseline == "float: 97.75 ± 0.20 %"  # 0.98 - 0.05/101, less 0.002 a seed
+    for axes, size in zip(figure.axes, (curves._kilobytes, curves._stored), strict=True):
+        for gamma, bars in zip(THREE, axes.containers, strict=True):
+            same = [r for r in results if r.gamma == gamma]
+            values = np.array([[size(r), 100 * r.accuracy] for r in same])
+            mean, spread = values.mean(0), values.std(0, ddof=1)
+            np.testing.assert_allclose(np.ravel(bars[0].get_data()), mean)
+            # The bars: first along x, then along y, each from its lower to its upper end.
+            for dim, (bar,) in enumerate(part.get_segments() for part in bars[2]):
+                np.testing.assert_allclose(bar[:, dim], mean[dim] + spread[dim] * np.array([-1, 1]))
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1))
@@ -148,6 +157,8 @@ def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows[:3]] == ["float-seed0", "float-seed1", "gamma0.003-seed0"]
     assert rows[0]["gamma"] == ""
+    assert float(rows[0]["first_epoch_seconds"]) == 2.0
+    assert float(rows[0]["last_epoch_seconds"]) == pytest.approx(2.0 - 0.1 * (EPOCHS - 1))
     for row in rows:
         size = (tmp_path / row["run"] / "net.scnn").stat().st_size
         assert int(row["file_bytes"]) == size
@@ -165,12 +176,26 @@ def test_the_page_needs_no_other_file_and_links_every_run(tmp_path: Path) -> Non
         assert (tmp_path / link).exists()
 
 
+def test_runs_are_in_order_and_an_epoch_that_is_being_written_is_none(tmp_path: Path) -> None:
+    make_sweep(tmp_path, [0.1, 0.03], seeds=11)
+    assert [(r.gamma, r.seed) for r in read_all(tmp_path)[11:]] == [
+        (gamma, seed) for gamma in (0.03, 0.1) for seed in range(11)
+    ]
+    metrics = tmp_path / "gamma0.1-seed0" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"epoch": 4, "va')
+    result = read(metrics.parent)
+    assert result is not None and len(result.history) == EPOCHS
+
+
 def test_unfinished_runs_are_no_results_and_others_are_refused_in_a_line(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 0.1, 0)
     summary = tmp_path / "a" / "summary.json"
     values = json.loads(summary.read_text())
     del values["file_bytes"]
-    for content, part in ((json.dumps(values), "before networks were packed"), ("{", "remove")):
+    for content, part in (
+        (json.dumps(values), "before networks were packed"),
+        ("{", "--overwrite"),
+    ):
         summary.write_text(content)
         with pytest.raises(UserError, match=part) as refusal:
             read(tmp_path / "a")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -194,6 +195,13 @@ def test_an_unreadable_image(pets: Path, content: bytes, streamed: bool) -> None
     with pytest.raises(UserError, match=r"dog/3\.png cannot be read as an image") as caught:
         folder(pets, streamed=streamed)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_images_of_16_bits_are_refused(pets: Path) -> None:
+    ramp = np.linspace(0, 65535, 144).reshape(12, 12).astype(np.uint16)
+    Image.fromarray(ramp).save(pets / "train" / "dog" / "3.png")
+    with pytest.raises(UserError, match=r"dog/3\.png cannot be read .* not 8 bits a colour"):
+        folder(pets)
 
 
 @pytest.mark.parametrize("size", [(12, 13), (8, 8)])

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 import models
 import selfcompress
 import train
-from selfcompress import About, Architecture, Compressor, FileError
+from selfcompress import About, Architecture, Compressor, FileError, save, to_dense
 from selfcompress.convert import quantize_layers
 from selfcompress.file import integers
 from selfcompress.file.load import load, set_up
@@ -953,3 +953,25 @@ def test_facts_come_back() -> None:
         channels_at_start={"a.0": 6}, macs_at_start={"a.0": 10**12}, macs={"a.0": 3},
     )  # fmt: skip
     assert unpack(pack(Chain(), about)).header.about == about
+
+
+def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+    compressor = Compressor(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3), 0.0)
+    for call in (lambda: save(compressor, tmp_path / "a"), lambda: to_dense(compressor)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a torch module .* not a Compressor"):
+            call()
+    save(compressor.model, tmp_path / "a")
+    with pytest.raises(TypeError, match="a torch module .* not a type"):
+        load(tmp_path / "a", nn.Linear)  # type: ignore[arg-type]
+
+
+def test_files_have_the_modes_of_others_and_a_folder_is_none(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    before = os.umask(0o027)
+    try:
+        save(model, tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}'"):
+        save(model, tmp_path)

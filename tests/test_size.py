@@ -3,13 +3,16 @@
 # mypy: disable-error-code="no-untyped-call"
 
 import pytest
+import safetensors.torch
 import torch
 from networks import Chain, Flat, compressor_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from models import build
 from models.resnet9 import ResNet9
-from selfcompress import Compressor, LayerSize, Size
+from selfcompress import About, Compressor, LayerSize, Size
+from selfcompress.file.write import pack
 from selfcompress.formats import GIVING_UP
 from selfcompress.size import q_bits
 
@@ -257,3 +260,31 @@ def test_shared_and_computed_weights_count_once() -> None:
     }  # fmt: skip
     assert [n for n, e in entries.items() if e.quantized] == ["body"]
     assert "1 of 5 layers are quantised, with 12 % of the weights" in str(compressor)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
+    """All but names and shapes; a file has 4 bits fewer for a depth, and fills bytes up."""
+    torch.manual_seed(0)
+    model = build(name, 10, 8, 32)
+    compressor = Compressor(model, torch.randn(2, 3, 32, 32), 0.0)
+    with torch.no_grad():
+        for layer in compressor.layers.values():
+            layer.bit_depth[torch.rand(len(layer.bit_depth)) < 0.4] = 0
+    if cut:
+        compressor.cut()
+        with torch.no_grad():  # and these are not cut yet
+            compressor.layers["linear"].bit_depth[:3] = 0
+    storages: list[dict[str, bool]] = [{}, {"fold_norms": True, "half": True}]
+    for storage in storages:
+        file = pack(model, About(), entropy_coding=False, **storage)
+        streams = safetensors.torch.load(file)
+        del streams["header"]
+        bits = sum(8 * stream.numel() * stream.element_size() for stream in streams.values())
+        rows = sum(int(layer.live_rows().sum()) for layer in compressor.layers.values())
+        assert (
+            0
+            <= bits - (compressor.size(**storage).stored_bits - 4 * rows)
+            < 8 * (len(compressor.layers) + 3)
+        )

@@ -148,6 +148,13 @@ def test_arguments_make_the_configuration_they_were_made_of(config: Config) -> N
     assert made == config
 
 
+def test_every_gamma_has_a_run_of_its_own() -> None:
+    sweep = Sweep(gammas=(0.12345671, 0.12345674, 100, 1e-5), seeds=1, dataset="digits")
+    assert [folder for folder in plan(sweep, 64).folders if folder.startswith("gamma")] == [
+        "gamma1e-05-seed0", "gamma0.12345671-seed0", "gamma0.12345674-seed0", "gamma100-seed0",
+    ]  # fmt: skip
+
+
 def test_a_range_is_log_spaced_and_its_numbers_are_short() -> None:
     sweep = Sweep(gamma_range=(0.001, 0.3), points=4, gammas=(0.1, 0.001), dataset="digits")
     assert list(sweep.all_gammas()) == ["0.001", "0.00669", "0.0448", "0.1", "0.3"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
@@ -20,6 +21,7 @@ from models import NAMES, default_width
 from selfcompress.training import loop, runs
 from selfcompress.training.config import Config
 from selfcompress.training.data import load as load_dataset
+from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
 
 TINY = (
@@ -416,6 +418,53 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     assert not [
         f for f in (tmp_path / "run").iterdir() if f.name.startswith(".") and f.name != LOCK
     ]
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(tmp_path: Path) -> None:
+    one, other = (
+        runs.RunFolder(tmp_path / "run", {"dataset": "digits", "gamma": gamma, "seed": 0})
+        for gamma in (0.01, 0.3)
+    )
+    assert one.check() is other.check() is None
+    with one.claim(overwrite=False):
+        one.write_checkpoint({"epoch": 1})
+    with pytest.raises(UserError, match=r"holds another run \(gamma is 0\.01 there"):
+        other.claim(overwrite=False).__enter__()
+    with one.claim(overwrite=False):
+        one.write_summary({})
+    with pytest.raises(UserError, match="has just finished"):
+        one.claim(overwrite=False).__enter__()
+
+
+def test_a_class_that_no_file_can_name_is_refused_at_once(cli: Cli, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("a", "b\tc"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8)).save(tmp_path / "data" / part / name / f"{i}.png")
+    args = "--dataset folder --width 4 --batch-size 8 --epochs 1".split()
+    paths = ["--data-dir", tmp_path / "data", "--run-dir", tmp_path / "run"]
+    assert_refused(cli(*args, *paths), r"b\tc")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_have_a_line_for_every_epoch_after_a_kill_between_them_and_the_checkpoint(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*TINY, "--run-dir", tmp_path / "run"]
+    write = runs.RunFolder.write_checkpoint
+
+    def killed(self: runs.RunFolder, state: dict[str, Any]) -> None:
+        if state["epoch"] == 3:
+            raise KeyboardInterrupt
+        write(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, "write_checkpoint", killed)
+        assert cli(*args)[0] != 0
+    assert cli(*args)[0] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3]
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from selfcompress.text import first_line
+
 FORMAT = "selfcompress"
 VERSION = 1
 
@@ -248,7 +250,7 @@ def from_bytes(data: bytes) -> Header:
     except FileError:
         raise
     except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise FileError(f"the header is damaged: {_first_line(error)}") from error
+        raise FileError(f"the header is damaged: {first_line(error)}") from error
     _check_sizes(header)
     return header
 
@@ -284,8 +286,4 @@ def check_about(about: Any) -> About:
         checked = msgspec.convert(msgspec.to_builtins(about), About)
         return msgspec.json.decode(msgspec.json.encode(checked), type=About)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"about: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"about: {first_line(error)}") from error

@@ -21,7 +21,9 @@ from selfcompress.layers import (
     _QuantConv,
     quantized_layers,
 )
+from selfcompress.look import without_compile
 from selfcompress.surgery import Wiring, rewire
+from selfcompress.text import first_line
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -48,6 +50,7 @@ def load_described(
 ) -> tuple[nn.Module, h.About]:
     """What `load` returns, and what the file tells about it."""
     contents = read(path)
+    model = None if model is None else without_compile(model)
     try:
         return set_up(contents, model), contents.header.about
     except h.FileError as error:
@@ -104,7 +107,7 @@ def _build(architecture: h.Architecture | None) -> nn.Module:
                 architecture.name, architecture.classes, architecture.width, architecture.image_size
             )
     except Exception as error:  # what constructors raise for arguments that do not suit them
-        raise h.FileError(f"its network cannot be built ({_line(error)})") from error
+        raise h.FileError(f"its network cannot be built ({first_line(error)})") from error
 
 
 def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
@@ -162,7 +165,7 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
     try:
         quantize_layers(model, bits=1, exclude=exclude)
     except ValueError as error:
-        raise h.FileError(f"it does not fit the model: {_line(error)}") from error
+        raise h.FileError(f"it does not fit the model: {first_line(error)}") from error
 
 
 def _check(contents: Contents, model: nn.Module) -> None:
@@ -330,7 +333,3 @@ def _require_numbers(model: nn.Module) -> None:
         held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
         if any(isinstance(value, Tensor) and value.is_meta for value in held):
             raise h.FileError(f"{name} has tensors that no file holds: give the starting model")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from selfcompress.file import header as h
 from selfcompress.file import integers
 from selfcompress.file.write import DTYPES, checksum, representable, stored_dtype
+from selfcompress.text import first_line
 
 _MAX_FILE = 8 * h.MAX_NUMBERS  # bytes
 _OCTETS = ("header", "bits")  # streams of bytes; the others are named by their type
@@ -128,7 +129,7 @@ def _streams(data: bytes) -> dict[str, Tensor]:
         streams = safetensors.torch.load(data)
     except Exception as error:  # safetensors' own, and those of types that torch does not have
         raise h.FileError(
-            f"it is no safetensors file, or a damaged one ({_line(error)})"
+            f"it is no safetensors file, or a damaged one ({first_line(error)})"
         ) from error
     if "header" not in streams:
         raise h.FileError("it is a safetensors file, but no network packed by selfcompress")
@@ -251,7 +252,3 @@ class _Unpacker:
             raise h.FileError(f"there are fewer numbers of type {stored} than there should be")
         self.used[stored] = begin + count
         return self.numbers[stored][begin : begin + count].to(dtype)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -23,6 +23,12 @@ COMPRESSION = (
 GAMMA = 0.01  # unless γ or a size is asked for
 
 
+def gamma_name(gamma: float) -> str:
+    """γ in the name of a run: as short as can be told from every other."""
+    short = f"{gamma:g}"
+    return short if float(short) == gamma else repr(gamma)
+
+
 @dataclass(frozen=True)
 class Config:
     """Train a network that compresses itself while it trains.

@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
+from selfcompress.text import first_line
 from selfcompress.training.augment import Channels
 from selfcompress.training.config import DatasetName
 from selfcompress.training.errors import UserError
@@ -183,9 +184,13 @@ def read_image(path: str) -> Image.Image:
     """An image file as RGB."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # PIL would clip them to 8 bits, nearly all to white
+                raise ValueError(f"it has {image.mode}, not 8 bits a colour")
             return image.convert("RGB")
     except Exception as error:  # damaged files make PIL raise nearly anything
-        raise UserError(f"{path} cannot be read as an image: repair it or leave it out") from error
+        raise UserError(
+            f"{path} cannot be read as an image ({first_line(error)}): repair it or leave it out"
+        ) from error
 
 
 def _cifar10(data_dir: Path, image_size: int, device: torch.device) -> Dataset:

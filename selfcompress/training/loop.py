@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
-from selfcompress.file.header import About, Architecture
+from selfcompress.file.header import About, Architecture, check_about
 from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
@@ -29,10 +29,11 @@ from selfcompress.follow import channel_graph
 from selfcompress.look import full_precision, kept_modes
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
+from selfcompress.text import first_line
 from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
-from selfcompress.training.config import Config, DatasetName
+from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError
 from selfcompress.training.memory import keep_freed
@@ -120,6 +121,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = self._build()
         self.starting_weights = starting_weights(self.model)
+        self._check_names()
         self.compressor = None if config.float_baseline else self._compressor(self.model)
         self.graph = (
             self.compressor.graph if self.compressor else channel_graph(self.model, self.examples)
@@ -141,12 +143,20 @@ class Run:
             with kept_modes(model), torch.no_grad():
                 model.eval()(self.examples)
         except (AssertionError, RuntimeError, ValueError) as error:  # what torchvision's raise
-            reason = (str(error).splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{config.model} does not accept images of {size} pixels ({reason}); give another "
                 "--image-size (many of torchvision's are made for 224)"
             ) from error
         return model
+
+    def _check_names(self) -> None:
+        """Refuse classes that the file could not name in the end."""
+        for name in self.dataset.classes:
+            try:
+                check_about(About(class_names=[name]))
+            except ValueError as error:
+                raise UserError(f"the class {name!r} cannot be stored by that name") from error
 
     def _compressor(self, model: nn.Module) -> Compressor:
         config = self.config
@@ -213,7 +223,10 @@ class Run:
         about = self._about(accuracy)
         try:
             return pack(model, about, **self.storage)
-        except ValueError:  # a number that 16 bits cannot hold
+        except ValueError as error:  # a number that 16 bits cannot hold
+            if not self.storage:
+                raise
+            print(f"warning: the file will be in 32 bits, unfolded: {error}", file=sys.stderr)
             self.storage = {}
             return pack(model, about)
 
@@ -411,7 +424,7 @@ class Run:
             if self.control is not None:
                 self.control.load_state_dict(state["control"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{self.folder.path / runs.CHECKPOINT} does not fit this run ({reason}); "
                 "remove it, or start over with --overwrite"
@@ -561,7 +574,8 @@ def _run_dir(config: Config, dataset: Dataset) -> Path:
     elif config.target_size is not None:
         how = f"size{FileSize.parse(config.target_size)}"
     else:
-        how = f"gamma{config.gamma:g}"
+        assert config.gamma is not None
+        how = f"gamma{gamma_name(config.gamma)}"
     model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
     width = "" if config.width is None else f"-w{config.width}"
     return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"

@@ -98,14 +98,19 @@ def read(folder: Path) -> Result | None:
         packed = "file_bytes" in file.read_text()
         reason = repr(error) if packed else "it was made before networks were packed into files"
         raise UserError(
-            f"{file} is no whole run's summary: {reason}; remove {folder} and train it again"
+            f"{file} is no whole run's summary: {reason}; if {folder} is a run's, train it again "
+            "with --overwrite"
         ) from error
     return result
 
 
-def read_all(root: Path) -> list[Result]:
-    """The finished runs in `root` and below, by γ (the float baseline first) and seed."""
-    found = [read(file.parent) for file in root.rglob(runs.SUMMARY)]
+def read_all(root: Path, folders: str = "**") -> list[Result]:
+    """The finished runs in `root` and below, by γ (the float baseline first) and seed.
+
+    Args:
+        folders: below `root` to look in, as a pattern.
+    """
+    found = [read(file.parent) for file in root.glob(f"{folders}/{runs.SUMMARY}")]
     return sorted(
         (result for result in found if result is not None),
         key=lambda r: (-1.0 if r.gamma is None else r.gamma, r.seed, r.name),

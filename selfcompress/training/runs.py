@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from selfcompress.disk import write_atomically
+from selfcompress.text import first_line
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
 
@@ -51,13 +52,16 @@ class RunFolder:
         """Make the folder, keep other processes out, and with `overwrite` remove the run in it.
 
         Raises:
-            UserError: another process trains in it.
+            UserError: another process trains in it, or has meanwhile finished this run, or begun
+                another one.
         """
         if overwrite:
             self._require_ours()
         with hold(self.path, "train.py", _LET_GO):
             if overwrite:
                 self._clear()
+            elif self.check() is not None:
+                raise UserError(f"another process has just finished the run in {self.path}")
             for file in filter(_is_temporary, self.path.iterdir()):
                 file.unlink()  # a killed process left it
             if not (self.path / CONFIG).exists():
@@ -92,7 +96,7 @@ class RunFolder:
                 raise ValueError("it holds something else")
         except Exception as error:  # a damaged zip, a truncated one, a pickle of objects, ...
             raise UserError(
-                f"{file} cannot be read as a checkpoint ({_first_line(error)}); "
+                f"{file} cannot be read as a checkpoint ({first_line(error)}); "
                 "remove it, or start over with --overwrite"
             ) from error
         return state
@@ -159,7 +163,3 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

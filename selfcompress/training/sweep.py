@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from selfcompress.training import runs
-from selfcompress.training.config import COMPRESSION, Config
+from selfcompress.training.config import COMPRESSION, Config, gamma_name
 from selfcompress.training.curves import write_figures
 from selfcompress.training.data import choose, prepare
 from selfcompress.training.errors import UserError
@@ -78,7 +78,7 @@ class Sweep(Config):
         """Every γ once, in order, by its name; those of the range have three digits."""
         ranged = () if self.gamma_range is None else np.geomspace(*self.gamma_range, self.points)
         values = sorted([*self.gammas, *(float(f"{gamma:.3g}") for gamma in ranged)])
-        return {f"{gamma:g}": gamma for gamma in values}
+        return {gamma_name(gamma): gamma for gamma in values}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,10 @@ class Plan:
             }
             here = dataclasses.replace(self.resolved, **same).as_json()
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged; remove {file.parent}") from error
+            raise UserError(
+                f"{file} is no run's, or damaged: choose another --run-dir, or, if it is of this "
+                f"sweep, remove {file.parent}"
+            ) from error
         if (other := runs.difference(there, here)) is not None:
             raise UserError(
                 f"{file.parent} is a run with other options ({other}); choose another --run-dir"
@@ -216,8 +219,11 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
     planned.done()  # refuses a folder before anything is written to it
     with hold(planned.root, "sweep"):
         done = planned.done()
+        for kind in ("csv", "html", "png", "svg"):  # what a killed process left of them
+            for file in planned.root.glob(f".*.{kind}.*"):
+                file.unlink()
         failed = _train(sweep, planned, scripts, done)
-        results = [r for r in read_all(planned.root) if r.folder.parent == planned.root]
+        results = read_all(planned.root, "*")
         if results:
             write_csv(results, planned.root / CSV)
             page = write_page(results, write_figures(results, planned.root), planned.root)
