@@ -132,7 +132,8 @@ def test_the_means_and_the_baseline_are_where_the_runs_are(tmp_path: Path) -> No
             same = [r for r in results if r.gamma == gamma]
             values = np.array([[size(r), 100 * r.accuracy] for r in same])
             mean, spread = values.mean(0), values.std(0, ddof=1)
-            np.testing.assert_allclose(np.ravel(bars[0].get_data()), mean)
+            centre = np.ravel(bars[0].get_data()).astype(float)
+            np.testing.assert_allclose(centre, mean)
             # The bars: first along x, then along y, each from its lower to its upper end.
             for dim, (bar,) in enumerate(part.get_segments() for part in bars[2]):
                 np.testing.assert_allclose(bar[:, dim], mean[dim] + spread[dim] * np.array([-1, 1]))

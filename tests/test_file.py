@@ -958,10 +958,10 @@ def test_facts_come_back() -> None:
 def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     compressor = Compressor(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3), 0.0)
     for call in (lambda: save(compressor, tmp_path / "a"), lambda: to_dense(compressor)):  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="a torch module .* not a Compressor"):
+        with pytest.raises(TypeError, match=r"a torch module .* not a Compressor"):
             call()
     save(compressor.model, tmp_path / "a")
-    with pytest.raises(TypeError, match="a torch module .* not a type"):
+    with pytest.raises(TypeError, match=r"a torch module .* not a type"):
         load(tmp_path / "a", nn.Linear)  # type: ignore[arg-type]
 
 
