@@ -34,7 +34,6 @@ class Node:
     Attributes:
         inputs: names of the operations whose tensors it reads.
         module: qualified name of the module that is called; empty for functions.
-        pixels: elements per sample and position in its output, for MACs.
         evaluate: what an ELEMENTWISE, ADD or MUL operation does to (1, positions) tensors.
         tensor: qualified name of the model's tensor whose dimension `tensor_dim` counts the
             positions: what a PARAMETER node reads, or the weight of a PReLU; else empty.
@@ -44,7 +43,6 @@ class Node:
     kind: Kind
     inputs: tuple[str, ...] = ()
     module: str = ""
-    pixels: int = 1
     evaluate: Callable[..., Tensor] | None = None
     tensor: str = ""
     tensor_dim: int = 0
@@ -109,6 +107,7 @@ class ChannelGraph:
             at the start.
         untraceable: name of each module whose forward() cannot be traced → why.
         spoiled: name of each layer that is called in a way that cannot be followed → why.
+        positions: name of each layer → how often its weight is applied for one sample.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -123,6 +122,7 @@ class ChannelGraph:
     origin: dict[str, np.ndarray] = field(default_factory=dict)
     untraceable: dict[str, str] = field(default_factory=dict)
     spoiled: dict[str, str] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
     def of_kind(self, *kinds: Kind) -> list[Node]:
         """The nodes of some kinds, in order of execution."""

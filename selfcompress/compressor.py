@@ -38,7 +38,7 @@ from selfcompress.idle import IdleRows
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
 from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.look import Inputs, device_of, positional, without_compile
+from selfcompress.look import Inputs, batch_size, device_of, positional, without_compile
 from selfcompress.norms import reestimate
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS
@@ -244,9 +244,7 @@ class Compressor:
 
     def _expect_samples(self, observed: Observed) -> None:
         """Tell layers which dimension of their input counts samples."""
-        tensors = [x for x in positional(self.example_input) if isinstance(x, Tensor) and x.dim()]
-        tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
-        batch = len(tensors[0]) if tensors else 0
+        batch = batch_size(self.example_input)
         if batch < 2:
             return
         shapes = {}

@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
-from selfcompress.look import Inputs
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    PlacedBatchNorm,
+    QuantizedLayer,
+    _QuantConv,
+    layer_widths,
+)
+from selfcompress.look import Inputs, batch_size
 from selfcompress.observe import Observed, observe
 from selfcompress.ops import (
     CASTS,
@@ -63,7 +69,10 @@ def channel_graph(
     builder = _Builder(model, traced, observed.read_elsewhere)
     for part in traced.parts:
         builder.follow(part)
-    return builder.graph()
+    graph = builder.graph()
+    batch = max(1, batch_size(example_input))
+    graph.positions = {name: count // batch for name, count in observed.positions.items()}
+    return graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,13 +257,13 @@ class _Builder:
             grouped = isinstance(module, _QuantConv) and module.grouped
             kind = Kind.GROUPED if grouped else Kind.LAYER
             axis = len(fact.sizes) + module.channel_dim
-            widths = _widths(module)
+            widths = layer_widths(module)
         elif type(module) in FLOAT_LAYERS and getattr(module, "groups", 1) == 1:
             kind = Kind.LAYER
             assert isinstance(module.weight, Tensor)
             space = 0 if isinstance(module, nn.Linear) else module.weight.dim() - 2
             axis = len(fact.sizes) - 1 - space
-            widths = _widths(module)
+            widths = layer_widths(module)
         else:
             raise _CannotFollowError(
                 "is a grouped layer left in float, or of a type that is not known"
@@ -439,21 +448,12 @@ class _Builder:
         """Add a node to the graph."""
         name = value.name if value is not None else self._name(node)
         module = self._target(node) if node.op == "call_module" else ""
-        pixels = 1
         if value is not None:
-            layer = self._module(node)
-            width = (
-                _widths(layer)[1] if isinstance(layer, FLOAT_LAYERS) else int(np.prod(value.grid))
-            )
-            batch = max(1, value.shape[0]) if value.shape else 1
-            pixels = int(np.prod(value.shape)) // (batch * width)
             self.result.ids[name] = value.ids
             self.result.layouts[name] = value.layout
             self.result.sources[name] = sources
         names = tuple(v.name for v in inputs)
-        self.result.nodes.append(
-            Node(name, kind, names, module, pixels, evaluate, tensor, tensor_dim)
-        )
+        self.result.nodes.append(Node(name, kind, names, module, evaluate, tensor, tensor_dim))
 
     def _target(self, node: torch.fx.Node) -> str:
         """The first name of the module that a node calls, or the name of the tensor it reads."""
@@ -628,13 +628,6 @@ def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:
         return result.to(constants)
 
     return evaluate
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    """Channels of a layer's input and output."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
 
 
 def _label(node: torch.fx.Node) -> str:

@@ -485,6 +485,13 @@ FLOAT_LAYERS = (
 """The types of layers that can be quantised, beside attention."""
 
 
+def layer_widths(layer: nn.Module) -> tuple[int, int]:
+    """Channels of the input and the output of a layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantised layers of `model` by name, in the order of `named_modules`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}

@@ -24,6 +24,13 @@ def device_of(inputs: Inputs) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def batch_size(inputs: Inputs) -> int:
+    """The samples that `inputs` hold: the length of the first tensor; 0 if there is none."""
+    tensors = [leaf for leaf in positional(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
+    return len(tensors[0]) if tensors else 0
+
+
 def without_compile(model: nn.Module) -> nn.Module:
     """The user's own module inside of what torch.compile(model) returned."""
     inner = getattr(model, "_orig_mod", model)

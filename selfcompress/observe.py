@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from selfcompress.layers import FLOAT_LAYERS, layer_widths
 from selfcompress.look import Inputs, positional, undisturbed
 
 
@@ -18,6 +19,8 @@ class Observed:
 
     Attributes:
         counts: module name → number of calls.
+        positions: name of a layer → how often its weight is applied in the whole batch: once for
+            every pixel of its output (of its input where it is transposed), or step of a sequence.
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
         varied: names of modules that are not always called with the same arguments, but for the
             sizes of tensors.
@@ -25,6 +28,7 @@ class Observed:
     """
 
     counts: Counter[str] = field(default_factory=Counter)
+    positions: Counter[str] = field(default_factory=Counter)
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     varied: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
@@ -60,7 +64,9 @@ class _Watch(TorchFunctionMode):
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # takes no such hooks, and is not looked into
             self.hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+            self.hooks.append(
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
@@ -73,8 +79,22 @@ class _Watch(TorchFunctionMode):
         if first is not shapes and _signature(first) != _signature(shapes):
             self.seen.varied.add(name)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.running.pop()
+        name = self.names.get(module)
+        if name is None:
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if isinstance(module, nn.MultiheadAttention):
+            steps = [x.numel() // x.shape[-1] for x in tensors[:3]]  # of query, key and value
+            self.seen.positions[f"{name}.out_proj"] += steps[0]
+            for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
+                self.seen.positions[part] += sum(steps) // len(steps)
+        elif isinstance(module, FLOAT_LAYERS) and isinstance(output, Tensor):
+            ins, outs = layer_widths(module)
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            applied = tensors[0].numel() // ins if transposed else output.numel() // outs
+            self.seen.positions[name] += applied
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:

@@ -7,7 +7,7 @@ with I the input channels the layer has now and b_i its integer bit depths (frac
 `integer_bits=False`), plus 32 bits for every weight in float. N, the number it is divided by to
 give Q, counts the weights of the *starting* network, quantised or not: those of convolutions,
 linear layers, attention, embeddings and recurrent layers. `float_bits` is 32·N. MACs are those of
-layers that the channel graph follows.
+convolutions, linear layers and attention's projections, as often as they run on the example.
 
 *Stored bits* is all that running the network needs, at the width it is stored in:
 
@@ -214,19 +214,16 @@ def measure(
     """The size of `model` now.
 
     Args:
-        graph: its channel graph, for the pixels each layer computes; without it, or if the model
-            is untraced, there are no MACs to report (0).
+        graph: its channel graph, which knows how often each weight is applied; without it there
+            are no MACs to report (0).
         weights_at_start: `starting_weights` of the network before anything was cut.
         fold_norms, half: how it is to be stored; see `selfcompress.save`.
     """
-    pixels: dict[str, int] = {}
-    for node in graph.nodes if graph else ():
-        if node.module:
-            pixels[node.module] = pixels.get(node.module, 0) + node.pixels
+    positions = graph.positions if graph else {}
     layers = []
     seen: set[Tensor] = set()
     for name, module in model.named_modules():
-        layer = _measure_module(name, module, pixels.get(name, 0), fold_norms, half, seen)
+        layer = _measure_module(name, module, positions.get(name, 0), fold_norms, half, seen)
         if layer.stored_bits or layer.out_width:
             layers.append(layer)
     parameters = sum(
@@ -238,7 +235,7 @@ def measure(
 
 
 def _measure_module(
-    name: str, module: nn.Module, pixels: int, fold_norms: bool, half: bool, seen: set[Tensor]
+    name: str, module: nn.Module, positions: int, fold_norms: bool, half: bool, seen: set[Tensor]
 ) -> LayerSize:
     if isinstance(module, QuantizedLayer):
         depth = integer_depth(module.bit_depth)
@@ -260,7 +257,7 @@ def _measure_module(
             weights=weights,
             q_bits=float(counted.sum()) * module.fan_in,
             stored_bits=stored,
-            macs=weights * pixels,
+            macs=weights * positions,
         )
     folded = fold_norms and isinstance(module, PlacedBatchNorm) and module.can_be_folded
     new = _new(module, seen)
@@ -286,7 +283,7 @@ def _measure_module(
         weights=weights,
         q_bits=32.0 * weights,
         stored_bits=stored,
-        macs=sum(w.numel() for w in used) * pixels if isinstance(module, FLOAT_LAYERS) else 0,
+        macs=sum(w.numel() for w in used) * positions,
     )
 
 

@@ -8,8 +8,10 @@ runs is always the user's own eager module: the traces are only read.
 import inspect
 import operator
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
@@ -79,7 +81,7 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
     """
     result = Trace()
     pending = [""]
-    with undisturbed(model, example_input):
+    with undisturbed(model, example_input), _without_fast_path():
         while pending:
             name = pending.pop()
             module = model.get_submodule(name)
@@ -107,6 +109,17 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
     return result
 
 
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Inside, torch's transformer layers go the way they train by; which other, asks for values."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _children(name: str, module: nn.Module) -> list[str]:
     return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
 
@@ -121,6 +134,9 @@ def _has_layers(module: nn.Module) -> bool:
 
 class _Proxy(torch.fx.Proxy):
     """A proxy that can tell `x += y` from `x = x + y`."""
+
+    def __len__(self) -> NoReturn:
+        raise RuntimeError("len() of a tensor cannot be traced: write x.shape[0]")
 
 
 def _in_place(function: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from networks import Chain, Flat, compressor_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import build
 from models.resnet9 import ResNet9
@@ -288,3 +289,36 @@ def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
             <= bits - (compressor.size(**storage).stored_bits - 4 * rows)
             < 8 * (len(compressor.layers) + 3)
         )
+
+
+class Untraceable(nn.Module):
+    """torch.fx follows only what `body` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, stride=2)
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3))
+        self.up = nn.ConvTranspose2d(6, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if x.mean() < 1e9 else x
+        x = self.body(self.body(x))
+        y: Tensor = self.up(x)
+        return y
+
+
+@pytest.mark.parametrize("exclude", [(), ("first", "up")])
+def test_macs_count_what_runs_traced_or_not(exclude: tuple[str, ...]) -> None:
+    model, x = Untraceable(), torch.randn(4, 3, 16, 16)
+    with FlopCounterMode(display=False) as flops:
+        model(x)
+    with pytest.warns(UserWarning, match="cannot trace"):
+        compressor = Compressor(model, x, 0.0, exclude=exclude)
+    assert 2 * 4 * compressor.size().macs == flops.get_total_flops()
+
+
+@pytest.mark.parametrize("exclude", [(), ("0.self_attn",)])
+def test_macs_of_a_transformer_are_those_of_its_weights(exclude: tuple[str, ...]) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5))
+    compressor = Compressor(model, torch.randn(4, 6, 8), 0.0, exclude=exclude)
+    assert compressor.size().macs == 6 * (4 * 8 * 8 + 2 * 8 * 16 + 8 * 5)

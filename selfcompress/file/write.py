@@ -19,6 +19,7 @@ from selfcompress.layers import (
     PlacedBatchNorm,
     QuantizedLayer,
     _QuantConv,
+    layer_widths,
     quantized_layers,
 )
 from selfcompress.look import without_compile
@@ -93,7 +94,7 @@ def pack(
             for name, m in norms.items()
         ],
         float_layers=[
-            h.FloatLayer(name, *_widths(module))
+            h.FloatLayer(name, *layer_widths(module))
             for name, module in model.named_modules()
             if isinstance(module, FLOAT_LAYERS) and not isinstance(module, QuantizedLayer)
         ],
@@ -158,13 +159,6 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
 
 def _tensor(name: str, tensor: Tensor) -> h.Tensor:
     return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), _is_channels_last(tensor))
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    ins, outs = ("in_features", "out_features") if isinstance(layer, nn.Linear) else (
-        "in_channels", "out_channels",
-    )  # fmt: skip
-    return getattr(layer, ins), getattr(layer, outs)
 
 
 def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
