@@ -1,7 +1,7 @@
 """The command `selfcompress`: look at a packed network, evaluate it, ask it, export it.
 
     selfcompress info net.scnn                            layers, widths, bits, bytes, accuracy
-    selfcompress eval net.scnn --data-dir DIR             accuracy on the test images
+    selfcompress eval net.scnn [--data-dir DIR]           accuracy on the test images
     selfcompress predict net.scnn IMAGE [IMAGE ...]       the five likeliest classes
     selfcompress export net.scnn --onnx net.onnx          for ONNX Runtime and others
     selfcompress pick RUNS --max-bytes 100KB              the best of many runs, and its network

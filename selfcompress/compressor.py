@@ -530,7 +530,9 @@ class Compressor:
                 inputs = batch  # something of the user's own
             else:
                 kind = type(batch).__name__
-                raise ValueError(f"batches must be (x, ...) or x, not {kind}")
+                raise ValueError(
+                    f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
+                )
             yield pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
     def report(self) -> Report:
@@ -696,7 +698,8 @@ class Compressor:
         for name, holds in zip(self.layers, torch.stack(finite).tolist(), strict=True):
             if not holds:
                 raise FloatingPointError(
-                    f"the weights or formats of layer {name} are not finite: training has diverged"
+                    f"the weights or formats of layer {name} are not finite: training has diverged "
+                    "(try a smaller learning rate)"
                 )
 
 

@@ -136,7 +136,7 @@ class Size:
         for layer in self.layers:
             own = (f"{layer.channels:,}", f"{layer.out_width:,}", f"{layer.mean_bits:.2f}")
             own = own if layer.out_width else ("", "", "")
-            rows.append((layer.name, *own, *_counts(layer)))
+            rows.append((layer.name or "(the model's own)", *own, *_counts(layer)))
         rows.append(("in all", "", "", "", *_counts(self)))
         text = "\n".join(aligned(rows, numbers=True))
         return (

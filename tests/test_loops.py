@@ -623,3 +623,20 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
     compressor(schedule=Schedule(100)).load_state_dict(state)
     with pytest.warns(UserWarning, match=r"had schedule=\(100, 0.1, 0.85\), this one has None"):
         compressor().load_state_dict(state)
+
+
+def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:
+    def fresh() -> Compressor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+        nn.init.ones_(model.get_parameter("0.bias"))
+        return Compressor(model, X, 0.0)
+
+    compressor, resumed = fresh(), fresh()
+    kill(compressor)
+    compressor.cut()
+    resumed.load_state_dict(copy.deepcopy(compressor.state_dict()))
+    one_step(resumed, sgd(resumed))
+    bias = resumed.model.get_parameter("0.bias")
+    gone = torch.arange(6) % 3 == 0
+    assert (bias[gone] < 0.991).all() and (bias[~gone] > 0.995).all()
