@@ -198,7 +198,7 @@ def test_a_size_needs_time_to_be_reached(schedule: Schedule | None) -> None:
 def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
     with pytest.raises(ValueError, match=r"stored_percent=0\.01 is less .* store .* %") as error:
         started(0.01)
-    least = float(str(error.value).split("stores ")[1].split(" ")[0])
+    least = float(str(error.value).split("store ")[1].split(" ")[0])
     compressor, _ = started(1.01 * least)  # as it says
     smallest = compressor.smallest()
     parameters = {n: p.shape for n, p in smallest.named_parameters() if n.endswith("weight")}
