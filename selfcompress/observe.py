@@ -82,19 +82,20 @@ class _Watch(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.running.pop()
         name = self.names.get(module)
-        if name is None:
+        if name is None or output is None:  # it has raised an error
             return
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if isinstance(module, nn.MultiheadAttention):
-            steps = [x.numel() // x.shape[-1] for x in tensors[:3]]  # of query, key and value
+            names = ("query", "key", "value")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            steps = [given[name].shape[:-1].numel() for name in names]
             self.seen.positions[f"{name}.out_proj"] += steps[0]
             for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
-                self.seen.positions[part] += sum(steps) // len(steps)
+                self.seen.positions[part] += sum(steps) // 3
         elif isinstance(module, FLOAT_LAYERS) and isinstance(output, Tensor):
             ins, outs = layer_widths(module)
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            applied = tensors[0].numel() // ins if transposed else output.numel() // outs
-            self.seen.positions[name] += applied
+            tensor, width = ((*args, *kwargs.values())[0], ins) if transposed else (output, outs)
+            self.seen.positions[name] += tensor.numel() // max(1, width)
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:

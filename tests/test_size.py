@@ -322,3 +322,20 @@ def test_macs_of_a_transformer_are_those_of_its_weights(exclude: tuple[str, ...]
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5))
     compressor = Compressor(model, torch.randn(4, 6, 8), 0.0, exclude=exclude)
     assert compressor.size().macs == 6 * (4 * 8 * 8 + 2 * 8 * 16 + 8 * 5)
+
+
+def test_macs_of_attention_between_two_sequences() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = (
+                nn.MultiheadAttention(8, 2, batch_first=True),
+                nn.Linear(8, 5),
+            )
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            y: Tensor = self.head(self.attention(key=other, value=other, query=x)[0])
+            return y
+
+    compressor = Compressor(Cross(), (torch.randn(4, 6, 8), torch.randn(4, 3, 8)), 0.0)
+    assert compressor.size().macs == 64 * (6 + 3 + 3) + 64 * 6 + 6 * 40
