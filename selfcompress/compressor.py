@@ -141,7 +141,11 @@ class Compressor:
         self.bits = bits
         self.interval = interval
         self.frozen = False
-        self.stored_percent = stored_percent
+        # What a state does not bring along, and a training that goes on should have the same.
+        self._asked = {
+            "schedule": None if schedule is None else repr(schedule),
+            "stored_percent": None if stored_percent is None else float(stored_percent),
+        }
         self.steps = 0
         self.cuts = 0
         if quantized_layers(model):
@@ -289,8 +293,13 @@ class Compressor:
         """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
         penalty = self.price / self.starting_weights * q_bits(self.model)
         if penalty.requires_grad:
-            penalty.register_hook(self.formats.note_loss_scale)
+            penalty.register_hook(self._came_back)
         return penalty
+
+    def _came_back(self, gradient: Tensor) -> None:
+        """The loss is differentiated: now, the modes of batch norms are those of training."""
+        self._hold({name for name, norm in self._norms.items() if not norm.training})
+        self.formats.note_loss_scale(gradient)
 
     def _hold(self, names: set[str], model: nn.Module | None = None) -> None:
         """Note which batch norms of the model, or an average, are in eval mode in training."""
@@ -319,11 +328,10 @@ class Compressor:
             CutError: a cut changed what the network computes; the model stays cut.
             FloatingPointError: a weight or its format is no longer finite.
         """
-        # The modes are those of training now.
-        self._hold({name for name, norm in self._norms.items() if not norm.training})
         due = (self.steps + 1) % self.interval == 0
         if self.steps == 0 or due:
-            self._require_cuttable(optimizer, averages)
+            self._require_cuttable(optimizer)
+        self._require_alike(averages)
         if not self.frozen:
             self._press()
             fit = (self.steps + 1) % FIT_INTERVAL == 0
@@ -366,7 +374,8 @@ class Compressor:
         patient: bool = False,
     ) -> Plan | None:
         """Cut; if `patient`, only what is worth to be compiled anew."""
-        self._require_cuttable(optimizer, averages)
+        self._require_cuttable(optimizer)
+        self._require_alike(averages)
         self._require_finite()
         self.idle.give_up()
         self.connection.keep()
@@ -426,7 +435,9 @@ class Compressor:
             for value in pytree.tree_leaves(vars(module))
             if isinstance(value, Tensor) and not value.is_leaf
         ]
-        model = copy.deepcopy(self.model, {id(value): value.detach() for value in left})
+        memo: dict[int, Any] = {id(value): value.detach() for value in left}
+        memo[id(self)] = self  # the model may hold it
+        model = copy.deepcopy(self.model, memo)
         settle_statistics(self.graph, model)
         if settled:
             clear_lingering(self.graph, model)
@@ -471,9 +482,9 @@ class Compressor:
         While formats move, running statistics lag behind; those of the final network are
         averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
         tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were
-        in eval mode at the last step keep theirs. So it goes for `averages` of the model, which may
-        then be evaluated and saved like it. Only an optimiser that is given here can train the
-        network on: of any other the cut parameters are the old ones.
+        in eval mode at the last backward() keep theirs. So it goes for `averages` of the model,
+        which may then be evaluated and saved like it. Only an optimiser that is given here can
+        train the network on: of any other the cut parameters are the old ones.
 
         Raises:
             As `reestimate` and `step`.
@@ -484,6 +495,8 @@ class Compressor:
                 f"{self.steps} times: the network is larger than it was to be",
                 stacklevel=2,
             )
+        self._require_cuttable(optimizer)
+        self._require_alike(averages)
         self.freeze()
         self.multiple = 1
         self.idle.look()
@@ -551,7 +564,8 @@ class Compressor:
     def __reduce__(self) -> NoReturn:
         """Refuse `copy.deepcopy` and pickle: the copy's hooks would be the original's."""
         raise TypeError(
-            "a Compressor cannot be copied or pickled: give its state_dict() to a fresh one"
+            "a Compressor cannot be copied or pickled: give its state_dict() to a fresh one, and "
+            "do not keep it in a model that is to be copied"
         )
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -578,13 +592,8 @@ class Compressor:
             "cuts": self.cuts,
             "held": sorted(self._held),
             "path": None if self._path is None else self._path.state_dict(),
-            "asked": self._asked(),
+            "asked": dict(self._asked),
         }
-
-    def _asked(self) -> dict[str, Any]:
-        """What a state does not bring along, and a training that goes on should have the same."""
-        times = self.schedule and (self.schedule.steps, self.schedule.begin, self.schedule.end)
-        return {"schedule": times, "stored_percent": self.stored_percent}
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Cut a freshly built model to the saved one's shape, and load all that was saved.
@@ -622,7 +631,7 @@ class Compressor:
         self.steps, self.cuts = state["steps"], state.get("cuts", 0)
         if state["frozen"]:
             self.freeze()
-        for name, value in self._asked().items():
+        for name, value in self._asked.items():
             saved = state.get("asked", {}).get(name, value)
             if saved != value:
                 warnings.warn(
@@ -667,10 +676,14 @@ class Compressor:
         if not self.frozen:
             self.formats.watch()
 
-    def _require_cuttable(self, optimizer: Optimizer | None, averages: Sequence[nn.Module]) -> None:
+    def _require_cuttable(self, optimizer: Optimizer | None) -> None:
         if optimizer is not None:
             check_optimizer(optimizer)
             self._require_all_weights(optimizer)
+
+    def _require_alike(self, averages: Sequence[nn.Module]) -> None:
+        if not averages:
+            return
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for average in averages:
             if {n: p.shape for n, p in _averaged(average).named_parameters()} != shapes:

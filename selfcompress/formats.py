@@ -101,6 +101,7 @@ class FormatStepper:
         self._collected: dict[nn.Parameter, Tensor] = {}  # gradients of exponents
         self._loss_scale: Tensor | None = None
         self._penalties = 0
+        self._penalised = False  # whether a penalty has ever come back
         self._hooks: list[RemovableHandle] = []
         self.watch()
 
@@ -180,6 +181,7 @@ class FormatStepper:
         """
         self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
         self._penalties += 1
+        self._penalised = True
 
     @torch.no_grad()
     def step(
@@ -204,16 +206,17 @@ class FormatStepper:
             called = [layer.samples for layer in self._norms if layer.samples]
             samples = min(called, default=1) * max(1, self._penalties)
             self._remember(samples, scale)
-            if gamma > 0 and not self._penalties:
+            able = any(layer.bit_depth.requires_grad for layer in layers)
+            if gamma > 0 and able and not self._penalised:
                 warnings.warn(
                     "compressor.penalty() was not in the loss: without it no channel loses bits",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         elif self._penalties and gamma > 0 and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
-                stacklevel=3,
+                stacklevel=4,
             )
         if self._collected:
             sizes = [len(exponent) for exponent in self._collected]

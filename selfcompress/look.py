@@ -26,7 +26,8 @@ def device_of(inputs: Inputs) -> torch.device:
 
 def batch_size(inputs: Inputs) -> int:
     """The samples that `inputs` hold: the length of the first tensor; 0 if there is none."""
-    tensors = [leaf for leaf in positional(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = pytree.tree_leaves(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
     return len(tensors[0]) if tensors else 0
 

@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from selfcompress.look import Inputs, kept_modes, positional
 
@@ -47,7 +48,7 @@ def reestimate(
                 norm.momentum = None  # the average of all batches
             for inputs in batches:
                 for model in models:
-                    model(*positional(inputs))
+                    model(*positional(_moved(inputs, models[0], model)))
                 seen += 1
             if not seen:
                 raise ValueError(
@@ -61,3 +62,17 @@ def reestimate(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def _moved(inputs: Inputs, model: nn.Module, average: nn.Module) -> Inputs:
+    """Inputs of `model` as an `average` of it takes them, perhaps on another device or wider."""
+    if average is model:
+        return inputs
+    ours, theirs = (next(network.parameters()) for network in (model, average))
+
+    def move(tensor: Tensor) -> Tensor:
+        wider = tensor.is_floating_point() and theirs.dtype != ours.dtype
+        return tensor.to(theirs.device, theirs.dtype if wider else tensor.dtype)
+
+    moved: Inputs = pytree.tree_map_only(Tensor, move, inputs)
+    return moved

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from selfcompress.attention import QuantAttention
 from selfcompress.layers import FLOAT_LAYERS, layer_widths
 from selfcompress.look import Inputs, positional, undisturbed
 
@@ -84,7 +85,7 @@ class _Watch(TorchFunctionMode):
         name = self.names.get(module)
         if name is None or output is None:  # it has raised an error
             return
-        if isinstance(module, nn.MultiheadAttention):
+        if type(module) in (nn.MultiheadAttention, QuantAttention):
             names = ("query", "key", "value")
             given = dict(zip(names, args, strict=False)) | kwargs
             steps = [given[name].shape[:-1].numel() for name in names]
@@ -94,8 +95,10 @@ class _Watch(TorchFunctionMode):
         elif isinstance(module, FLOAT_LAYERS) and isinstance(output, Tensor):
             ins, outs = layer_widths(module)
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            tensor, width = ((*args, *kwargs.values())[0], ins) if transposed else (output, outs)
-            self.seen.positions[name] += tensor.numel() // max(1, width)
+            read = next(iter((*args, *kwargs.values())), None)
+            tensor, width = (read, ins) if transposed else (output, outs)
+            if isinstance(tensor, Tensor):
+                self.seen.positions[name] += tensor.numel() // max(1, width)
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:

@@ -268,3 +268,24 @@ def test_an_average_ends_in_the_models_formats_with_statistics_of_its_own() -> N
     update_bn(batches, again)
     for name, buffer in again.named_buffers():
         torch.testing.assert_close(average.get_buffer(name), buffer)
+
+
+def test_an_average_may_be_wider_and_must_have_the_models_shape() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    compressor = Compressor(model, x, 0.0)
+    optimizer = AdamW(compressor.weights())
+    average = copy.deepcopy(model).double()
+    kill(model, "0", [1, 2])
+    compressor.finish([x], optimizer, averages=[average])
+    torch.testing.assert_close(
+        average.get_buffer("1.running_mean").float(), model.get_buffer("1.running_mean")
+    )
+    kill(model, "3", [1])
+    compressor.cut(optimizer)
+    before = model.get_parameter("0.exponent").clone()
+    compressor.steps = 1  # no step at which a cut is due
+    with pytest.raises(ValueError, match="other parameters than the model"):
+        compressor.step(optimizer, averages=[average])
+    assert torch.equal(before, model.get_parameter("0.exponent"))

@@ -1,9 +1,11 @@
 """Ways in which people train that once led to wrong networks, most of them without a word."""
 
 import copy
+import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -579,6 +581,36 @@ def test_a_validation_loss_with_the_penalty_holds_no_norms() -> None:
     assert not torch.equal(compressor.model.get_buffer("0.1.running_mean"), mean)
 
 
+def test_an_evaluation_between_backward_and_step_holds_no_norms() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
+    optimizer = sgd(compressor)
+    (compressor.model(X).square().mean() + compressor.penalty()).backward()
+    compressor.model.eval()(X)
+    compressor.step(optimizer)
+    mean = compressor.model.get_buffer("0.1.running_mean").clone()
+    compressor.finish([X + 5])
+    assert not torch.equal(compressor.model.get_buffer("0.1.running_mean"), mean)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_penalty_in_every_other_loss_is_no_mistake() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+    for penalised in (True, False, True, False):
+        loss = compressor.model(X).square().mean()
+        (loss + compressor.penalty() if penalised else loss).backward()
+        compressor.step(sgd(compressor))
+
+
+def test_a_model_may_hold_its_compressor() -> None:
+    model = nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1))
+    compressor = Compressor(model, X, stored_percent=15, bits=8, schedule=Schedule(20))
+    model.compressor = compressor  # type: ignore[assignment]
+    optimizer = sgd(compressor)
+    for _ in range(20):
+        one_step(compressor, optimizer)
+    compressor.finish([X], optimizer)
+
+
 def test_a_loss_without_the_penalty_is_told() -> None:
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01)
     compressor.model(X).square().mean().backward()
@@ -604,6 +636,9 @@ def test_a_cut_wants_the_optimiser_of_the_weights() -> None:
     before = copy.deepcopy(compressor.model.state_dict())
     with pytest.raises(ValueError, match="optimiser does not hold"):
         compressor.cut(SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(ValueError, match="optimiser does not hold"):
+        compressor.finish([X], SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    assert not compressor.frozen
     after = compressor.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -621,8 +656,12 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
 
     state = compressor(schedule=Schedule(100)).state_dict()
     compressor(schedule=Schedule(100)).load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"had schedule=\(100, 0.1, 0.85\), this one has None"):
+    with pytest.warns(UserWarning, match=r"had schedule=Schedule\(steps=100.*has None"):
         compressor().load_state_dict(state)
+    numbers: Any = Schedule(np.int64(100), begin=np.float64(0.1))  # type: ignore[arg-type]
+    torch.save(compressor(schedule=numbers).state_dict(), file := io.BytesIO())
+    file.seek(0)
+    assert torch.load(file, weights_only=True)
 
 
 def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:

@@ -339,3 +339,17 @@ def test_macs_of_attention_between_two_sequences() -> None:
 
     compressor = Compressor(Cross(), (torch.randn(4, 6, 8), torch.randn(4, 3, 8)), 0.0)
     assert compressor.size().macs == 64 * (6 + 3 + 3) + 64 * 6 + 6 * 40
+
+
+def test_macs_are_of_one_sample_of_a_dict_too() -> None:
+    class OfDict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 10)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            y: Tensor = self.layer(batch["x"])
+            return y
+
+    compressor = Compressor(OfDict(), ({"x": torch.randn(4, 8)},), 0.0)
+    assert compressor.size().macs == 80

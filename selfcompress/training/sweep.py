@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from contextlib import closing
@@ -28,6 +29,9 @@ from selfcompress.training.results import Result, read, read_all, write_csv
 
 LOGS = "logs"
 CSV = "results.csv"
+_LEFT_OVER = re.compile(  # by a process that was killed while it wrote one of a sweep's files
+    r"\.(results\.csv|report\.html|(curve|weights|size|seconds|widths)\.(png|svg))\.\w{8}"
+)
 
 
 @dataclass(frozen=True)
@@ -219,8 +223,8 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
     planned.done()  # refuses a folder before anything is written to it
     with hold(planned.root, "sweep"):
         done = planned.done()
-        for kind in ("csv", "html", "png", "svg"):  # what a killed process left of them
-            for file in planned.root.glob(f".*.{kind}.*"):
+        for file in planned.root.iterdir():
+            if _LEFT_OVER.fullmatch(file.name):
                 file.unlink()
         failed = _train(sweep, planned, scripts, done)
         results = read_all(planned.root, "*")
