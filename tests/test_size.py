@@ -269,7 +269,7 @@ def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
     """All but names and shapes; a file has 4 bits fewer for a depth, and fills bytes up."""
     torch.manual_seed(0)
     model = build(name, 10, 8, 32)
-    compressor = Compressor(model, torch.randn(2, 3, 32, 32), 0.0)
+    compressor = Compressor(model, torch.randn(2, 3, 32, 32), 0.0, multiple=8)
     with torch.no_grad():
         for layer in compressor.layers.values():
             layer.bit_depth[torch.rand(len(layer.bit_depth)) < 0.4] = 0
