@@ -304,8 +304,9 @@ class Compressor:
     def _hold(self, names: set[str], model: nn.Module | None = None) -> None:
         """Note which batch norms of the model, or an average, are in eval mode in training."""
         self._held = names
+        model = self.model if model is None else model
         for name in self._norms:
-            norm = (model or self.model).get_submodule(name)
+            norm = model.get_submodule(name)
             if isinstance(norm, PlacedBatchNorm):
                 norm.held = name in names
 
