@@ -298,17 +298,16 @@ class Compressor:
 
     def _came_back(self, gradient: Tensor) -> None:
         """The loss is differentiated: now, the modes of batch norms are those of training."""
-        self._hold({name for name, norm in self._norms.items() if not norm.training})
+        self._held = {name for name, norm in self._norms.items() if not norm.training}
+        self._hold(self.model)
         self.formats.note_loss_scale(gradient)
 
-    def _hold(self, names: set[str], model: nn.Module | None = None) -> None:
-        """Note which batch norms of the model, or an average, are in eval mode in training."""
-        self._held = names
-        model = self.model if model is None else model
+    def _hold(self, model: nn.Module) -> None:
+        """Tell norms of the model, or of an average, whether they are in eval mode in training."""
         for name in self._norms:
             norm = model.get_submodule(name)
             if isinstance(norm, PlacedBatchNorm):
-                norm.held = name in names
+                norm.held = name in self._held
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -407,7 +406,7 @@ class Compressor:
                 assert isinstance(twin, QuantizedLayer)
                 twin.bit_depth.copy_(layer.bit_depth)
                 twin.exponent.copy_(layer.exponent)
-            self._hold(self._held, average)
+            self._hold(average)
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
         """Compare what the network computes with what it did; a random one cannot be."""
@@ -625,7 +624,8 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
-        self._hold(set(state.get("held", ())))
+        self._held = set(state.get("held", ()))
+        self._hold(self.model)
         self.gamma = state["gamma"]
         if self._path is not None and state.get("path"):
             self._path.load_state_dict(state["path"])
