@@ -256,6 +256,8 @@ def test_an_average_ends_in_the_models_formats_with_statistics_of_its_own() -> N
         optimizer.step()
         average.update_parameters(model)
         compressor.step(optimizer, averages=[average])
+        for name, layer in compressor.layers.items():
+            assert torch.equal(average.module.get_parameter(f"{name}.exponent"), layer.exponent)
     assert compressor.cuts > 0
     compressor.finish(iter(batches), optimizer, averages=[average])
     for name, tensor in tensors(model).items():

@@ -973,5 +973,5 @@ def test_files_have_the_modes_of_others_and_a_folder_is_none(tmp_path: Path) -> 
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}'"):
+    with pytest.raises(IsADirectoryError, match=f"directory: '{tmp_path}'"):
         save(model, tmp_path)
