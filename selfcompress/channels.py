@@ -187,9 +187,9 @@ class ChannelGraph:
                     removed[ids.reshape(self.layouts[name].grid)[np.ix_(*kept)]] = False
             for node in self.of_kind(Kind.GROUPED):
                 module = model.get_submodule(node.module)
-                groups = np.unique(module.slots.cpu().numpy()[rows[node.module]])
+                groups = np.unique(module.slots.numpy(force=True)[rows[node.module]])
                 live = np.unique(groups // module.group_width)
-                columns = module.columns.cpu().numpy().reshape(module.groups, -1)[live]
+                columns = module.columns.numpy(force=True).reshape(module.groups, -1)[live]
                 read = self.reads(node)[columns]  # (live groups, input channels per group)
                 stays = ~removed[read].all(0)
                 removed[read[:, stays]] = False

@@ -31,7 +31,7 @@ class Connection:
         """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
         depths: list[Tensor] = [layer.bit_depth for layer in self.layers.values()]
         # Read at once: a GPU is waited for whenever something is read.
-        live = (torch.cat(depths) > 0).cpu().numpy()
+        live = (torch.cat(depths) > 0).numpy(force=True)
         dead: set[str] = set()
         ends = np.cumsum([len(depth) for depth in depths])
         for (name, layer), rows in zip(self.layers.items(), np.split(live, ends[:-1]), strict=True):

@@ -141,7 +141,9 @@ def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
         weight = parameters[at]
         column = [-1 if dim == layer.row_dim else 1 for dim in range(weight.dim())]
         integers = (weight / steps.view(column)).round().to(torch.int32)
-        found[at] = _Weight(weight.float().cpu().numpy(), integers.cpu().numpy(), layer.row_dim)
+        found[at] = _Weight(
+            weight.float().numpy(force=True), integers.numpy(force=True), layer.row_dim
+        )
     return found
 
 

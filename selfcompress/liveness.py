@@ -90,7 +90,7 @@ class _Analysis:
         for name in graph.origin:
             module = self.modules[name]
             if isinstance(module, QuantizedLayer):
-                self.rows[name] = module.live_rows().cpu().numpy()
+                self.rows[name] = module.live_rows().numpy(force=True)
             elif isinstance(module, PlacedBatchNorm):
                 self.rows[name] = np.ones(module.num_features, bool)
 
@@ -295,7 +295,7 @@ class _Analysis:
         """What entries of a norm make of constants that they read."""
         norm = self.modules[node.module]
         if isinstance(norm, PlacedBatchNorm) and norm.held and norm.running_mean is not None:
-            return _numpy(_in_evaluation(norm, torch.from_numpy(read)).detach())
+            return _in_evaluation(norm, torch.from_numpy(read)).numpy(force=True)
         return self._bias(node)
 
     def _bias(self, node: Node) -> np.ndarray | float:
@@ -307,8 +307,9 @@ class _Analysis:
     def _array(self, node: Node, attribute: str) -> np.ndarray:
         key = node.module, attribute
         if key not in self._arrays:
-            tensor = getattr(self.modules[node.module], attribute).detach()
-            self._arrays[key] = _numpy(tensor.double() if tensor.is_floating_point() else tensor)
+            tensor = getattr(self.modules[node.module], attribute)
+            wide = tensor.double() if tensor.is_floating_point() else tensor
+            self._arrays[key] = wide.numpy(force=True)
         return self._arrays[key]
 
 
@@ -327,9 +328,4 @@ def _evaluate(node: Node, constants: list[np.ndarray]) -> np.ndarray:
     assert node.evaluate is not None
     with torch.no_grad():
         result = node.evaluate(*(torch.from_numpy(c.copy())[None] for c in constants))[0]
-    return _numpy(result)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array
+    return result.numpy(force=True)

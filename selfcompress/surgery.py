@@ -182,24 +182,24 @@ class _Planner:
             self.plan.wiring[name] = Wiring(*widths, outs.tolist())
             return
         rows = np.array(self.plan.rows[name], np.int64)
-        placed = new_out[_numpy(module.rows)[rows]].tolist()
+        placed = new_out[module.rows.numpy(force=True)[rows]].tolist()
         if isinstance(module, PlacedBatchNorm):
             for tensor in ("weight", "bias", "running_mean", "running_var"):
                 self._keep(f"{name}.{tensor}", 0, rows)
-            columns = new_in[_numpy(module.columns)[rows]].tolist()
+            columns = new_in[module.columns.numpy(force=True)[rows]].tolist()
             self.plan.wiring[name] = Wiring(*widths, placed, columns)
             return
         for tensor in ("bit_depth", "exponent"):
             self._keep(f"{name}.{tensor}", 0, rows)
         self._keep(f"{name}.weight", module.row_dim, rows)
         self._keep(f"{name}.bias", 0, outs)
-        columns = _numpy(module.columns)
+        columns = module.columns.numpy(force=True)
         if not (isinstance(module, _QuantConv) and module.grouped):
             read = np.flatnonzero((in_stays & in_sounds)[columns])
             self._keep(f"{name}.weight", module.fan_in_dim, read)
             self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())
             return
-        of_row = _numpy(module.slots)[rows] // module.group_width
+        of_row = module.slots.numpy(force=True)[rows] // module.group_width
         live, groups = np.unique(of_row, return_inverse=True)
         table = columns.reshape(module.groups, -1)[live]  # what each group reads
         # All groups lose the same columns; without any group there is nothing to read.
@@ -338,8 +338,3 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         within = np.arange(len(wiring.groups)) - first[wiring.groups]
         slots = np.array(wiring.groups, np.int64) * module.group_width + within
         module.slots = torch.from_numpy(slots.astype(np.int64)).to(module.slots.device)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array

@@ -112,7 +112,7 @@ def pack(
     for name, layer in layers.items():
         _require_formats(name, layer)
         depth = integer_depth(layer.bit_depth)
-        depths.append(_numpy(depth[depth > 0].to(torch.uint8)))
+        depths.append(depth[depth > 0].to(torch.uint8).numpy(force=True))
         groups += _groups(layer)
         exponents[f"{name}.exponent"] = layer.exponent[depth > 0]
     placement = [*map(_layer_placement, layers.values()), *map(_placement, norms.values())]
@@ -137,7 +137,7 @@ def checksum(header: bytes, streams: dict[str, Tensor]) -> bytes:
     crc = zlib.crc32(header)
     for name in sorted(streams):
         crc = zlib.crc32(f"{name};".encode(), crc)
-        crc = zlib.crc32(_numpy(streams[name].contiguous().view(torch.uint8)).data, crc)
+        crc = zlib.crc32(streams[name].contiguous().view(torch.uint8).numpy(force=True).data, crc)
     return crc.to_bytes(4, "little")
 
 
@@ -168,15 +168,15 @@ def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
         layer.weight_by_row(), layer.bit_depth, layer.exponent, integer_bits=layer.integer_bits
     )
     for bits in depth[depth > 0].unique().tolist():
-        yield int(bits), _numpy(values[depth == bits]).ravel()
+        yield int(bits), values[depth == bits].numpy(force=True).ravel()
 
 
 def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
     parts = [_placement(layer)]
     if isinstance(layer, _QuantConv) and layer.grouped:
-        group = _numpy(layer.slots) // layer.group_width
+        group = layer.slots.numpy(force=True) // layer.group_width
         parts.append(np.diff(group, prepend=-1) > 0)
-    live = _numpy(layer.live_rows())
+    live = layer.live_rows().numpy(force=True)
     if not live.all():
         parts.append(live)
     return np.concatenate(parts)
@@ -188,7 +188,7 @@ def _placement(module: QuantizedLayer | PlacedBatchNorm) -> np.ndarray:
     for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):
         assert bool((indices.diff() > 0).all())  # surgery keeps their order
         if len(indices) < width:
-            parts.append(np.isin(np.arange(width), _numpy(indices)))
+            parts.append(np.isin(np.arange(width), indices.numpy(force=True)))
     return np.concatenate(parts)
 
 
@@ -302,8 +302,3 @@ def _is_channels_last(tensor: Tensor) -> bool:
         for memory_format in (torch.contiguous_format, layout)
     )
     return tensor.stride() == other != ordinary
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().cpu().numpy()
-    return array
