@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -24,6 +26,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def is_left_over(path: Path, names: Collection[str]) -> bool:
+    """Whether a process was killed that wrote one of `names`, and left `path` behind."""
+    match = re.fullmatch(r"\.(.+)\.\w{8}", path.name)  # as mkstemp makes them
+    return match is not None and match[1] in names
 
 
 def _umask() -> int:

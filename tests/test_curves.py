@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from sweep_runs import EPOCHS, make_run, make_sweep
 
 from selfcompress.training import curves
-from selfcompress.training.curves import Group, write_figures
+from selfcompress.training.curves import FILES, Group, write_figures
 from selfcompress.training.errors import UserError
 from selfcompress.training.page import write_page
 from selfcompress.training.pick import describe, pick
@@ -85,6 +85,7 @@ def test_a_network_without_weights_is_drawn_like_others(tmp_path: Path) -> None:
     rows[-1]["size"]["weights_percent"] = 0
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(write_figures(read_all(tmp_path), tmp_path)) == 5
+    assert {f.name for f in tmp_path.iterdir() if f.is_file()} == set(FILES)
     (tmp_path / "gamma0.3-seed1" / "metrics.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="is damaged"):
         read_all(tmp_path)

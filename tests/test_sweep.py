@@ -17,7 +17,7 @@ from sweep_runs import make_run
 from torchvision.datasets import CIFAR10
 
 import sweep as script
-from selfcompress.training import runs
+from selfcompress.training import curves, runs
 from selfcompress.training import sweep as library
 from selfcompress.training.config import Config
 from selfcompress.training.lock import hold
@@ -43,7 +43,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["sweep.py", *map(str, args)])
         monkeypatch.setattr(script, "run", lambda sweep, width, _: train(sweep, width, STAND_IN))
-        monkeypatch.setattr(library, "write_figures", lambda *_: [])  # test_curves.py has them
+        monkeypatch.setattr(curves, "write_figures", lambda *_: [])  # test_curves.py has them
         code = script.main()
         out, err = capsys.readouterr()
         return code, out, err

@@ -412,8 +412,8 @@ def test_a_folder_in_which_another_process_trains_is_refused(
             assert_refused(cli(*args, *more), "another train.py is at work", "run")
         assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
     # A process that is killed while it writes leaves this, and lets go of its lock.
-    (tmp_path / "run" / ".config.json.x1").write_text("{")
-    (tmp_path / "run" / ".checkpoint.pt.x2").write_text("")
+    (tmp_path / "run" / ".config.json.x1y2z3_4").write_text("{")
+    (tmp_path / "run" / ".checkpoint.pt.x1y2z3_4").write_text("")
     assert cli(*args)[0] == 0
     assert not [
         f for f in (tmp_path / "run").iterdir() if f.name.startswith(".") and f.name != LOCK

@@ -25,6 +25,10 @@ from selfcompress.training.results import Result, front
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
 
 BLUE, GREY = "#2b6cb0", "#8a8a8a"
+KINDS = ("png", "svg")
+FILES = [f"{name}.{k}" for name in ("curve", "weights", "size", "seconds", "widths") for k in KINDS]
+"""What `write_figures` writes, at most."""
+
 NAMED = 10  # so many γ are named in a legend; more get a colour bar
 PAPER = "Cséfalvay & Imber (2023), Fig. 3:\nwidth 64, ~930 epochs, fractional bits"
 PAPER_PERCENT = (0.25, 0.5, 1, 2, 3, 4, 7)  # of bits, read off the figure
@@ -88,7 +92,7 @@ def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
     pictures = []
     for name, (figure, caption) in figures.items():
         if figure is not None:
-            files = {kind: _drawn(figure, kind) for kind in ("png", "svg")}
+            files = {kind: _drawn(figure, kind) for kind in KINDS}
             for kind, content in files.items():
                 write_atomically(folder / f"{name}.{kind}", content)
             pictures.append(Picture(name, caption, files["svg"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from selfcompress.disk import write_atomically
+from selfcompress.disk import is_left_over, write_atomically
 from selfcompress.text import first_line
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
@@ -62,8 +62,9 @@ class RunFolder:
                 self._clear()
             elif self.check() is not None:
                 raise UserError(f"another process has just finished the run in {self.path}")
-            for file in filter(_is_temporary, self.path.iterdir()):
-                file.unlink()  # a killed process left it
+            for file in self.path.iterdir():
+                if is_left_over(file, _FILES):
+                    file.unlink()
             if not (self.path / CONFIG).exists():
                 write_atomically(self.path / CONFIG, _json_bytes(self.config))
             yield
@@ -71,7 +72,7 @@ class RunFolder:
     def _require_ours(self) -> None:
         """Refuse a folder that holds files but no run's configuration, unless that is damaged."""
         files = self.path.iterdir() if self.path.exists() else ()
-        names = {f.name for f in files if f.name != LOCK and not _is_temporary(f)}
+        names = {f.name for f in files if f.name != LOCK and not is_left_over(f, _FILES)}
         try:
             ours = {"dataset", "gamma", "seed"} <= (self._read_json(CONFIG) or {}).keys()
         except UserError:
@@ -146,11 +147,6 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{file} is damaged; start over with --overwrite") from error
         return value
-
-
-def _is_temporary(file: Path) -> bool:
-    """Whether `write_atomically` makes such files on the way to a run's."""
-    return file.name.startswith(tuple(f".{name}." for name in _FILES))
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:

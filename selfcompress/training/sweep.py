@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from contextlib import closing
@@ -16,22 +15,20 @@ import numpy as np
 import torch
 import tyro
 
-from selfcompress.training import runs
+from selfcompress.disk import is_left_over
+from selfcompress.training import curves, runs
 from selfcompress.training.config import COMPRESSION, Config, gamma_name
-from selfcompress.training.curves import write_figures
 from selfcompress.training.data import choose, prepare
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
-from selfcompress.training.page import write_page
+from selfcompress.training.page import REPORT, write_page
 from selfcompress.training.pool import cores, run_all
 from selfcompress.training.progress import Progress
 from selfcompress.training.results import Result, read, read_all, write_csv
 
 LOGS = "logs"
 CSV = "results.csv"
-_LEFT_OVER = re.compile(  # by a process that was killed while it wrote one of a sweep's files
-    r"\.(results\.csv|report\.html|(curve|weights|size|seconds|widths)\.(png|svg))\.\w{8}"
-)
+_FILES = (CSV, REPORT, *curves.FILES)
 
 
 @dataclass(frozen=True)
@@ -224,13 +221,13 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
     with hold(planned.root, "sweep"):
         done = planned.done()
         for file in planned.root.iterdir():
-            if _LEFT_OVER.fullmatch(file.name):
+            if is_left_over(file, _FILES):
                 file.unlink()
         failed = _train(sweep, planned, scripts, done)
         results = read_all(planned.root, "*")
         if results:
             write_csv(results, planned.root / CSV)
-            page = write_page(results, write_figures(results, planned.root), planned.root)
+            page = write_page(results, curves.write_figures(results, planned.root), planned.root)
             print(f"{planned.root / CSV}\n{page}")
     if failed:
         print(
