@@ -12,7 +12,6 @@ for x, y in every_epoch_of(loader):
 compressor.finish(loader)
 """
 
-import copy
 import dataclasses
 import math
 import sys
@@ -38,7 +37,15 @@ from selfcompress.idle import IdleRows
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
 from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.look import Inputs, batch_size, device_of, positional, without_compile
+from selfcompress.look import (
+    Inputs,
+    batch_size,
+    detached_copy,
+    device_of,
+    float_type_of,
+    positional,
+    without_compile,
+)
 from selfcompress.norms import reestimate
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS
@@ -163,13 +170,12 @@ class Compressor:
             read_elsewhere=observed.read_elsewhere,
         )
         self.layers = quantized_layers(model)
-        before, observed = observed, observe(model, example_input)
-        for name in self.layers:
-            if before.counts[name] and not observed.counts[name]:
-                raise ValueError(
-                    f"{name} is not called as a module of the model, but from a list, say: put it "
-                    "into an nn.ModuleList, or exclude it"
-                )
+        observed = observe(model, example_input)
+        if observed.bypassed:
+            raise ValueError(
+                f"{min(observed.bypassed)} is called past the model, from a list, say: put it into "
+                "an nn.ModuleList, or exclude it"
+            )
         self._expect_samples(observed)
         self.graph = channel_graph(model, example_input, observed)
         self._warn_of_idle(observed)
@@ -198,7 +204,7 @@ class Compressor:
         if target < least:
             raise ValueError(
                 f"stored_percent={stored_percent:g} is less than the network can have: what is in "
-                "float and the rows that have to stay store "
+                "float or frozen and the rows that have to stay store "
                 f"{100 * least / start.float_bits:.3g} %"
             )
         if target >= start.stored_bits:
@@ -428,16 +434,7 @@ class Compressor:
         Args:
             settled: with those biases at zero that dead rows have left and that are on their way.
         """
-        # What a forward() has left in an attribute cannot be copied with its history.
-        left = [
-            value
-            for module in self.model.modules()
-            for value in pytree.tree_leaves(vars(module))
-            if isinstance(value, Tensor) and not value.is_leaf
-        ]
-        memo: dict[int, Any] = {id(value): value.detach() for value in left}
-        memo[id(self)] = self  # the model may hold it
-        model = copy.deepcopy(self.model, memo)
+        model = detached_copy(self.model, {id(self): self})  # the model may hold it
         settle_statistics(self.graph, model)
         if settled:
             clear_lingering(self.graph, model)
@@ -448,13 +445,14 @@ class Compressor:
     def smallest(self) -> nn.Module:
         """A copy of the model with no more rows than the output and `min_channels` need.
 
-        Biases that dead rows may leave behind are gone from it.
+        Layers whose weight is frozen keep theirs. Biases that dead rows may leave behind are gone.
         """
         formats = [p for m in self.layers.values() for p in (m.bit_depth, m.exponent)]
         before = [p.clone() for p in formats]
         try:
             for layer in self.layers.values():
-                layer.bit_depth.zero_()
+                if layer.weight.requires_grad:  # else nothing is known of its rows' worth
+                    layer.bit_depth.zero_()
             self.connection.keep()
             return self.preview(settled=True)
         finally:
@@ -466,10 +464,7 @@ class Compressor:
         if self.frozen:
             return
         self.frozen = True
-        for layer in self.layers.values():
-            layer.bit_depth.requires_grad_(False)
-            layer.exponent.requires_grad_(False)
-        self.formats.stop()
+        self.formats.retire()
 
     def finish(
         self,
@@ -527,13 +522,17 @@ class Compressor:
         models = [self.model, *map(_averaged, averages)]
         reestimate(models, self._batches(loader), self._held)
         for model in models:
-            settle_statistics(self.graph, model)
+            settle_statistics(self.graph, model, measured=True)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Inputs]:
-        """What the model is called with, batch by batch, on its device."""
+        """What the model is called with, batch by batch, on its device and in its precision."""
         several = isinstance(self.example_input, tuple)
         count = len(positional(self.example_input))
-        device = device_of(self.example_input)
+        device, dtype = device_of(self.example_input), float_type_of(self.example_input)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
         for batch in loader:
             if isinstance(batch, list | tuple):
                 inputs = tuple(batch[:count]) if several else batch[0]
@@ -546,7 +545,7 @@ class Compressor:
                 raise ValueError(
                     f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
                 )
-            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
+            yield pytree.tree_map_only(Tensor, moved, inputs)
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""
@@ -652,7 +651,10 @@ class Compressor:
         """The plan that turns this uncut model into the saved one; all checks come before."""
         removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
         if removed.shape != self.graph.removed.shape or rows.keys() != self.graph.origin.keys():
-            raise ValueError("the saved state is of another model: its channels do not match")
+            raise ValueError(
+                "the saved state is of another model: its channels do not match (where forward() "
+                "goes by values, build it with the seed and the example_input of before)"
+            )
         fits = all((kept < len(self.graph.origin[name])).all() for name, kept in rows.items())
         if not fits or state["model"].keys() != self.model.state_dict().keys():
             raise ValueError("the saved state is of another model: its layers do not match")

@@ -72,7 +72,11 @@ def quantize_layers(
             continue
         if module not in twins:
             twin: Any = TWINS.get(type(module))
-            if isinstance(module, _BatchNorm) and twin is not None:
+            if (
+                isinstance(module, _BatchNorm)
+                and twin is not None
+                and "forward" not in vars(module)
+            ):
                 twins[module] = twin.from_float(module)
             elif isinstance(module, WEIGHTED):
                 why = _why_in_float(name, module, excluded, read_elsewhere, owners)
@@ -89,6 +93,7 @@ def quantize_layers(
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
+        _keep_attributes(old, new)
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
@@ -106,6 +111,10 @@ def _why_in_float(
         return "it is excluded"
     if type(module) not in TWINS:
         return f"its type {type(module).__name__} is not known"
+    if "forward" in vars(module):
+        return "its forward() has been replaced"
+    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
+        return "it computes with complex numbers"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
         return "it is a grouped transposed convolution"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
@@ -122,8 +131,15 @@ def _why_in_float(
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """Have the user's hooks on a layer called for what replaces it."""
     for key, value in vars(old).items():
-        if "_hooks" in key:
+        if "_hook" in key:  # and whether those of backward are full
             vars(new)[key] = value
+
+
+def _keep_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Have a twin hold what else the user has noted on a layer."""
+    for key, value in vars(old).items():
+        if key != "_compiled_call_impl":  # that is the old layer, compiled
+            vars(new).setdefault(key, value)
 
 
 def _without_fast_paths(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Take the quantised layers out again: a network of plain torch, quantised weights baked in."""
 
-import copy
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from selfcompress.layers import (
     norm_options,
     place,
 )
-from selfcompress.look import without_compile
+from selfcompress.look import detached_copy, without_compile
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 
@@ -35,7 +34,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Args:
         model: with quantised layers, in any mode; it stays as it is.
     """
-    model = copy.deepcopy(without_compile(model))
+    model = detached_copy(without_compile(model))
     attentions = {n for n, m in model.named_modules() if isinstance(m, QuantAttention)}
     parts = {f"{n}.{part}" for n in attentions for part in ("in_proj", "out_proj")}
     made: dict[nn.Module, nn.Module] = {}  # a layer may have several names

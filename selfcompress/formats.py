@@ -126,6 +126,18 @@ class FormatStepper:
             hook.remove()
         self._hooks = []
 
+    def retire(self) -> None:
+        """Formats stay as they are: collect nothing, and have them never keep a gradient again.
+
+        A loop that freezes and thaws its model as a whole (a GAN's) thaws them too.
+        """
+        self.stop()
+        for layer in self.layers.values():
+            for parameter in (layer.bit_depth, layer.exponent):
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._drop)
+                    parameter.requires_grad_(False)
+
     def _trainable(self) -> list[bool]:
         return [layer.weight.requires_grad for layer in self.layers.values()]
 

@@ -7,6 +7,7 @@ that is held in eval mode while the network trains outputs γ(c - μ)/√(σ² +
 becomes its β first.)
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from selfcompress.channels import ChannelGraph, Node
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv
 from selfcompress.ops import Kind
 
+_ROUNDING = 0.01  # of a mean: what autocast may do to it
 _WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
 
 
@@ -47,11 +49,16 @@ def analyse(graph: ChannelGraph, model: nn.Module) -> Liveness:
 
 
 @torch.no_grad()
-def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
+def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool = False) -> None:
     """Give batch norms that read constant channels the true statistics: mean c, variance 0.
 
     Changes what the network computes in evaluation, to what it computes in training; so it is a
     step of its own, before a cut.
+
+    Args:
+        measured: statistics are those of the network as it is, and right but for rounding. Where
+            they say something else, they stay: a number that forward() reads from an attribute may
+            be another one than when the network was traced.
     """
     analysis = _Analysis(graph, model)
     constant = analysis.run().constant
@@ -64,6 +71,8 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module) -> None:
         # Not blocking, and no index by a mask: a GPU would be waited for.
         read = torch.from_numpy(known).to(norm.running_mean, non_blocking=True)
         fixed = ~read.isnan()
+        if measured and not norm.held:
+            fixed &= (norm.running_mean - read).abs() <= _ROUNDING * read.abs() + norm.eps
         if norm.held:
             if norm.bias is None:
                 continue
@@ -300,8 +309,11 @@ class _Analysis:
 
     def _bias(self, node: Node) -> np.ndarray | float:
         """What a row outputs that computes nothing: by output channel, or by entry of a norm."""
-        if getattr(self.modules[node.module], "bias", None) is None:
+        bias = getattr(self.modules[node.module], "bias", None)
+        if bias is None:
             return 0.0
+        if bias.is_complex():  # not followed
+            return math.nan
         return self._array(node, "bias")
 
     def _array(self, node: Node, attribute: str) -> np.ndarray:

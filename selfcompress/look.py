@@ -1,10 +1,14 @@
 """Run a model to have a look at it, and leave it as it was found."""
 
+import copy
+import random
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +26,12 @@ def device_of(inputs: Inputs) -> torch.device:
     """Where the first tensor of `inputs` is."""
     tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def float_type_of(inputs: Inputs) -> torch.dtype | None:
+    """The type of the first floating-point tensor of `inputs`; None if there is none."""
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def batch_size(inputs: Inputs) -> int:
@@ -60,8 +70,8 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Inside, the model may run or be traced, without gradients and as it is written.
 
-    Afterwards its modes, its buffers and all attributes of its modules are what they were, and
-    random numbers go on as if nothing had run.
+    Afterwards its modes, its buffers and all attributes of its modules are what they were, lists
+    and the like with what was in them; and random numbers go on as if nothing had run.
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
@@ -69,8 +79,13 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     for module, before in attributes.items():
         if not isinstance(module, torch.jit.ScriptModule):
             before["_buffers"] = dict(module._buffers)  # forward() may put others in their places
+    contents = [
+        (container, copy.copy(container))
+        for before in attributes.values()
+        for container in _containers(v for key, v in before.items() if not is_torchs(key))
+    ]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    with eagerly(), torch.no_grad(), torch.random.fork_rng(devices):
+    with eagerly(), torch.no_grad(), torch.random.fork_rng(devices), _forked_rng():
         try:
             with kept_modes(model):
                 yield
@@ -78,8 +93,59 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             for module, before in attributes.items():
                 vars(module).clear()
                 vars(module).update(before)
+            for container, content in contents:
+                container.clear()
+                fill = container.extend if isinstance(container, list | deque) else container.update
+                fill(content)
             for buffer, value in buffers.items():
                 buffer.copy_(value)
+
+
+def is_torchs(attribute: str) -> bool:
+    """Whether an attribute of a module is torch's own, and not the user's."""
+    return attribute in ("_parameters", "_buffers", "_modules") or attribute.endswith("_hooks")
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """The lists, dicts, sets and deques among `values`, and in one another."""
+    pending, seen = list(values), set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list | dict | set | deque) and id(value) not in seen:
+            seen.add(id(value))
+            pending += value.values() if isinstance(value, dict) else value
+            yield value
+
+
+@contextmanager
+def _forked_rng() -> Iterator[None]:
+    """Inside, Python and NumPy draw random numbers that do not count."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def seed_everything(device: torch.device) -> None:
+    """Start random numbers at the same point always: a forward() that draws some goes one way."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(0)
+
+
+def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy`, with what a forward() has left in an attribute, but without its history."""
+    left = [
+        value
+        for module in model.modules()
+        for value in pytree.tree_leaves(vars(module))
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(value): value.detach() for value in left} | (memo or {}))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import FLOAT_LAYERS, layer_widths
-from selfcompress.look import Inputs, positional, undisturbed
+from selfcompress.look import Inputs, device_of, positional, seed_everything, undisturbed
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Observed:
         varied: names of modules that are not always called with the same arguments, but for the
             sizes of tensors.
         read_elsewhere: names of modules whose parameters are read while they are not running.
+        bypassed: names of modules in whose place one is called that they have replaced.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -33,6 +34,7 @@ class Observed:
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     varied: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
+    bypassed: set[str] = field(default_factory=set)
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Observed:
@@ -44,6 +46,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
     seen = Observed()
     with undisturbed(model, inputs):
         model.eval()
+        seed_everything(device_of(inputs))
         with _Watch(model, seen):
             model(*positional(inputs))
     return seen
@@ -73,6 +76,9 @@ class _Watch(TorchFunctionMode):
         self.running.append(module)
         name = self.names.get(module)
         if name is None:  # no module of the model, but with hooks of one: a layer that was replaced
+            self.seen.bypassed |= {
+                n for m, n in self.names.items() if m._forward_hooks is module._forward_hooks
+            }
             return
         self.seen.counts[name] += 1
         shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
@@ -111,8 +117,10 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         # Attributes (.shape, .grad, .T) come along here too, as functions named __get__.
         attribute = getattr(func, "__name__", "") == "__get__"
+        # Not so its shape, which changes as rows go.
         harmless = attribute and (
-            not isinstance(result, Tensor) or getattr(func.__self__, "__name__", "") == "grad"
+            not isinstance(result, Tensor | torch.Size)
+            or getattr(func.__self__, "__name__", "") == "grad"
         )
         if self.running and not harmless:
             for value in pytree.tree_leaves((args, kwargs)):

@@ -1,6 +1,7 @@
 """Compare what a network computes before and after a cut, and name the layer where it differs."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +53,22 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
     try:
         with undisturbed(model, inputs), full_precision(device_of(inputs)):
             model.eval()
-            returned = pytree.tree_leaves(model(*positional(inputs)))
+            outputs = list(_tensors(model(*positional(inputs))))
     finally:
         for handle in hooks:
             handle.remove()
-    outputs = [value for value in returned if isinstance(value, Tensor)]
     return Snapshot(
         outputs, rows, max(largest), {n: m.channel_dim for n, m in quantized_layers(model).items()}
     )
+
+
+def _tensors(returned: Any, depth: int = 3) -> Iterator[Tensor]:
+    """All tensors in what a model returned, those of objects such as dataclasses too."""
+    for leaf in pytree.tree_leaves(returned):
+        if isinstance(leaf, Tensor):
+            yield torch.view_as_real(leaf) if leaf.is_complex() else leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module) and depth:
+            yield from _tensors(list(vars(leaf).values()), depth - 1)
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
@@ -87,6 +96,7 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
             break
     raise CutError(
         f"a cut changed the network's output by {worst:.1e} of its scale, first seen in {guilty}; "
+        "unless forward() goes by a number that was another one when the Compressor was made, "
         "please report this"
     )
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from typing import Any
 
 import numpy as np
@@ -679,3 +680,102 @@ def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:
     bias = resumed.model.get_parameter("0.bias")
     gone = torch.arange(6) % 3 == 0
     assert (bias[gone] < 0.991).all() and (bias[~gone] > 0.995).all()
+
+
+class Dropping(nn.Module):
+    """In training it leaves out blocks, by chance."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+        self.blocks = nn.ModuleList(block(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        for one in self.blocks:
+            if not self.training or self.draw() < 0.9:
+                x = x + one(x)
+        return self.head(x)
+
+
+def drawn() -> list[Any]:
+    """Where the generators of random numbers are."""
+    numpy: Any = np.random.get_state()
+    return [random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()]
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: torch.rand(()).item()], ids=str
+)
+def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any) -> None:
+    compressors = []
+    for seed in range(6):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        model = Dropping(draw)
+        due = drawn()
+        compressors.append(Compressor(model, X, 0.0, bits=8))
+        assert drawn() == due
+    first = compressors.pop(0)
+    kill(first)
+    first.cut()
+    for other in compressors:
+        other.load_state_dict(first.state_dict())
+
+
+def test_a_number_that_has_changed_since_the_trace_leaves_measured_statistics() -> None:
+    class Faded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+            self.head = nn.Conv2d(6, 2, 1)
+            self.share = 0.1
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.norm(self.conv(x) * self.share))
+
+    torch.manual_seed(0)
+    model = Faded()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    model.share = 1.0
+    with torch.no_grad():
+        model.norm.bias.fill_(0.5)
+        compressor.layers["conv"].bit_depth[:2] = 0
+    compressor.finish([X], sgd(compressor))
+    torch.testing.assert_close(model.eval()(X), model.train()(X), rtol=0.05, atol=0.05)
+
+
+def test_a_size_below_that_of_frozen_layers_is_refused() -> None:
+    model = nn.Sequential(block(3, 16), block(16, 32), nn.Conv2d(32, 2, 1))
+    model[:2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen and the rows that have to stay store 2\d\.\d %"):
+        Compressor(model, X, stored_percent=8, bits=8, schedule=Schedule(20))
+
+
+def test_finish_takes_the_loader_of_a_network_in_half_precision() -> None:
+    model = nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)).bfloat16()
+    compressor = Compressor(model, X.bfloat16(), 0.0)
+    compressor.finish([(X, torch.zeros(len(X)))])
+    assert model(X.bfloat16()).isfinite().all()
+
+
+def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.1)
+    compressor.freeze()
+    kill(compressor)
+    assert compressor.cut(sgd(compressor))
+    compressor.model.requires_grad_(True)
+    (compressor.model(X).square().mean() + compressor.penalty()).backward()
+    for layer in compressor.layers.values():
+        assert layer.weight.grad is not None
+        assert layer.exponent.grad is layer.bit_depth.grad is None
+
+
+def test_a_model_that_keeps_its_features_has_a_dense_copy_after_a_step() -> None:
+    compressor = Compressor(Kept(), X, 0.0)
+    one_step(compressor, sgd(compressor))
+    dense = to_dense(compressor.model).eval()
+    torch.testing.assert_close(dense(X), compressor.model.eval()(X), rtol=1e-4, atol=1e-5)

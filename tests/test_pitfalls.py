@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor
 from selfcompress.liveness import settle_statistics
+from selfcompress.surgery import Plan
+from selfcompress.verify import CutError, compare, snapshot
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -169,6 +172,35 @@ class Instance(nn.Module):
         return self.b(torch.relu(self.norm(self.a(x.mean((2, 3))))))
 
 
+class Widths(nn.Module):
+    """Computes with how many channels its layers have, in one `way` or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.linear = nn.Linear(6, 5)
+
+    def width(self) -> int:
+        if self.way == "shape of a weight":
+            return self.conv.weight.shape[0]
+        if self.way == "shape of a statistic":
+            assert self.norm.running_mean is not None
+            return self.norm.running_mean.shape[0]
+        reads: dict[str, Callable[[], int]] = {
+            "out_channels": lambda: self.conv.out_channels,
+            "num_features": lambda: self.norm.num_features,
+            "in_features": lambda: self.linear.in_features,
+        }
+        return reads[self.way]()
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.norm(self.conv(x)))
+        if self.way != "in_features":
+            x = x.view(x.size(0), self.width(), -1)
+        return self.linear(x.flatten(2).mean(2) / self.width() ** 0.5)
+
+
 def changing_hook() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1))
     model[0].register_forward_hook(lambda m, i, o: o + 1)
@@ -180,7 +212,9 @@ def changing_hook() -> nn.Module:
     "build",
     [
         Tapped, lambda: Shared(nn.Conv2d(6, 6, 1)), lambda: Shared(nn.PReLU(6)), Varied, Evaluated,
-        Cast, Up, Pairs, Instance, changing_hook,
+        Cast, Up, Pairs, Instance, changing_hook, lambda: Widths("out_channels"),
+        lambda: Widths("num_features"), lambda: Widths("in_features"),
+        lambda: Widths("shape of a weight"), lambda: Widths("shape of a statistic"),
     ],
 )  # fmt: skip
 def test_a_cut_is_exact(build: Callable[[], nn.Module]) -> None:
@@ -203,7 +237,24 @@ def test_half_precision_networks_are_judged_by_their_own_rounding(dtype: torch.d
     assert compressor.cut()
 
 
-def test_layers_in_a_plain_list_are_refused() -> None:
+def test_flattening_to_the_width_of_a_layer_holds_no_channels() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 6, 3, stride=3, bias=False), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            flat: Tensor = self.linear(x.view(-1, self.linear.in_features))
+            return flat
+
+    compressor = Compressor(Flat().double(), X, 0.0, bits=8)
+    cut_some(compressor)
+    assert compressor.layers["linear"].weight.shape[1] == 16
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_layers_in_a_plain_list_are_refused(alone: bool) -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -211,11 +262,13 @@ def test_layers_in_a_plain_list_are_refused() -> None:
             self.both = [self.a, self.b]
 
         def forward(self, x: Tensor) -> Tensor:
+            if not alone:
+                x = self.b(self.a(x))
             for layer in self.both:
                 x = torch.relu(layer(x))
             return x
 
-    with pytest.raises(ValueError, match="a is not called as a module of the model"):
+    with pytest.raises(ValueError, match="a is called past the model"):
         Compressor(Listed(), X.float(), 0.1)
 
 
@@ -226,22 +279,31 @@ class Remembers(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 1)
         self.map: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.maps: dict[str, dict[str, Tensor]] = {"all": {}}
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Any:
         self.calls.add_(1)
         self.map = torch.sigmoid(self.conv(x))
+        self.losses.append(self.map.mean())
+        self.maps["all"]["last"] = self.map
         return self.map
 
 
 def test_looking_at_a_model_leaves_nothing_behind() -> None:
-    model = nn.Sequential(Remembers(), nn.Conv2d(6, 2, 1))
+    model: Any = nn.Sequential(Remembers(), nn.Conv2d(6, 2, 1))
+    lists = model[0].losses, model[0].maps["all"]
     compressor = Compressor(model, X.float(), 0.0)
+    with torch.no_grad():
+        compressor.layers["1"].bit_depth[0] = 0
+    assert compressor.cut() is not None
     assert model[0].map is None
+    assert (model[0].losses, model[0].maps) == ([], {"all": {}})
     assert model.get_buffer("0.calls") == 0
-    compressor.cut()
-    assert model.get_buffer("0.calls") == 0
+    model(X.float())
+    assert [len(kept) for kept in lists] == [1, 1]  # they are the same objects still
 
 
 def test_finish_takes_as_many_inputs_as_the_example() -> None:
@@ -289,3 +351,76 @@ def test_a_grouped_convolution_that_died_in_two_cuts_is_restored() -> None:
     x = X.float()
     assert torch.equal(fresh.model.eval()(x), model.eval()(x))
     F.relu(fresh.model.train()(x)).sum().backward()
+
+
+@dataclass
+class Answer:
+    """What some libraries have their models return."""
+
+    logits: Tensor
+
+
+class Answers(nn.Module):
+    """Gives an object of its own; torch knows nothing of what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.b(torch.relu(self.a(x.mean((2, 3))))))
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_a_wrong_cut_is_noticed_in_an_object_that_is_returned() -> None:
+    compressor = Compressor(Answers().double(), X, 0.0)
+    before = snapshot(compressor.model, X)
+    with torch.no_grad():
+        compressor.layers["b"].weight[0] += 1
+    with pytest.raises(CutError, match="layer b"):
+        compare(before, snapshot(compressor.model, X), Plan(), 1e-4)
+
+
+class Spectrum(nn.Module):
+    """Computes with complex numbers, and gives some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+        self.waves = nn.Linear(8, 8, dtype=torch.complex128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves: Tensor = self.waves(torch.fft.fft(self.b(torch.relu(self.a(x)))))
+        return waves
+
+
+def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None:
+    torch.manual_seed(0)
+    model = Spectrum().double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    assert compressor.left_in_float == {"waves": "it computes with complex numbers"}
+    cut_some(compressor)
+    before = snapshot(compressor.model, X)
+    with torch.no_grad():
+        model.waves.weight[0] += 1j
+    with pytest.raises(CutError):
+        compare(before, snapshot(compressor.model, X), Plan(), 1e-4)
+
+
+def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).double()
+    model[2].rate = 0.1
+    seen: list[Any] = []
+    model[2].register_full_backward_hook(lambda *given: seen.append(given))
+    for index in (0, 1):
+        ordinary = model[index].forward
+        model[index].forward = lambda x, ordinary=ordinary: 2 * ordinary(x)
+    model.eval()
+    before = model(X)
+    compressor = Compressor(model, X, 0.0, bits=16)
+    assert compressor.left_in_float == {"0": "its forward() has been replaced"}
+    assert type(model[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(model(X), before, rtol=1e-2, atol=1e-2)
+    model(X.requires_grad_()).sum().backward()
+    X.requires_grad_(False).grad = None
+    assert (model[2].rate, len(seen)) == (0.1, 1)
