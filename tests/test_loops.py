@@ -707,7 +707,9 @@ def drawn() -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 @pytest.mark.parametrize(
-    "draw", [random.random, np.random.rand, lambda: torch.rand(()).item()], ids=str
+    "draw",
+    [random.random, np.random.rand, lambda: torch.rand(()).item()],
+    ids=["python", "numpy", "torch"],
 )
 def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any) -> None:
     compressors = []
