@@ -2,7 +2,9 @@
 
 import hashlib
 import pickle
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -254,6 +256,34 @@ def test_cifar10_that_does_not_survive_its_download(
     with pytest.raises(DatasetUnavailableError, match="could not be downloaded") as caught:
         load("cifar10", tmp_path / "data", None, CPU)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_cifar10_is_downloaded_once_if_two_miss_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, there = tmp_path / "served", tmp_path / "there"
+    served.write_text("")
+    downloads, both_miss_it = [], threading.Barrier(2, timeout=10)
+
+    class StandIn:
+        """Like torchvision's: refuses what is not there, and downloads nothing but that."""
+
+        url, filename, tgz_md5 = served.as_uri(), "x.tar.gz", ""
+
+        def __init__(self, root: Path, train: bool = True, download: bool = False) -> None:
+            if download and not there.exists():
+                downloads.append(root)
+                time.sleep(0.2)  # in which the other one must not begin
+                there.write_text("")
+            if not there.exists():
+                both_miss_it.wait()
+                raise RuntimeError("Dataset not found or corrupted.")
+
+    monkeypatch.setattr("selfcompress.training.data.CIFAR10", StandIn)
+    with ThreadPoolExecutor(2) as threads:
+        sizes = threads.map(lambda _: prepare("cifar10", tmp_path, None), range(2))
+        assert list(sizes) == [32, 32]
+    assert len(downloads) == 1
 
 
 # augmentation

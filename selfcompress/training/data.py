@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,6 +34,7 @@ T = TypeVar("T")
 READ_AT_ONCE = 256  # images per piece of work when a whole folder is read
 CIFAR10_SIZE, DIGITS_SIZE = 32, 16  # pixels, unless others are asked for
 MAX_WORKERS = 8  # processes that decode images
+CIFAR10_LOCK = ".cifar10.lock"  # in its folder: held while it is downloaded
 
 
 class DatasetUnavailableError(UserError):
@@ -220,7 +222,11 @@ def _download_cifar10(data_dir: Path) -> None:
             "download it where there is a network, or choose another dataset"
         )
     try:
-        CIFAR10(data_dir, download=True)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        # All processes write the same files: one downloads, the others wait and find them there,
+        # as torchvision looks for intact ones first.
+        with FileLock(data_dir / CIFAR10_LOCK):
+            CIFAR10(data_dir, download=True)
     except Exception as error:  # the network, gzip, tar and MD5 sums each fail in their own ways
         raise DatasetUnavailableError(
             f"cifar10 could not be downloaded to {data_dir} ({' '.join(str(error).split())}); "
