@@ -65,6 +65,31 @@ class _OnNetwork(_OnFile):
         model, about = load_described(self.file, start)
         return model, _Prepared.of(self.file, about)
 
+    def classifier(self) -> tuple[nn.Module, "_Prepared", int]:
+        """What `load` returns, and the number of classes that the network tells apart.
+
+        Raises:
+            UserError: it does not return a row of numbers for an image.
+        """
+        model, images = self.load()
+        try:
+            with torch.no_grad():
+                logits = model(torch.zeros(1, 3, images.size, images.size))
+        except Exception as error:  # whatever the user's forward() does
+            raise UserError(
+                f"the network of {self.file} does not accept an RGB image of {images.size} pixels "
+                f"({first_line(error)}); networks of other inputs are for selfcompress.load"
+            ) from error
+        kind = type(logits).__name__
+        if isinstance(logits, Tensor):
+            if logits.is_floating_point() and logits.dim() == 2 and len(logits) == 1:
+                return model, images, logits.shape[1]
+            kind = f"{logits.dtype} of shape {tuple(logits.shape)}"
+        raise UserError(
+            f"the network of {self.file} returns {kind} for an image, where a classifier returns "
+            "floats of shape (1, classes); networks of other outputs are for selfcompress.load"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Info(_OnFile):
@@ -85,7 +110,7 @@ class Eval(_OnNetwork):
     """None is the one it was trained on."""
 
     def run(self) -> None:
-        model, images = self.load()
+        model, images, width = self.classifier()
         kinds = {kind: kind for kind in get_args(DatasetName)}
         name: DatasetName | None = self.dataset or kinds.get(images.about.dataset_kind)
         if name is None:
@@ -102,6 +127,11 @@ class Eval(_OnNetwork):
             raise UserError(
                 f"{dataset.name} has other classes than {self.file} was trained on: "
                 f"{_some(dataset.classes)} instead of {_some(trained_on)}"
+            )
+        if len(dataset.classes) != width:
+            raise UserError(
+                f"{dataset.name} has {len(dataset.classes)} classes, and the network of "
+                f"{self.file} tells {width} apart: give the --dataset that it was trained on"
             )
         dataset = dataclasses.replace(dataset, mean=images.mean, std=images.std)
         loss, accuracy = evaluate(model, dataset, dataset.test, BATCH)
@@ -129,7 +159,7 @@ class Predict(_OnNetwork):
     def run(self) -> None:
         if not self.images:
             raise UserError("no image to look at: give one or more image files")
-        model, prepared = self.load()
+        model, prepared, _ = self.classifier()
         names = prepared.about.class_names
         found = {}
         for path in self.images:

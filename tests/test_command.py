@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sweep_runs import make_sweep
-from torch import nn
+from torch import Tensor, nn
 
 from models import build
 from selfcompress import About, Architecture, Compressor, save
@@ -135,6 +136,48 @@ def test_networks_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_
     maker = "test_command:make_network"
     code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn", "--model", maker)
     assert code == 0
+
+
+class Named(nn.Module):
+    """A network that returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_network()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(x)}
+
+
+@pytest.mark.parametrize(
+    ("make", "image_size", "commands", "says"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), 8, ["eval"], "digits has 10"),
+        (Named, 8, ["eval", "predict"], "returns dict"),
+        (lambda: nn.Conv2d(3, 10, 3), 8, ["eval", "predict"], "of shape (1, 10, 6, 6)"),
+        (make_network, 9, ["eval", "predict"], "does not accept an RGB image of 9 pixels"),
+    ],
+)
+def test_networks_that_do_not_classify_the_images_are_refused(
+    make: Callable[[], nn.Module],
+    image_size: int,
+    commands: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tmp_path: Path,
+) -> None:
+    about = About(image_size=image_size, mean=[0.5] * 3, std=[0.5] * 3, dataset_kind="digits")
+    net, image = tmp_path / "net.scnn", tmp_path / "image.png"
+    save(make(), net, about)
+    Image.new("RGB", (8, 8)).save(image)
+    monkeypatch.setattr(sys.modules[__name__], "made", make, raising=False)
+    for command in commands:
+        arguments = [image] if command == "predict" else []
+        maker = ["--model", "test_command:made"]
+        code, text = call(monkeypatch, capsys, command, net, *arguments, *maker)
+        assert code == 2
+        assert says in text
 
 
 def test_export_writes_what_onnx_runtime_runs(
