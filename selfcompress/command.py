@@ -105,7 +105,7 @@ class Eval(_OnNetwork):
     """Measure a packed network's accuracy on the test images of a dataset."""
 
     data_dir: Path | None = None
-    """Where the images are (data); for a folder dataset, the folder with train/ and test/."""
+    """Where the images are (data); for a folder dataset, the folder with test/ in it."""
     dataset: DatasetName | None = None
     """None is the one it was trained on."""
 
@@ -121,7 +121,7 @@ class Eval(_OnNetwork):
                 "--dataset folder"
             )
         folder = self.data_dir or Path("data")
-        dataset = load_dataset(name, folder, images.size, torch.device("cpu"))
+        dataset = load_dataset(name, folder, images.size, torch.device("cpu"), test_only=True)
         trained_on = tuple(images.about.class_names)
         if trained_on and dataset.classes != trained_on:
             raise UserError(

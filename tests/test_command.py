@@ -89,6 +89,29 @@ def test_eval_finds_the_accuracy_of_the_run(
     assert code == 2 and "--dataset folder" in text
 
 
+def test_eval_needs_the_test_images_alone(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    for name in "0123456789":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "black.png")
+    arguments: list[str | Path] = [
+        "eval",
+        trained / "net.scnn",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        tmp_path,
+    ]
+    code, text = call(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "10.00 % of 10 test images" in text  # they are all the same
+    (tmp_path / "test").rename(tmp_path / "train")
+    code, text = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert f"no folder {tmp_path / 'test'}" in text
+
+
 def test_predict_names_classes_likeliest_first(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:

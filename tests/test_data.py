@@ -156,6 +156,25 @@ def test_a_missing_data_dir(tmp_path: Path) -> None:
         folder(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_test_images_come_without_the_training_images(pets: Path, streamed: bool) -> None:
+    whole = folder(pets, image_size=10, streamed=streamed)
+    (pets / "train").rename(pets / "elsewhere")
+    alone = load("folder", pets, 10, CPU, streamed, test_only=True)
+    assert (alone.name, alone.classes, alone.image_size) == ("pets", ("cat", "dog"), 10)
+    assert same(list(alone.test.batches(3)), list(whole.test.batches(3)))
+    assert len(alone.train) == 0 and np.isnan(alone.mean).all() and np.isnan(alone.std).all()
+    (pets / "test").rename(pets / "train")
+    with pytest.raises(UserError, match=r"no folder .*test;"):
+        load("folder", pets, 10, CPU, streamed, test_only=True)
+
+
+def test_digits_to_test_with_come_without_those_to_train_with() -> None:
+    whole, alone = (load("digits", Path(), 8, CPU, test_only=only) for only in (False, True))
+    assert same(list(alone.test.batches(100)), list(whole.test.batches(100)))
+    assert len(alone.train) == 0
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_missing_part(pets: Path, part: str) -> None:
     (pets / part).rename(pets / "elsewhere")
@@ -235,6 +254,8 @@ def test_cifar10_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert only_images(data.test).equal(images)
     assert data.train.labels.tolist() == [1, 0, 1] * 2
     assert only_images(load("cifar10", tmp_path, 16, CPU).test).shape == (3, 3, 16, 16)
+    alone = load("cifar10", tmp_path, None, CPU, test_only=True)
+    assert len(alone.train) == 0 and only_images(alone.test).equal(images)
 
 
 def test_cifar10_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

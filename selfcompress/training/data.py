@@ -121,9 +121,9 @@ class Dataset:
 
     name: str  # what results are called
     classes: tuple[str, ...]
-    train: Split
+    train: Split  # empty if it was left out
     test: Split
-    mean: Channels  # of the training images scaled to [0, 1], as is std
+    mean: Channels  # of the training images scaled to [0, 1], as is std; NaN without them
     std: Channels
     image_size: int  # pixels; images are square
 
@@ -134,17 +134,20 @@ def load(
     image_size: int | None,
     device: torch.device,
     streamed: bool | None = None,
+    test_only: bool = False,
 ) -> Dataset:
     """The dataset `name`, its images resized to `image_size` pixels square if that is given.
 
     `streamed` is for "folder" only: whether to read images from disk as they are needed. By
     default a split is streamed if it takes more than a quarter of the device's memory.
+
+    With `test_only` the training images are left out; a folder's need not be there then.
     """
     if name == "cifar10":
-        return _cifar10(data_dir, image_size or CIFAR10_SIZE, device)
+        return _cifar10(data_dir, image_size or CIFAR10_SIZE, device, test_only)
     if name == "digits":
-        return _digits(image_size or DIGITS_SIZE, device)
-    return _folder(data_dir, image_size, device, streamed)
+        return _digits(image_size or DIGITS_SIZE, device, test_only)
+    return _folder(data_dir, image_size, device, streamed, test_only)
 
 
 def choose(asked: DatasetName | None, get: Callable[[DatasetName], T]) -> tuple[DatasetName, T]:
@@ -195,9 +198,10 @@ def read_image(path: str) -> Image.Image:
         ) from error
 
 
-def _cifar10(data_dir: Path, image_size: int, device: torch.device) -> Dataset:
+def _cifar10(data_dir: Path, image_size: int, device: torch.device, test_only: bool) -> Dataset:
     """CIFAR-10 from `data_dir`, downloaded first if need be."""
-    parts = [_cifar10_part(data_dir, train) for train in (True, False)]
+    wanted = (False,) if test_only else (True, False)
+    parts = [_cifar10_part(data_dir, train) for train in wanted]
     splits = [
         _resized(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets, image_size, device)
         for part in parts
@@ -250,7 +254,7 @@ def _reachable(url: str, seconds: float = 10) -> bool:
     return answered.is_set()
 
 
-def _digits(image_size: int, device: torch.device) -> Dataset:
+def _digits(image_size: int, device: torch.device, test_only: bool) -> Dataset:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels, four fifths of them for training.
 
     The split is stratified and the same for every run, whatever the run's seed.
@@ -264,7 +268,8 @@ def _digits(image_size: int, device: torch.device) -> Dataset:
     parts = train_test_split(
         np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0
     )
-    splits = [_resized(images[i], digits.target[i].tolist(), image_size, device) for i in parts]
+    wanted = parts[1:] if test_only else parts
+    splits = [_resized(images[i], digits.target[i].tolist(), image_size, device) for i in wanted]
     return _dataset("digits", list("0123456789"), splits, image_size)
 
 
@@ -275,31 +280,36 @@ def _resized(images: Tensor, labels: list[int], image_size: int, device: torch.d
 
 
 def _folder(
-    data_dir: Path, image_size: int | None, device: torch.device, streamed: bool | None
+    data_dir: Path,
+    image_size: int | None,
+    device: torch.device,
+    streamed: bool | None,
+    test_only: bool,
 ) -> Dataset:
     """`data_dir`/train/CLASS/* and `data_dir`/test/CLASS/*."""
-    train, test = _image_folders(data_dir)
-    size = image_size or read_image(train.samples[0][0]).width
+    parts = _image_folders(data_dir, test_only)
+    size = image_size or read_image(parts[0].samples[0][0]).width
     splits: list[Split] = []
-    for part in (train, test):
+    for part in parts:
         labels = torch.tensor(part.targets, device=device)
         files = Files([path for path, _ in part.samples], size, resize=image_size is not None)
         split = Split(files, labels)
         stays = _fits(3 * size * size * len(split), device) if streamed is None else not streamed
         splits.append(_resident(split, size) if stays else split)
-    return _dataset(data_dir.resolve().name, train.classes, splits, size)
+    return _dataset(data_dir.resolve().name, parts[0].classes, splits, size)
 
 
-def _image_folders(data_dir: Path) -> tuple[ImageFolder, ImageFolder]:
+def _image_folders(data_dir: Path, test_only: bool = False) -> list[ImageFolder]:
     """The training and the test files, of the same classes."""
-    train, test = (_image_folder(data_dir / part) for part in ("train", "test"))
-    if train.classes != test.classes:
-        odd = min(set(train.classes) ^ set(test.classes))
+    wanted = ("test",) if test_only else ("train", "test")
+    parts = [_image_folder(data_dir / part) for part in wanted]
+    if parts[0].classes != parts[-1].classes:
+        odd = min(set(parts[0].classes) ^ set(parts[-1].classes))
         raise UserError(
             f"only one of {data_dir}/train and {data_dir}/test has a folder {odd}; "
             "give both the same class folders"
         )
-    return train, test
+    return parts
 
 
 def _image_folder(folder: Path) -> ImageFolder:
@@ -345,8 +355,11 @@ def _fits(size: int, device: torch.device) -> bool:
 
 
 def _dataset(name: str, classes: list[str], splits: list[Split], image_size: int) -> Dataset:
-    """A dataset, its statistics taken in one pass over the training images."""
-    train, test = splits
+    """A dataset, its statistics taken in one pass over the training images, if they are there."""
+    test = splits[-1]
+    device = test.labels.device
+    nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8, device=device)
+    train = splits[0] if len(splits) > 1 else Split(nothing, test.labels[:0])
     # Counts of pixel values are exact, so the statistics depend on neither device nor batches.
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for images, _ in train.batches(READ_AT_ONCE):
