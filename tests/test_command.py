@@ -244,6 +244,30 @@ def test_mistakes_are_told_in_one_line(
         assert says in text, text
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def build(:", "invalid syntax"),
+        ("raise RuntimeError('no GPU here\\nnor there')", "no GPU here"),
+        ("", "cannot import name 'build'"),
+    ],
+)
+def test_a_package_models_that_cannot_be_imported_is_told_in_one_line(
+    code: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    about = About(
+        architecture=Architecture("resnet9", 10, 2, 8), image_size=8, mean=[0.5] * 3, std=[0.5] * 3
+    )
+    save(build("resnet9", 10, 2), tmp_path / "net.scnn", about)
+    (tmp_path / "models.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "models")
+    exit_code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn")
+    assert exit_code == 2
+    assert "resnet9 of the package 'models'" in text
+    assert says in text
+
+
 def test_a_float_network_is_described_too(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:

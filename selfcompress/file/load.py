@@ -96,10 +96,10 @@ def _build(architecture: h.Architecture | None) -> nn.Module:
         raise h.FileError("it does not say how to build its network: give the starting model")
     try:
         from models import build  # the example networks, which are no part of the library
-    except ImportError as error:
+    except Exception as error:  # it is not there, or whatever another one does when imported
         raise h.FileError(
-            f"its network is {architecture.name} of the package 'models', which is not to be found "
-            "here: go where the folder models/ is, or give the starting model"
+            f"its network is {architecture.name} of the package 'models', which cannot be imported "
+            f"({first_line(error)}): go where the folder models/ is, or give the starting model"
         ) from error
     try:
         with torch.device("meta"):
