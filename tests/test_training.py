@@ -448,14 +448,15 @@ def test_a_class_that_no_file_can_name_is_refused_at_once(cli: Cli, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_metrics_have_a_line_for_every_epoch_after_a_kill_between_them_and_the_checkpoint(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_every_epoch_is_told_once_after_a_kill_between_its_metrics_and_its_checkpoint(
+    epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = [*TINY, "--run-dir", tmp_path / "run"]
     write = runs.RunFolder.write_checkpoint
 
     def killed(self: runs.RunFolder, state: dict[str, Any]) -> None:
-        if state["epoch"] == 3:
+        if state["epoch"] == epoch + 1:
             raise KeyboardInterrupt
         write(self, state)
 
@@ -465,6 +466,9 @@ def test_metrics_have_a_line_for_every_epoch_after_a_kill_between_them_and_the_c
     assert cli(*args)[0] == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3]
+    events = EventAccumulator(str(tmp_path / "run" / runs.TENSORBOARD)).Reload()
+    assert [point.step for point in events.Scalars("val/accuracy")] == [0, 1, 2, 3]
+    assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Board:
     """A run's TensorBoard files; after a resume, steps from `first_epoch` on are written anew."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
         if first_epoch == 0:
             self.writer.add_custom_scalars(
                 {
