@@ -36,13 +36,14 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from models import build, default_width
+from models import UnknownModelError, build, default_width
+from selfcompress import CutError
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
 from selfcompress.quantizer import fit_exponent
 from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.curves import log_ticks
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import exit_code
 from selfcompress.training.loop import Run, run
 
 LEARN = 0.6  # of the run: until then uniform networks have 8 bits
@@ -153,11 +154,16 @@ class DiffQRun(Run):
 
 def main() -> int:
     args = tyro.cli(Args)
-    try:
-        points = list(train_all(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(
+        lambda: compare(args),
+        mistakes=(UnknownModelError,),
+        failures=(CutError, FloatingPointError),
+        stopped="stopped; the same command finishes what is missing",
+    )
+
+
+def compare(args: Args) -> int:
+    points = list(train_all(args))
     text = table(points)
     write_atomically(args.runs / "peers.md", text.encode())
     figure(points).savefig(args.runs / "peers.png", dpi=120)

@@ -52,3 +52,12 @@ def test_it_trains_what_it_compares(
     assert written.count("| uniform |") == 2
     assert written.count("| ours |") == 1
     assert written in capsys.readouterr().out
+
+
+def test_an_unknown_model_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers", "--model", "foo", "--runs", str(tmp_path / "runs")])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: no model 'foo': choose ")
+    assert not (tmp_path / "runs").exists()
