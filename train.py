@@ -30,6 +30,7 @@ def main() -> int:
         mistakes=(UnknownModelError,),
         failures=(CutError, FloatingPointError),
         stopped="stopped; the same command goes on after the last finished epoch",
+        smaller="a smaller --batch-size or --width",
     )
 
 

@@ -159,6 +159,7 @@ def main() -> int:
         mistakes=(UnknownModelError,),
         failures=(CutError, FloatingPointError),
         stopped="stopped; the same command finishes what is missing",
+        smaller="a smaller --width",
     )
 
 

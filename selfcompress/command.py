@@ -35,7 +35,7 @@ from selfcompress.training.augment import Channels, normalise
 from selfcompress.training.config import DatasetName
 from selfcompress.training.data import load as load_dataset
 from selfcompress.training.data import read_image
-from selfcompress.training.errors import UserError, exit_code
+from selfcompress.training.errors import UserError, exit_code, out_of_memory
 from selfcompress.training.loop import evaluate
 from selfcompress.training.pick import describe as describe_pick
 from selfcompress.training.pick import pick
@@ -76,6 +76,8 @@ class _OnNetwork(_OnFile):
             with torch.no_grad():
                 logits = model(torch.zeros(1, 3, images.size, images.size))
         except Exception as error:  # whatever the user's forward() does
+            if out_of_memory(error):
+                raise
             raise UserError(
                 f"the network of {self.file} does not accept an RGB image of {images.size} pixels "
                 f"({first_line(error)}); networks of other inputs are for selfcompress.load"

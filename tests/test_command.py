@@ -203,6 +203,18 @@ def test_networks_that_do_not_classify_the_images_are_refused(
         assert says in text
 
 
+def test_memory_that_does_not_suffice_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+    monkeypatch.setattr("models.resnet9.ResNet9.forward", fail)
+    code, text = call(monkeypatch, capsys, "eval", trained / "net.scnn")
+    assert code == 1
+    assert text.startswith("error: not enough memory for this (DefaultCPUAllocator")
+
+
 def test_export_writes_what_onnx_runtime_runs(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:

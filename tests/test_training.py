@@ -328,6 +328,44 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     assert all(t.isfinite().all() for t in model.values())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried\nto"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+@pytest.mark.parametrize("where", ["train.build", "selfcompress.training.loop.Run._step"])
+def test_memory_that_does_not_suffice_is_told_apart(
+    where: str, error: Exception, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    result = cli(*TINY, "--run-dir", tmp_path / "run")
+    assert_refused(result, "not enough memory", "try a smaller --batch-size or --width")
+    assert "does not accept images" not in result[2]
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("kernel size")
+
+    args = [*TINY, "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("train.build", fail)
+        assert_refused(cli(*args), "resnet9 does not accept images of 8 pixels (kernel size)")
+    monkeypatch.setattr(loop.Run, "_step", fail)
+    with pytest.raises(RuntimeError, match="kernel size"):
+        cli(*args)
+
+
 def test_damaged_and_foreign_checkpoints_are_refused(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

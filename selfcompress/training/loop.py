@@ -35,7 +35,7 @@ from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.memory import keep_freed
 from selfcompress.training.target import FileSize, SizeControl
 
@@ -143,6 +143,8 @@ class Run:
             with kept_modes(model), torch.no_grad():
                 model.eval()(self.examples)
         except (AssertionError, RuntimeError, ValueError) as error:  # what torchvision's raise
+            if out_of_memory(error):
+                raise
             reason = first_line(error)
             raise UserError(
                 f"{config.model} does not accept images of {size} pixels ({reason}); give another "
