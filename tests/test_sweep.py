@@ -172,6 +172,8 @@ def test_a_range_is_log_spaced_and_its_numbers_are_short() -> None:
         (["--gammas"], "--gammas"),
         (["--gammas", "0.1", "-1"], "--gammas"),
         (["--gammas", "nan"], "--gammas"),
+        (["--gammas", "1e305"], "--gammas"),
+        (["--gamma-range", "0.1", "1e305"], "--gamma-range"),
         (["--gamma-range", "0", "0.1"], "--gamma-range"),
         (["--gamma-range", "0.1", "0.01"], "--gamma-range"),
         (["--gamma-range", "0.1", "1", "--points", "1"], "--points"),

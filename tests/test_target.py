@@ -56,6 +56,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         FileSize.parse(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "%", "9" * 308 + "%", "9" * 300 + "GB"])
+def test_sizes_beyond_what_any_file_has_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="999999999… is above 1e\\+18"):
+        FileSize.parse(text)
+
+
 @given(st.text(max_size=12))
 def test_any_text_is_a_size_or_refused(text: str) -> None:
     try:
@@ -203,6 +209,7 @@ def test_interrupted_run_comes_to_the_same_file(
         (["--target-size", "6KB", "--gamma", "0.01"], ["--target-size", "leave --gamma out"]),
         (["--target-size", "six"], ["--target-size", "'six' is no size"]),
         (["--target-size", "-6KB"], ["--target-size", "is no size"]),
+        (["--target-size", "9" * 400], ["--target-size", "ask for less"]),
         (["--target-size", "6KB", "--penalty-from", "0.85"], ["--penalty-from"]),
     ],
 )

@@ -241,6 +241,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     [
         (["--gamma", "-0.1"], "--gamma"),
         (["--gamma", "nan"], "--gamma"),
+        (["--gamma", "1e305"], "--gamma"),
         (["--width", "0"], "--width"),
         (["--epochs", "0"], "--epochs"),
         (["--image-size", "4"], "--image-size"),

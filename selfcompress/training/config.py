@@ -21,6 +21,7 @@ COMPRESSION = (
 """The options that --float makes meaningless."""
 
 GAMMA = 0.01  # unless γ or a size is asked for
+MAX_GAMMA = 1e30  # times bits, it is far from where float32 overflows
 
 
 def gamma_name(gamma: float) -> str:
@@ -92,8 +93,8 @@ class Config:
         """Raise UserError, in one line, for what cannot be run."""
         checks: list[tuple[bool, str]] = [
             (
-                self.gamma is None or (math.isfinite(self.gamma) and self.gamma >= 0),
-                "--gamma must be a number ≥ 0",
+                self.gamma is None or 0 <= self.gamma <= MAX_GAMMA,
+                f"--gamma must be a number from 0 to {MAX_GAMMA:g}",
             ),
             (
                 self.gamma is None or self.target_size is None or self.float_baseline,

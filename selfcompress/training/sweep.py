@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ import tyro
 
 from selfcompress.disk import is_left_over
 from selfcompress.training import curves, runs
-from selfcompress.training.config import COMPRESSION, Config, gamma_name
+from selfcompress.training.config import COMPRESSION, MAX_GAMMA, Config, gamma_name
 from selfcompress.training.data import choose, prepare
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
@@ -65,8 +64,14 @@ class Sweep(Config):
         low, high = self.gamma_range or (1.0, 1.0)
         checks = [
             (bool(self.gammas or self.gamma_range), "give some --gammas, or a --gamma-range"),
-            (all(math.isfinite(g) and g >= 0 for g in self.gammas), "--gammas must be numbers ≥ 0"),
-            (0 < low <= high < math.inf, "--gamma-range must be two numbers above 0, LO ≤ HI"),
+            (
+                all(0 <= g <= MAX_GAMMA for g in self.gammas),
+                f"--gammas must be numbers from 0 to {MAX_GAMMA:g}",
+            ),
+            (
+                0 < low <= high <= MAX_GAMMA,
+                f"--gamma-range must be two numbers above 0, LO ≤ HI ≤ {MAX_GAMMA:g}",
+            ),
             (self.points >= 2, "--points must be at least 2"),
             (self.seeds >= 1, "--seeds must be at least 1"),
             (self.jobs >= 1, "--jobs must be at least 1"),
