@@ -14,7 +14,6 @@ compressor.finish(loader)
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -100,6 +99,7 @@ class Compressor:
             both, `bits` or `interval` is out of range, a name in `exclude` does not exist, the
             model does not accept `example_input`, has nothing to quantise, or is compressed
             already.
+        TypeError: `model` is no module.
     """
 
     def __init__(
@@ -623,16 +623,16 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
-        self._held = set(state.get("held", ()))
+        self._held = set(state["held"])
         self._hold(self.model)
         self.gamma = state["gamma"]
-        if self._path is not None and state.get("path"):
+        if self._path is not None and state["path"]:
             self._path.load_state_dict(state["path"])
-        self.steps, self.cuts = state["steps"], state.get("cuts", 0)
+        self.steps, self.cuts = state["steps"], state["cuts"]
         if state["frozen"]:
             self.freeze()
         for name, value in self._asked.items():
-            saved = state.get("asked", {}).get(name, value)
+            saved = state["asked"][name]
             if saved != value:
                 warnings.warn(
                     f"the saved training had {name}={saved}, this one has {value}", stacklevel=2
@@ -725,8 +725,7 @@ def _averaged(model: nn.Module) -> nn.Module:
 
 
 def _compiled_anything() -> bool:
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    return bool(torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
 
 
 def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
 from selfcompress.layers import _QuantConv, quantized_layers
-from selfcompress.look import Inputs, eagerly, positional, without_compile
+from selfcompress.look import Inputs, positional, without_compile
 from selfcompress.text import first_line
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def export_onnx(
     with torch.no_grad():
         single = isinstance(dense(*inputs), Tensor)
     try:
-        with warnings.catch_warnings(), eagerly():
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")  # of torch, about its own insides
             program = torch.onnx.export(
                 dense,

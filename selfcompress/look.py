@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -85,7 +84,8 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         for container in _containers(v for key, v in before.items() if not is_torchs(key))
     ]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    with eagerly(), torch.no_grad(), torch.random.fork_rng(devices), _forked_rng():
+    eagerly = torch.compiler.set_stance("force_eager")
+    with eagerly, torch.no_grad(), torch.random.fork_rng(devices), _forked_rng():
         try:
             with kept_modes(model):
                 yield
@@ -146,16 +146,6 @@ def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     return copy.deepcopy(model, {id(value): value.detach() for value in left} | (memo or {}))
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Inside, what torch.compile has compiled runs as it is written."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled; and its import takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @contextmanager

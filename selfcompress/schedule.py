@@ -22,6 +22,9 @@ class Schedule:
         begin, end: fractions of them between which there is a penalty; bit depths and exponents
             freeze at the end of it.
         rise: whether γ rises; if not, it is at its value from `begin` on.
+
+    Raises:
+        ValueError: `steps` is no whole number of at least 1, or 0 ≤ begin ≤ end ≤ 1 does not hold.
     """
 
     steps: int
