@@ -11,7 +11,6 @@ from selfcompress.layers import (
     PlacedBatchNorm,
     QuantizedLayer,
     QuantLinear,
-    _QuantConv,
     conv_options,
     norm_options,
     place,
@@ -56,10 +55,8 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
         return module.to_float()
     if isinstance(module, PlacedBatchNorm):
         return _norm(module)
-    if isinstance(module, _QuantConv) and module.grouped:
-        return _grouped(module)
     if isinstance(module, QuantizedLayer):
-        return _layer(module)
+        return _grouped(module) if module.grouped else _layer(module)
     return None
 
 
@@ -72,7 +69,7 @@ def _layer(layer: QuantizedLayer) -> nn.Module:
     return _filled(type(layer), options, layer.dense_weight(), layer.bias)
 
 
-def _grouped(layer: _QuantConv) -> nn.Module:
+def _grouped(layer: QuantizedLayer) -> nn.Module:
     rows = len(layer.rows)
     if rows == 0:
         options = conv_options(layer) | {"groups": 1}

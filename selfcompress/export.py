@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
-from selfcompress.layers import _QuantConv, quantized_layers
+from selfcompress.layers import quantized_layers
 from selfcompress.look import Inputs, positional, without_compile
 from selfcompress.text import first_line
 
@@ -132,7 +132,6 @@ def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
         places, width = layer.rows, layer.out_width
         at = f"{name}.weight"
         if f"{name}.core.weight" in parameters:  # a grouped convolution, channels picked around it
-            assert isinstance(layer, _QuantConv)
             at = f"{name}.core.weight"
             places, width = layer.slots, layer.groups * layer.group_width
         elif at not in parameters:

@@ -24,7 +24,6 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
-    _QuantConv,
     layer_widths,
 )
 from selfcompress.look import Inputs, batch_size
@@ -254,8 +253,7 @@ class _Builder:
             kind, axis = Kind.NORM, 1
             widths = (module.in_width, module.out_width)
         elif isinstance(module, QuantizedLayer):
-            grouped = isinstance(module, _QuantConv) and module.grouped
-            kind = Kind.GROUPED if grouped else Kind.LAYER
+            kind = Kind.GROUPED if module.grouped else Kind.LAYER
             axis = len(fact.sizes) + module.channel_dim
             widths = layer_widths(module)
         elif type(module) in FLOAT_LAYERS and getattr(module, "groups", 1) == 1:

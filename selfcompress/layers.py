@@ -95,6 +95,10 @@ class QuantizedLayer(Placed):
         rows: (live rows,) the output channel that each row computes.
         columns: (columns,) the input channel that each column of the weight reads; of a grouped
             convolution, what its groups read, one after the other.
+        groups: of a convolution, groups that still have rows (1 if there are none).
+        slots: (live rows,) int64, group · `group_width` + index within the group: where each row
+            would be if all groups were as wide as the widest; of grouped convolutions only.
+        group_width: rows of the widest group; of grouped convolutions only.
         samples: the size of the last batch that it was called with; 0 if that cannot be told.
         batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
             if no dimension does.
@@ -106,6 +110,9 @@ class QuantizedLayer(Placed):
     bias: nn.Parameter | None
     bit_depth: nn.Parameter
     exponent: nn.Parameter
+    groups: int
+    slots: Tensor
+    group_width: int
     integer_bits: bool
     samples = 0
     batch_dim: int | None = 0
@@ -144,17 +151,17 @@ class QuantizedLayer(Placed):
     @property
     def out_width(self) -> int:
         """Channels of the output, with or without a row behind them."""
-        raise NotImplementedError
+        return layer_widths(self)[1]
 
     @property
     def in_width(self) -> int:
         """Channels of the input."""
-        raise NotImplementedError
+        return layer_widths(self)[0]
 
     @property
-    def has_matrix(self) -> bool:
-        """Whether every row reads every column: all but grouped convolutions."""
-        return True
+    def grouped(self) -> bool:
+        """Whether it was a grouped convolution at the start; else every row reads every column."""
+        return hasattr(self, "slots")
 
     @property
     def fan_in(self) -> int:
@@ -212,12 +219,12 @@ class QuantizedLayer(Placed):
             return out if self.bias is None else self.add_bias(out)
         weight = self.quantized_weight()
         if self.columns.numel() < self.in_width:
-            if self.has_matrix and few_gaps(self.columns, self.in_width):
+            if not self.grouped and few_gaps(self.columns, self.in_width):
                 weight = place(weight, self.columns, self.in_width, self.fan_in_dim)
             else:
                 x = x.index_select(self.channel_dim, self.columns)
         if self.rows.numel() < self.out_width:
-            if not (self.has_matrix and few_gaps(self.rows, self.out_width)):
+            if self.grouped or not few_gaps(self.rows, self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
                 out = place(values, self.rows, self.out_width, self.channel_dim)
                 return out if self.bias is None else self.add_bias(out)
@@ -241,45 +248,15 @@ class QuantizedLayer(Placed):
 
 
 class _QuantConv(QuantizedLayer):
-    """A convolution of 1, 2 or 3 dimensions, perhaps grouped.
-
-    Attributes:
-        groups: groups that still have rows (1 if there are none).
-        slots: (live rows,) int64, group · `group_width` + index within the group: where each row
-            would be if all groups were as wide as the widest; of grouped convolutions only.
-        group_width: rows of the widest group.
-    """
-
-    in_channels: int
-    out_channels: int
-    groups: int
-    slots: Tensor
-    group_width: int
-
-    @property
-    def out_width(self) -> int:
-        return self.out_channels
-
-    @property
-    def in_width(self) -> int:
-        return self.in_channels
-
-    @property
-    def grouped(self) -> bool:
-        """Whether the convolution was grouped at the start."""
-        return hasattr(self, "slots")
-
-    @property
-    def has_matrix(self) -> bool:
-        return not self.grouped
+    """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
         new = cls(**conv_options(layer), device="meta").adopt(layer, bits, integer_bits)
         if new.groups > 1:
-            new.slots = torch.arange(new.out_channels, device=new.weight.device)
-            new.group_width = new.out_channels // new.groups
+            new.slots = torch.arange(new.out_width, device=new.weight.device)
+            new.group_width = new.out_width // new.groups
         return new
 
     def dense_weight(self) -> Tensor:
@@ -374,14 +351,6 @@ class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):  # type: ig
 
 class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with a bit depth and an exponent per output channel."""
-
-    @property
-    def out_width(self) -> int:
-        return self.out_features
-
-    @property
-    def in_width(self) -> int:
-        return self.in_features
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)

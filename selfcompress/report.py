@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer, layer_widths
 from selfcompress.ops import Kind
 from selfcompress.size import count_weights
 from selfcompress.text import aligned
@@ -76,9 +76,7 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
         if isinstance(module, QuantizedLayer):
             width = module.out_width
         elif name in left_in_float and isinstance(module, FLOAT_LAYERS):
-            width = module.weight.shape[1 if hasattr(module, "output_padding") else 0]
-            if isinstance(module, nn.modules.conv._ConvNd):
-                width = module.out_channels
+            width = layer_widths(module)[1]
         elif name in left_in_float:
             names = ("embed_dim", "embedding_dim", "hidden_size", "out_features")
             width = next(getattr(module, key) for key in names if hasattr(module, key))

@@ -39,7 +39,6 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
-    _QuantConv,
     of_rows,
     quantized_layers,
 )
@@ -248,7 +247,7 @@ def _measure_module(
         stored += module.out_width if len(module.rows) < module.out_width else 0
         stored += module.in_width if len(module.columns) < module.in_width else 0
         stored += len(module.rows) if live < len(module.rows) else 0
-        stored += len(module.rows) if isinstance(module, _QuantConv) and module.grouped else 0
+        stored += len(module.rows) if module.grouped else 0
         return LayerSize(
             name=name,
             channels=live,

@@ -194,7 +194,7 @@ class _Planner:
         self._keep(f"{name}.weight", module.row_dim, rows)
         self._keep(f"{name}.bias", 0, outs)
         columns = module.columns.numpy(force=True)
-        if not (isinstance(module, _QuantConv) and module.grouped):
+        if not module.grouped:
             read = np.flatnonzero((in_stays & in_sounds)[columns])
             self._keep(f"{name}.weight", module.fan_in_dim, read)
             self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())

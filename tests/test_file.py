@@ -36,7 +36,7 @@ from selfcompress.file import integers
 from selfcompress.file.load import load, set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv, quantized_layers
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 from selfcompress.training import loop, runs
@@ -260,7 +260,7 @@ def test_the_format_is_what_the_documentation_says() -> None:
             if len(indices) < width:
                 assert [i for i in range(width) if bits.number(1)] == indices.tolist()
         if isinstance(module, QuantizedLayer):
-            if isinstance(module, _QuantConv) and module.grouped:
+            if module.grouped:
                 group = -1
                 for slot in module.slots.tolist():
                     group += bits.number(1)

@@ -18,7 +18,6 @@ from selfcompress.layers import (
     Placed,
     PlacedBatchNorm,
     QuantizedLayer,
-    _QuantConv,
     quantized_layers,
 )
 from selfcompress.look import without_compile
@@ -241,15 +240,13 @@ def _same_names(what: str, ours: Sequence[Any], theirs: Mapping[str, Any]) -> No
 
 def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bool:
     """Whether `module` could have been cut to what the file has."""
-    grouped = isinstance(module, _QuantConv) and module.grouped
-    if (entry.row_dim, entry.grouped) != (module.row_dim, grouped):
+    if (entry.row_dim, entry.grouped) != (module.row_dim, module.grouped):
         return False
     kernel = list(module.weight.shape[2:])
     if entry.shape[2:] != kernel or len(entry.shape) != module.weight.dim():
         return False
     reads = entry.shape[module.fan_in_dim]
     if contents.groups is not None:
-        assert isinstance(module, _QuantConv)
         count = int(contents.groups.max(initial=0)) + 1
         widest = int(np.bincount(contents.groups).max(initial=0))
         reads *= count if entry.rows else 0

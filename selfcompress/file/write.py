@@ -18,7 +18,6 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
-    _QuantConv,
     layer_widths,
     quantized_layers,
 )
@@ -150,7 +149,7 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
         out_width=layer.out_width,
         columns=len(layer.columns),
         live=int(layer.live_rows().sum()),
-        grouped=isinstance(layer, _QuantConv) and layer.grouped,
+        grouped=layer.grouped,
         dtype=_dtype(name, layer.weight),  # type: ignore[arg-type]
         exponent_dtype=_dtype(name, layer.exponent),  # type: ignore[arg-type]
         channels_last=_is_channels_last(layer.weight),
@@ -173,7 +172,7 @@ def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
 
 def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
     parts = [_placement(layer)]
-    if isinstance(layer, _QuantConv) and layer.grouped:
+    if layer.grouped:
         group = layer.slots.numpy(force=True) // layer.group_width
         parts.append(np.diff(group, prepend=-1) > 0)
     live = layer.live_rows().numpy(force=True)
