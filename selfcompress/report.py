@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer, layer_widths
+from selfcompress.layers import QuantizedLayer
 from selfcompress.ops import Kind
-from selfcompress.size import count_weights
+from selfcompress.size import count_weights, output_channels
 from selfcompress.text import aligned
 
 
@@ -73,25 +73,18 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
     found = []
     seen: set[Tensor] = set()
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            width = module.out_width
-        elif name in left_in_float and isinstance(module, FLOAT_LAYERS):
-            width = layer_widths(module)[1]
-        elif name in left_in_float:
-            names = ("embed_dim", "embedding_dim", "hidden_size", "out_features")
-            width = next(getattr(module, key) for key in names if hasattr(module, key))
-            width *= 2 if getattr(module, "bidirectional", False) else 1
-        else:
+        quantized = isinstance(module, QuantizedLayer)
+        if not quantized and name not in left_in_float:
             continue
         removable, why = _removable(graph, name)
-        if isinstance(module, QuantizedLayer) and name not in graph.origin:
+        if quantized and name not in graph.origin:
             why = "its rows stay too, as its weight is read past its own forward()"
         if name in left_in_float:
             node = any(node.module == name for node in graph.nodes)
             why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")
         kind = type(module).__name__.removeprefix("Quant")
-        quantized = isinstance(module, QuantizedLayer)
         weights = count_weights(module, seen)
+        width = output_channels(module)
         found.append(LayerReport(name, kind, weights, quantized, width, removable, why))
     return Report(tuple(found))
 

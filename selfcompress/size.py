@@ -39,6 +39,7 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
+    layer_widths,
     of_rows,
     quantized_layers,
 )
@@ -175,6 +176,16 @@ def _weights(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in found if tensor.dim() > 1]
 
 
+def output_channels(module: nn.Module) -> int:
+    """Channels of the output tensor of a module of the `WEIGHTED` types."""
+    if isinstance(module, FLOAT_LAYERS):
+        return layer_widths(module)[1]
+    # A recurrent layer outputs its hidden state, if need be projected.
+    names = ("embed_dim", "embedding_dim", "out_features", "proj_size", "hidden_size")
+    width = next(filter(None, (getattr(module, name, 0) for name in names)), 0)
+    return width * (2 if getattr(module, "bidirectional", False) else 1)
+
+
 def _new(module: nn.Module, seen: set[Tensor]) -> set[Tensor]:
     """A module's parameters that are not in `seen` yet, where they are added."""
     new: set[Tensor] = {p for p in module.parameters(recurse=False) if p not in seen}
@@ -272,7 +283,7 @@ def _measure_module(
     used = _weights(module)
     if not any(weight.numel() for weight in used):
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)
-    width = getattr(module, "out_channels", 0) or used[0].shape[0]
+    width = output_channels(module)
     weights = _count(used, new)
     return LayerSize(
         name=name,

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build
 from models.resnet9 import ResNet9
 from selfcompress import About, Compressor, LayerSize, Size
+from selfcompress.channels import ChannelGraph
 from selfcompress.file.write import pack
 from selfcompress.formats import GIVING_UP
-from selfcompress.size import q_bits
+from selfcompress.report import make_report
+from selfcompress.size import measure, q_bits
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -223,6 +225,30 @@ def test_the_table_names_every_layer() -> None:
     for name in ("a.0", "a.1", "hidden", "out", "in all"):
         assert name in text
     assert f"{compressor.size().stored_bits:,}" in text
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.Embedding(50, 16), (torch.randint(50, (4, 6)),)),
+        (nn.EmbeddingBag(50, 16), (torch.randint(50, (4, 6)),)),
+        (nn.LSTM(12, 16), (torch.randn(6, 4, 12),)),
+        (nn.LSTM(12, 16, proj_size=5, bidirectional=True), (torch.randn(6, 4, 12),)),
+        (nn.GRUCell(12, 16), (torch.randn(4, 12),)),
+        (nn.MultiheadAttention(16, 2), (torch.randn(6, 4, 16),) * 3),
+        (nn.Bilinear(12, 8, 5), (torch.randn(4, 12), torch.randn(4, 8))),
+    ],
+)
+def test_channels_of_other_modules_in_float_are_those_of_their_output(
+    module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    out = module(*inputs)
+    width = (out[0] if isinstance(out, tuple) else out).shape[-1]
+    model = nn.Sequential(module)
+    layer = by_name(measure(model, None, 1))["0"]
+    assert (layer.channels, layer.out_width) == (width, width)
+    assert make_report(model, ChannelGraph(), {"0": "excluded"}).layers[0].rows == width
 
 
 class Tied(nn.Module):
