@@ -84,7 +84,7 @@ def read(folder: Path) -> Result | None:
     """The run in `folder`; None unless it is finished.
 
     Raises:
-        UserError: its files are damaged, or from before networks were packed into files.
+        UserError: its files are damaged.
     """
     file = folder / runs.SUMMARY
     try:
@@ -95,10 +95,8 @@ def read(folder: Path) -> Result | None:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        packed = "file_bytes" in file.read_text()
-        reason = repr(error) if packed else "it was made before networks were packed into files"
         raise UserError(
-            f"{file} is no whole run's summary: {reason}; if {folder} is a run's, train it again "
+            f"{file} is no whole run's summary: {error!r}; if {folder} is a run's, train it again "
             "with --overwrite"
         ) from error
     return result
