@@ -39,8 +39,7 @@ def labels(axes: Axes) -> dict[str, Bbox]:
     return {text.get_text(): Text.get_window_extent(text) for text in found}
 
 
-def boxes_of(figure: Figure | None) -> list[dict[str, Bbox]]:
-    assert figure is not None
+def boxes_of(figure: Figure) -> list[dict[str, Bbox]]:
     figure.draw_without_rendering()
     return [labels(axes) for axes in figure.axes]
 
@@ -104,7 +103,6 @@ def test_the_papers_curve_is_drawn_for_its_own_model_and_data(
 ) -> None:
     make_sweep(tmp_path, THREE, seeds=1, dataset=dataset)
     figure = curves._curve(groups(tmp_path))
-    assert figure is not None
     dashed = [line for line in figure.axes[1].get_lines() if line.get_linestyle() == "--"]
     assert len(dashed) == shown
     if shown:
@@ -118,7 +116,6 @@ def test_the_means_and_the_baseline_are_where_the_runs_are(tmp_path: Path) -> No
     results = read_all(tmp_path)
     assert [r.gamma for r in results[:3]] == [None] * 3
     figure = curves._curve(groups(tmp_path))
-    assert figure is not None
     lines = [np.column_stack(line.get_data()) for line in figure.axes[0].get_lines()]
     drawn = {(float(x), float(y)) for x, y in np.concatenate(lines).astype(float).round(6)}
     for result in results:

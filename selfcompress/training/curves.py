@@ -73,29 +73,31 @@ def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
     ]
     figures = {
         "curve": (
-            _curve(groups),
+            _curve,
             "Test accuracy against size. Dots are runs, circles with bars their mean ± standard "
             "deviation over seeds; the line joins the means that no other is better than in both.",
         ),
-        "weights": (_weight_curve(groups), "Test accuracy against the weights that are left."),
-        "size": (_size(groups), "Size while training, mean over seeds (Fig. 1 of the paper)."),
+        "weights": (_weight_curve, "Test accuracy against the weights that are left."),
+        "size": (_size, "Size while training, mean over seeds (Fig. 1 of the paper)."),
         "seconds": (
-            _seconds(groups),
+            _seconds,
             "Seconds of an epoch's training steps, mean over seeds (Fig. 2 of the paper). Runs "
             "that trained at the same time slowed each other down.",
         ),
         "widths": (
-            _widths(groups),
+            _widths,
             "Channels with bits after training, mean over seeds (Fig. 4 of the paper).",
         ),
     }
+    if not _compressed(groups):  # the others show what γ does
+        figures = {"seconds": figures["seconds"]}
     pictures = []
-    for name, (figure, caption) in figures.items():
-        if figure is not None:
-            files = {kind: _drawn(figure, kind) for kind in KINDS}
-            for kind, content in files.items():
-                write_atomically(folder / f"{name}.{kind}", content)
-            pictures.append(Picture(name, caption, files["svg"]))
+    for name, (draw, caption) in figures.items():
+        figure = draw(groups)
+        files = {kind: _drawn(figure, kind) for kind in KINDS}
+        for kind, content in files.items():
+            write_atomically(folder / f"{name}.{kind}", content)
+        pictures.append(Picture(name, caption, files["svg"]))
     return pictures
 
 
@@ -129,10 +131,8 @@ def _compressed(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.gamma is not None]
 
 
-def _curve(groups: Sequence[Group]) -> Figure | None:
+def _curve(groups: Sequence[Group]) -> Figure:
     """File bytes and percent of bits against accuracy, side by side."""
-    if not _compressed(groups):
-        return None
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _scatter(left, groups, _kilobytes)
@@ -155,9 +155,7 @@ def _curve(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _weight_curve(groups: Sequence[Group]) -> Figure | None:
-    if not _compressed(groups):
-        return None
+def _weight_curve(groups: Sequence[Group]) -> Figure:
     figure = Figure(figsize=(7.5, 5.2), layout="constrained")
     axes = figure.subplots()
     _scatter(axes, groups, _weights_left)
@@ -258,9 +256,7 @@ def _spread(items: Sequence[Group]) -> Iterable[Group]:
     return [items[i] for i in dict.fromkeys(order)]
 
 
-def _size(groups: Sequence[Group]) -> Figure | None:
-    if not _compressed(groups):
-        return None
+def _size(groups: Sequence[Group]) -> Figure:
     figure, axes = _over_epochs(_compressed(groups), lambda row: row["size"]["stored_percent"])
     axes.set_yscale("log")
     log_ticks(axes.yaxis)
@@ -309,11 +305,9 @@ def _over_epochs(
     return figure, axes
 
 
-def _widths(groups: Sequence[Group]) -> Figure | None:
+def _widths(groups: Sequence[Group]) -> Figure:
     """Percent of every layer's channels that are left, layers down and γ across."""
     shown = _compressed(groups)
-    if not shown:
-        return None
     start: dict[str, int] = shown[0].results[0].summary["channels_start"]
     left = np.array(
         [[np.mean([r.summary["channels_end"][n] for r in g.results]) for g in shown] for n in start]
