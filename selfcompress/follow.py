@@ -192,10 +192,10 @@ class _Builder:
             inputs = inputs[:1]  # of another tensor it takes only the type
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
         kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
-        if self._is_pick(node):
-            return Kind.MOVE, self._pick(node)
-        if isinstance(node.target, type) and issubclass(node.target, tuple):
-            return Kind.MOVE, call(node, self.values)  # a named tuple of tensors
+        named_tuple = isinstance(node.target, type) and issubclass(node.target, tuple)
+        if named_tuple or self._is_pick(node):
+            # Of what is not understood, all tensors have the same single, frozen id.
+            return Kind.MOVE, call(node, self.values)
         if kind is Kind.OPAQUE and "Norm" in type(module).__name__:
             raise _CannotFollowError("takes its statistics over several channels")
         if kind is Kind.OPAQUE:
@@ -402,10 +402,6 @@ class _Builder:
             and isinstance(first, torch.fx.Node)
             and not isinstance(self.values[first], _Value)
         )
-
-    def _pick(self, node: torch.fx.Node) -> Any:
-        # Of what is not understood, all tensors have the same single, frozen id.
-        return call(node, self.values)
 
     def _opaque(
         self, node: torch.fx.Node, inputs: list[_Value], why: str, kind: Kind = Kind.OPAQUE

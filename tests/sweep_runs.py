@@ -46,6 +46,7 @@ def make_run(
         "stored_bits": 80_000 * percent,
         "stored_percent": percent,
         "file_bytes": round(10_000 * percent),
+        "file_percent": percent,
         "parameters_end": 100,
         "macs_end": 1000,
         "seconds_per_epoch": seconds,

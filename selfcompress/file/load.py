@@ -196,7 +196,7 @@ def _check(contents: Contents, model: nn.Module) -> None:
     expected = {
         name: tensor
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if _is_stored(name, layers, folded)
+        if is_stored(name, layers, folded)
     }
     _same_names("tensor", header.tensors, expected)
     shapes = _known_shapes(header, modules)
@@ -258,11 +258,6 @@ def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bo
         reads == entry.columns <= entry.in_width <= module.in_width
         and entry.rows <= entry.out_width <= module.out_width
     )
-
-
-def _is_stored(name: str, layers: set[str], folded: set[str]) -> bool:
-    owner, _, key = name.rpartition(".")
-    return is_stored(key, owner in layers, owner in folded)
 
 
 def _fill_layer(

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -214,20 +214,25 @@ def _other_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers that are not quantised, as they are to be stored."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        owner, _, key = name.rpartition(".")
-        if not is_stored(key, owner in layers, owner in folded):
+        if not is_stored(name, layers, folded):
             continue
+        owner, _, key = name.rpartition(".")
         if owner in folded:
             scale, shift = _folded(norms[owner])
             tensor = scale if key == "weight" else shift
         yield name, tensor
 
 
-def is_stored(key: str, of_quantized_layer: bool, of_folded_norm: bool) -> bool:
-    """Whether a parameter or buffer named `key` is among the header's tensors."""
-    if of_quantized_layer and key in ("weight", "bit_depth", "exponent"):
+def is_stored(name: str, layers: Container[str], folded: Container[str]) -> bool:
+    """Whether a parameter or buffer is among the header's tensors.
+
+    Args:
+        layers, folded: names of the quantised layers and of the folded batch norms.
+    """
+    owner, _, key = name.rpartition(".")
+    if owner in layers and key in ("weight", "bit_depth", "exponent"):
         return False
-    if of_folded_norm and key in ("running_mean", "running_var"):
+    if owner in folded and key in ("running_mean", "running_var"):
         return False
     return key != "num_batches_tracked"
 

@@ -64,18 +64,12 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
 def describe(result: Result) -> str:
     """A picked run in two lines, the second of them the path of its network."""
     gamma = "float" if result.gamma is None else f"γ = {result.gamma:g}"
-    percent = 100 * result.file_bytes / _float_bytes(result)
     return (
         f"{result.name} ({gamma}): {100 * result.accuracy:.2f} % test accuracy, "
-        f"{result.file_bytes:,} bytes, {percent:.2f} % of the 32-bit size\n"
+        f"{result.file_bytes:,} bytes, {result.summary['file_percent']:.2f} % of the 32-bit size\n"
         f"{result.folder / NETWORK}"
     )
 
 
 def _fits(result: Result, limit: FileSize | None) -> bool:
     return limit is None or result.file_bytes <= limit.bytes(result.summary["float_bits"])
-
-
-def _float_bytes(result: Result) -> float:
-    """32 bits for each weight at the start."""
-    return float(result.summary["float_bits"]) / 8
