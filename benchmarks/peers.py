@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import tyro
@@ -73,7 +73,7 @@ class Args:
     """Penalties of DiffQ per MB; none: it is left out."""
     seeds: int = 1
     """Runs of every network, seeds 0, 1, ..."""
-    runs: Annotated[Path, tyro.conf.arg(name="runs")] = Path("runs/peers")
+    runs: Path = Path("runs/peers")
     """Where the run folders, the table and the figure go."""
 
 

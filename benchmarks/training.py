@@ -106,7 +106,7 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
     # So many epochs that bits take their smallest steps: the network stays what it is.
     config = Config(
         dataset="digits", model=options.model, width=options.width, epochs=100_000,
-        batch_size=options.batch_size, gamma=0.01, flip=True, exclude=(),
+        batch_size=options.batch_size, gamma=0.01, flip=True,
     )  # fmt: skip
     config = config.resolved("digits", options.image_size, default_width(options.model))
 

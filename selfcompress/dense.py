@@ -63,7 +63,6 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
 def _layer(layer: QuantizedLayer) -> nn.Module:
     if isinstance(layer, QuantLinear):
         options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
-        options["bias"] = layer.bias is not None
     else:
         options = conv_options(layer)
     return _filled(type(layer), options, layer.dense_weight(), layer.bias)
