@@ -1,9 +1,10 @@
 """Every test starts from the same random state; small tensors run fastest on one thread."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from commands import Cli
 from hypothesis import settings
 
 import train
@@ -20,9 +21,7 @@ def repeatable() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run train.py in this process: its exit code, and what it printed."""
 
     def call(*args: object) -> tuple[int, str, str]:

@@ -6,11 +6,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tyro
+from commands import Cli, assert_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep_runs import make_run
@@ -32,8 +32,6 @@ NAMES = [
     f"{kind}-seed{seed}" for seed in (0, 1) for kind in ("float", "gamma0.01", "gamma0.1")
 ]  # fmt: skip
 
-Cli = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
@@ -49,16 +47,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, out, err
 
     return call
-
-
-def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Non-zero exit and one line on stderr that has all `parts`."""
-    code, _, err = result
-    assert code != 0
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    for part in parts:
-        assert part in line
 
 
 def test_every_gamma_and_seed_is_a_run_and_the_baseline_too(cli: Cli, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import Cli, assert_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import Cli, assert_refused, assert_same_run, interrupt_before
+from test_training import assert_same_run, interrupt_before
 from torch import Tensor, nn
 
 from selfcompress import Compressor

@@ -7,12 +7,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Cli, assert_refused
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
@@ -28,8 +28,6 @@ TINY = (
     "--dataset digits --width 4 --image-size 8 --epochs 4 --batch-size 128 --device cpu "
     "--precision fp32 --gamma 0.1"
 ).split()
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +222,6 @@ def test_default_width_is_the_models(tmp_path: Path) -> None:
         config = Config(model=model).resolved("digits", 8, default_width(model))
         assert config.width == width
         assert loop._run_dir(config, dataset) == Path("runs") / name
-
-
-def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Non-zero exit and one line on stderr (after warnings) that has all `parts`."""
-    code, _, err = result
-    assert code != 0
-    (line,) = [line for line in err.splitlines() if not line.startswith("warning")]
-    assert line.startswith("error: ")
-    for part in parts:
-        assert part in line
 
 
 @pytest.mark.parametrize(

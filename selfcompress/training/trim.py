@@ -92,9 +92,9 @@ class Fitter:
         """
         choices = [self._now()]
         for less in (1, 2, MAX_BITS):
-            depths = [integer_depth(layer.bit_depth) - less for layer in self._layers]
+            depth = integer_depth(choices[0].depth) - less
             # No row comes to one bit: `formats.py` says why.
-            choices.append(self._steps([depth.where(depth > 1, 0) for depth in depths]))
+            choices.append(self._steps(depth.where(depth > 1, 0)))
         saved = torch.stack([self._saved(choice) for choice in choices]).double()
         harm = torch.stack(self._harm(choices)).double()
         harm = harm.where((saved > 0) & harm.isfinite(), math.inf)
@@ -123,8 +123,7 @@ class Fitter:
         """Give a bit to the rows where it changes most, as many as there is room for; if any."""
         before = self._now()
         depth = integer_depth(before.depth)
-        rows = [len(layer.bit_depth) for layer in self._layers]
-        more = self._steps(list((depth + 1).clamp(max=MAX_BITS).split(rows)))
+        more = self._steps((depth + 1).clamp(max=MAX_BITS))
         added = -self._saved(more)
         (harm,) = self._harm([more])
         possible = (depth > 0) & (depth < most_bits) & (added > 0) & harm.isfinite()
@@ -153,16 +152,17 @@ class Fitter:
             low, high = (low, middle) if done() else (middle + 1, high)
         return low
 
-    def _steps(self, depths: list[Tensor]) -> _Formats:
-        """The formats of all rows at these whole bit depths, layer by layer."""
-        steps = [_step(layer, depth) for layer, depth in zip(self._layers, depths, strict=True)]
+    def _steps(self, depth: Tensor) -> _Formats:
+        """The formats of all rows at `depth`: (rows,) whole bits."""
+        steps = map(_step, self._layers, self._split(depth))
         return _Formats(*(torch.cat(part) for part in zip(*steps, strict=True)))
 
     def _by_layer(self, formats: _Formats) -> list[_Formats]:
-        rows = [len(layer.bit_depth) for layer in self._layers]
-        return [
-            _Formats(*pair) for pair in zip(*(part.split(rows) for part in formats), strict=True)
-        ]
+        return [_Formats(*pair) for pair in zip(*map(self._split, formats), strict=True)]
+
+    def _split(self, values: Tensor) -> list[Tensor]:
+        """(rows,) values of all layers → those of each."""
+        return list(values.split([len(layer.bit_depth) for layer in self._layers]))
 
     def _now(self) -> _Formats:
         return _Formats(
