@@ -20,7 +20,7 @@ Columns:
     traced      yes; parts: some of it is opaque to the tracer; no: nothing can be removed
     quantised   weights in quantised layers, of all weights of convolutions, linear layers and
                 attention projections
-    removable   rows whose output channel may leave the network, of all rows of such layers
+    removable   channels that may leave the network, of all that such layers make
     conv        the same, of convolutions alone
     cut         parameters that two cuts removed
     Δ eval      largest difference between the outputs before and after a cut, of their scale:
@@ -92,7 +92,7 @@ class Layer:
     conv: bool
     mlp: bool
     quantized: bool
-    rows: int
+    channels: int
     removable: int
     why: str
 
@@ -129,7 +129,7 @@ class Result:
 
     @property
     def removable_percent(self) -> float:
-        """Rows whose output channel may leave the network, of all rows."""
+        """Channels that may leave the network, of all channels."""
         return _percent(self.layers)
 
     @property
@@ -369,7 +369,7 @@ def measure(name: str, dtype: torch.dtype | None = None, seed: int = 0, *, cuts:
     traced = traced_of(compressor)
     quantized = sum(layer.weight.numel() for layer in compressor.layers.values())
     layers = tuple(
-        Layer(item.name, item.name in conv, item.name in mlp, item.quantized, item.rows,
+        Layer(item.name, item.name in conv, item.name in mlp, item.quantized, item.channels,
               item.removable, item.why)
         for item in compressor.report().layers
     )  # fmt: skip
@@ -446,20 +446,20 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def reasons(layers: Iterable[Layer]) -> Counter[str]:
-    """Why rows have to stay → how many of them; digits in names are dropped, to sum over layers."""
+    """Why channels stay → how many of them; digits in names are dropped, to sum over layers."""
     found: Counter[str] = Counter()
     for layer in layers:
-        if layer.removable < layer.rows:
+        if layer.removable < layer.channels:
             found[re.sub(r"\d+", "#", layer.why) or "(no reason given)"] += (
-                layer.rows - layer.removable
+                layer.channels - layer.removable
             )
     return found
 
 
 def _percent(layers: Iterable[Layer]) -> float:
     layers = list(layers)
-    rows = sum(layer.rows for layer in layers)
-    return 100 * sum(layer.removable for layer in layers) / rows if rows else math.nan
+    channels = sum(layer.channels for layer in layers)
+    return 100 * sum(layer.removable for layer in layers) / channels if channels else math.nan
 
 
 @contextmanager
@@ -495,7 +495,7 @@ def main() -> int:
     parser.add_argument("--float32", action="store_true", help="all of them in float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", action="store_true", help="the table again, as markdown")
-    parser.add_argument("--why", action="store_true", help="why rows have to stay, by model")
+    parser.add_argument("--why", action="store_true", help="why channels have to stay, by model")
     args = parser.parse_args()
     results: list[Result] = []
     failed: dict[str, str] = {}
@@ -517,8 +517,8 @@ def main() -> int:
             results.append(result)
             print(format_row(result.cells) + ("" if result.exact else "  INEXACT"), flush=True)
             if args.why:
-                for why, rows in reasons(result.layers).most_common():
-                    print(f"{rows:>32} rows: {why}", flush=True)
+                for why, channels in reasons(result.layers).most_common():
+                    print(f"{channels:>32} channels: {why}", flush=True)
     inexact = [r.name for r in results if not r.exact]
     print(f"\n{len(results)} models measured, {len(results) - len(inexact)} of them exact")
     if inexact:

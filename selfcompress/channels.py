@@ -99,6 +99,7 @@ class ChannelGraph:
         sources: node name → for each input: (positions read or made,) the position of that input
             that each one comes from, -1 if it comes from another input.
         layouts: node name → how its positions lie in its tensor.
+        steps: every node of the trace but the outputs, in order of execution, as it is replayed.
         frozen: (number of ids at the start,) bool: never to be removed.
         removed: the same, bool: already removed.
         silent: the same, bool: in its place, but nobody computes or reads it any more.

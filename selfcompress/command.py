@@ -31,7 +31,7 @@ from selfcompress.file.header import About, FileError
 from selfcompress.file.load import load_described
 from selfcompress.file.read import Contents, read
 from selfcompress.text import aligned, first_line
-from selfcompress.training.augment import Channels, normalise
+from selfcompress.training.augment import Colours, normalise
 from selfcompress.training.config import DatasetName
 from selfcompress.training.data import load as load_dataset
 from selfcompress.training.data import read_image
@@ -227,8 +227,8 @@ class _Prepared:
 
     about: About
     size: int
-    mean: Channels
-    std: Channels
+    mean: Colours
+    std: Colours
 
     @classmethod
     def of(cls, path: Path, about: About) -> "_Prepared":

@@ -20,7 +20,7 @@ class LayerReport:
         weights: that it has now, but for those that a layer before it shares.
         quantized: whether it has a quantiser; if so, every row that loses its bits is cut out of
             its weight, whatever `removable` says.
-        rows: channels of its output now.
+        channels: of its output now.
         removable: how many of them can leave the network together with all the weights that read
             them. Of the others only the row can go.
         why: why it is in float, or why channels have to keep their places; else empty.
@@ -30,7 +30,7 @@ class LayerReport:
     kind: str
     weights: int
     quantized: bool
-    rows: int
+    channels: int
     removable: int
     why: str
 
@@ -45,12 +45,12 @@ class Report:
         rows = [("layer", "type", "bits", "removable", "why not all")]
         for layer in self.layers:
             bits = "learned" if layer.quantized else "float"
-            count = f"{layer.removable:,} of {layer.rows:,}"
+            count = f"{layer.removable:,} of {layer.channels:,}"
             rows.append((layer.name, layer.kind, bits, count, layer.why))
         lines = aligned(rows, numbers=False)
         quantized = [layer for layer in self.layers if layer.quantized]
         total, removable = (
-            sum(layer.rows for layer in self.layers),
+            sum(layer.channels for layer in self.layers),
             sum(layer.removable for layer in self.layers),
         )
         weights = sum(layer.weights for layer in self.layers)

@@ -80,8 +80,8 @@ def check_exact(
             for a, b in zip(got, want, strict=True):
                 scale = max(float(b.abs().max()), 0.1)
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * scale)
-    for layer_report in compressor.report().layers:
-        assert layer_report.why or layer_report.removable == layer_report.rows, layer_report.name
+    for entry in compressor.report().layers:
+        assert entry.why or entry.removable == entry.channels, entry.name
 
 
 def reported(compressor: Compressor) -> dict[str, LayerReport]:
@@ -727,7 +727,7 @@ def test_segmentation_networks(name: str) -> None:
     model = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
     x = images(2, 3, 32, 32)
     compressor = started(model, x)
-    stuck = [e.name for e in compressor.report().layers if e.removable < e.rows]
+    stuck = [e.name for e in compressor.report().layers if e.removable < e.channels]
     assert len(stuck) == (2 if "lraspp" in name else 1), stuck
     parameters = compressor.size().parameters
     check_exact(compressor, x, modes=(False,))
@@ -786,10 +786,10 @@ def test_the_report_reads_well() -> None:
     for entry, line in zip(entries, lines[1:-1], strict=True):
         words = line.split()
         assert words[:3] == [entry.name, entry.kind, "learned" if entry.quantized else "float"]
-        assert f"{entry.removable:,} of {entry.rows:,}" in line
+        assert f"{entry.removable:,} of {entry.channels:,}" in line
         assert line.endswith(entry.why)
         assert line == line.rstrip()
-        if entry.removable < entry.rows:
+        if entry.removable < entry.channels:
             assert entry.why
     assert {e.name: e.quantized for e in entries} == {
         "0.0": True, "1": False, "2.inner.0": True, "3": False, "5": True,

@@ -248,7 +248,7 @@ def test_channels_of_other_modules_in_float_are_those_of_their_output(
     model = nn.Sequential(module)
     layer = by_name(measure(model, None, 1))["0"]
     assert (layer.channels, layer.out_width) == (width, width)
-    assert make_report(model, ChannelGraph(), {"0": "excluded"}).layers[0].rows == width
+    assert make_report(model, ChannelGraph(), {"0": "excluded"}).layers[0].channels == width
 
 
 class Tied(nn.Module):
@@ -282,7 +282,7 @@ def test_shared_and_computed_weights_count_once() -> None:
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     entries = {entry.name: entry for entry in compressor.report().layers}
     assert {n: e.weights for n, e in entries.items()} == counts
-    assert {n: e.rows for n, e in entries.items()} == {
+    assert {n: e.channels for n, e in entries.items()} == {
         "embed": 16, "mix": 12, "step": 16, "body": 16, "head": 50,
     }  # fmt: skip
     assert [n for n, e in entries.items() if e.quantized] == ["body"]

@@ -17,7 +17,7 @@ QUICK = [
 REST = [n for n in zoo.names() if n not in QUICK and zoo.parameters(n) < 30e6]
 REST += ["alexnet", "vgg11_bn", "vit_b_16", "wide_resnet50_2"]
 
-# Families of which nearly all rows of convolutions can go, and those with MLP blocks.
+# Families of which nearly all channels of convolutions can go, and those with MLP blocks.
 CONVOLUTIONAL = (
     "vgg|resnet|resnext|wide_resnet|regnet|densenet|googlenet|inception|mobilenet|efficientnet|"
     "mnasnet|shufflenet"
@@ -33,15 +33,15 @@ def check(name: str) -> None:
     assert result.traced == "yes"
     assert 0 < result.cut_percent < 100
     for layer in result.layers:
-        assert 0 <= layer.removable <= layer.rows, layer
-        assert layer.why or layer.removable == layer.rows, layer
+        assert 0 <= layer.removable <= layer.channels, layer
+        assert layer.why or layer.removable == layer.channels, layer
     if re.match(CONVOLUTIONAL, name):
         assert result.conv_removable_percent >= 90, zoo.reasons(result.layers)
     if re.match(WITH_MLPS, name):
         hidden = [layer for layer in result.layers if layer.mlp]
         assert hidden
         for layer in hidden:
-            assert layer.quantized and layer.removable == layer.rows, layer
+            assert layer.quantized and layer.removable == layer.channels, layer
 
 
 @pytest.mark.parametrize("name", QUICK)

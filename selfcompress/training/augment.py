@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-Channels = tuple[float, float, float]
+Colours = tuple[float, float, float]
 
 Policy = Literal["standard", "cutout", "autoaugment"]
 """How training images are changed; see `Augment`."""
 
 
-def normalise(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+def normalise(images: Tensor, mean: Colours, std: Colours) -> Tensor:
     """uint8 (B, 3, H, W) to float32 of the same shape, channels_last.
 
     `mean` and `std` are in units of images scaled to [0, 1].
@@ -42,8 +42,8 @@ class Augment:
     All chance comes from torch's global generators.
     """
 
-    mean: Channels
-    std: Channels
+    mean: Colours
+    std: Colours
     pad: int = 4  # pixels on every side
     flip: bool = True
     cutout: int = 0  # side of the square, in pixels; 0 for none
@@ -53,8 +53,8 @@ class Augment:
     def for_size(
         cls,
         image_size: int,
-        mean: Channels,
-        std: Channels,
+        mean: Colours,
+        std: Colours,
         flip: bool = True,
         policy: Policy = "standard",
     ) -> "Augment":

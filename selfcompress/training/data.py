@@ -26,7 +26,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from selfcompress.text import first_line
-from selfcompress.training.augment import Channels
+from selfcompress.training.augment import Colours
 from selfcompress.training.config import DatasetName
 from selfcompress.training.errors import UserError
 
@@ -123,8 +123,8 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split  # empty if it was left out
     test: Split
-    mean: Channels  # of the training images scaled to [0, 1], as is std; NaN without them
-    std: Channels
+    mean: Colours  # of the training images scaled to [0, 1], as is std; NaN without them
+    std: Colours
     image_size: int  # pixels; images are square
 
 
