@@ -183,7 +183,13 @@ class Compressor:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
         self._held: set[str] = set()
-        self.formats = FormatStepper(self.layers, self.starting_weights, bits, bit_step)
+        self.formats = FormatStepper(
+            self.layers,
+            self.starting_weights,
+            bits,
+            bit_step,
+            told_apart=batch_size(example_input) > 1,
+        )
         self.lingering = LingeringBiases(self.graph, model)
         self.connection = Connection(self.graph, self.layers, min_channels)
         traced = {n: layer for n, layer in self.layers.items() if n in self.graph.origin}

@@ -43,6 +43,7 @@ enough to be harmless can follow.
 
 import math
 import operator
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,6 +73,7 @@ class FormatStepper:
         starting_weights: N of eq. (3).
         most_bits: that a row may want.
         bit_step: the largest step of a bit depth, in bits, short of changing its integer depth.
+        told_apart: whether layers know which of their inputs' dimensions counts samples.
     """
 
     def __init__(
@@ -80,10 +82,12 @@ class FormatStepper:
         starting_weights: int,
         most_bits: float,
         bit_step: float,
+        told_apart: bool,
     ) -> None:
         self.layers = layers
         self.starting_weights = starting_weights
         self.most_bits = most_bits
+        self.told_apart = told_apart
         # What rows are worth is averaged over about the steps that one bit takes.
         self.memory = 1 - min(bit_step, 0.5)
         # Adam steps the exponents alone. The bit depths are in it for what is kept about them
@@ -214,10 +218,7 @@ class FormatStepper:
         before = integer_depth(depth)
         scale = depth.new_ones(()) if self._loss_scale is None else self._loss_scale
         if self._norms:
-            # An example of one sample does not tell whose rows are tokens; the fewest are samples.
-            called = [layer.samples for layer in self._norms if layer.samples]
-            samples = min(called, default=1) * max(1, self._penalties)
-            self._remember(samples, scale)
+            self._remember(self._samples() * max(1, self._penalties), scale)
             able = any(layer.bit_depth.requires_grad for layer in layers)
             if gamma > 0 and able and not self._penalised:
                 warnings.warn(
@@ -250,6 +251,15 @@ class FormatStepper:
         if fit and layers[0].integer_bits:
             for layer in layers:
                 layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+
+    def _samples(self) -> int:
+        """The size of the batch that gradients are of."""
+        called = sorted(layer.samples for layer in self._norms if layer.samples)
+        if not called:
+            return 1
+        # Where whose rows are tokens is not known, the fewest are samples. Else most layers see all
+        # samples: an expert, or a head for what has a label, sees some.
+        return statistics.mode(called) if self.told_apart else called[0]
 
     def _remember(self, samples: int, scale: Tensor) -> None:
         """Average what rows are worth over steps, of the layers whose gradients were seen.

@@ -79,7 +79,8 @@ class Placed(nn.Module):
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         for name in ("rows", "columns", "slots"):
             if name in vars(self):
-                setattr(self, name, fn(getattr(self, name)))
+                index = getattr(self, name)  # whole numbers, even for `model.type(torch.float64)`
+                setattr(self, name, index.to(fn(index).device))
         return self
 
 

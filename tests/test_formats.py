@@ -210,7 +210,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
         quantize_layers(model, bits=8, integer_bits=True, exclude=(), read_elsewhere=set())
         layers = quantized_layers(model)
-        formats = FormatStepper(layers, 64, 8, 0.01)
+        formats = FormatStepper(layers, 64, 8, 0.01, told_apart=False)
         monkeypatch.setattr(
             formats.adam, "step", lambda: None
         )  # torch's own: reads a count of steps

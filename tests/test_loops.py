@@ -253,6 +253,33 @@ class Graph(nn.Module):
         return self.body(nodes)[edges[0]]
 
 
+class Experts(nn.Module):
+    """One layer sees only the samples whose first pixel is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.expert, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.stem(x.mean((2, 3))))
+        chosen = x[:, 0, 0, 0] > 0
+        more = torch.zeros_like(h)
+        more[chosen] = self.expert(h[chosen])
+        return self.head(h + more)
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_an_expert_that_saw_the_whole_example_does_not_say_how_many_samples_there_are() -> None:
+    worths = []
+    for example in (X.abs(), torch.cat([X.abs()[:3], -X.abs()[:3]])):
+        torch.manual_seed(0)
+        compressor = Compressor(Experts(), example, 0.1, bits=8)
+        one_step(compressor, sgd(compressor), torch.cat([X.abs()[:1], -X.abs()]))
+        worths.append(compressor.formats.adam.state[compressor.layers["stem"].bit_depth]["worth"])
+    assert worths[0].sum() > 0
+    torch.testing.assert_close(worths[0], worths[1])
+
+
 def test_nodes_of_a_graph_are_samples() -> None:
     model: Any = Graph()
     edges = torch.zeros(2, 7, dtype=torch.int64)
@@ -394,6 +421,16 @@ class Dropped(nn.Module):
         self.calls = self.calls + 1
         y = self.body(x).mean((2, 3))
         return self.head(F.dropout(y, training=self.always or self.training))
+
+
+def test_indices_stay_whole_numbers_when_the_type_of_all_is_set() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.0)
+    kill(compressor)
+    compressor.cut()
+    compressor.model.type(torch.float64)
+    kill(compressor)
+    compressor.example_input = X.double()
+    assert compressor.cut() is not None
 
 
 def test_a_feature_extractor_stays_in_its_mode() -> None:
