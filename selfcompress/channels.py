@@ -108,7 +108,7 @@ class ChannelGraph:
             at the start.
         untraceable: name of each module whose forward() cannot be traced → why.
         spoiled: name of each layer that is called in a way that cannot be followed → why.
-        positions: name of each layer → how often its weight is applied for one sample.
+        applications: name of each layer → how often its weight is applied for one sample.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -123,7 +123,7 @@ class ChannelGraph:
     origin: dict[str, np.ndarray] = field(default_factory=dict)
     untraceable: dict[str, str] = field(default_factory=dict)
     spoiled: dict[str, str] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
+    applications: dict[str, int] = field(default_factory=dict)
 
     def of_kind(self, *kinds: Kind) -> list[Node]:
         """The nodes of some kinds, in order of execution."""

@@ -70,7 +70,7 @@ def channel_graph(
         builder.follow(part)
     graph = builder.graph()
     batch = max(1, batch_size(example_input))
-    graph.positions = {name: count // batch for name, count in observed.positions.items()}
+    graph.applications = {name: count // batch for name, count in observed.applications.items()}
     return graph
 
 

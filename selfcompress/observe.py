@@ -20,7 +20,7 @@ class Observed:
 
     Attributes:
         counts: module name → number of calls.
-        positions: name of a layer → how often its weight is applied in the whole batch: once for
+        applications: name of a layer → how often its weight is applied in the whole batch: once for
             every pixel of its output (of its input where it is transposed), or step of a sequence.
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
         varied: names of modules that are not always called with the same arguments, but for the
@@ -30,7 +30,7 @@ class Observed:
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    positions: Counter[str] = field(default_factory=Counter)
+    applications: Counter[str] = field(default_factory=Counter)
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     varied: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
@@ -95,16 +95,16 @@ class _Watch(TorchFunctionMode):
             names = ("query", "key", "value")
             given = dict(zip(names, args, strict=False)) | kwargs
             steps = [given[name].shape[:-1].numel() for name in names]
-            self.seen.positions[f"{name}.out_proj"] += steps[0]
+            self.seen.applications[f"{name}.out_proj"] += steps[0]
             for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
-                self.seen.positions[part] += sum(steps) // 3
+                self.seen.applications[part] += sum(steps) // 3
         elif isinstance(module, FLOAT_LAYERS) and isinstance(output, Tensor):
             ins, outs = layer_widths(module)
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
             read = next(iter((*args, *kwargs.values())), None)
             tensor, width = (read, ins) if transposed else (output, outs)
             if isinstance(tensor, Tensor):
-                self.seen.positions[name] += tensor.numel() // max(1, width)
+                self.seen.applications[name] += tensor.numel() // max(1, width)
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:

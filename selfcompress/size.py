@@ -229,11 +229,11 @@ def measure(
         weights_at_start: `starting_weights` of the network before anything was cut.
         fold_norms, half: how it is to be stored; see `selfcompress.save`.
     """
-    positions = graph.positions if graph else {}
+    applications = graph.applications if graph else {}
     layers = []
     seen: set[Tensor] = set()
     for name, module in model.named_modules():
-        layer = _measure_module(name, module, positions.get(name, 0), fold_norms, half, seen)
+        layer = _measure_module(name, module, applications.get(name, 0), fold_norms, half, seen)
         if layer.stored_bits or layer.out_width:
             layers.append(layer)
     parameters = sum(
@@ -245,7 +245,7 @@ def measure(
 
 
 def _measure_module(
-    name: str, module: nn.Module, positions: int, fold_norms: bool, half: bool, seen: set[Tensor]
+    name: str, module: nn.Module, applications: int, fold_norms: bool, half: bool, seen: set[Tensor]
 ) -> LayerSize:
     if isinstance(module, QuantizedLayer):
         depth = integer_depth(module.bit_depth)
@@ -267,7 +267,7 @@ def _measure_module(
             weights=weights,
             q_bits=float(counted.sum()) * module.fan_in,
             stored_bits=stored,
-            macs=weights * positions,
+            macs=weights * applications,
         )
     folded = fold_norms and isinstance(module, PlacedBatchNorm) and module.can_be_folded
     new = _new(module, seen)
@@ -293,7 +293,7 @@ def _measure_module(
         weights=weights,
         q_bits=32.0 * weights,
         stored_bits=stored,
-        macs=sum(w.numel() for w in used) * positions,
+        macs=sum(w.numel() for w in used) * applications,
     )
 
 

@@ -19,7 +19,7 @@ from selfcompress import Compressor
 from selfcompress.file.write import pack
 from selfcompress.quantizer import integer_depth
 from selfcompress.training import runs
-from selfcompress.training.target import FileSize
+from selfcompress.training.filesize import FileSize
 from selfcompress.training.trim import Fitter
 
 TINY = (

@@ -12,7 +12,7 @@ import tyro
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.training.augment import Policy
 from selfcompress.training.errors import UserError
-from selfcompress.training.target import FileSize
+from selfcompress.training.filesize import FileSize
 
 DatasetName = Literal["cifar10", "digits", "folder"]
 COMPRESSION = (

@@ -36,8 +36,9 @@ from selfcompress.training.board import Board, epoch_line, widths_figure
 from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError, out_of_memory
+from selfcompress.training.filesize import FileSize
 from selfcompress.training.memory import keep_freed
-from selfcompress.training.target import FileSize, SizeControl
+from selfcompress.training.target import SizeControl
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Name, number of classes, width, image size → the network to train, in float."""

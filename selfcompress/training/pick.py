@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from selfcompress.training.errors import UserError
+from selfcompress.training.filesize import FileSize
 from selfcompress.training.results import Result, read_all
 from selfcompress.training.runs import NETWORK
-from selfcompress.training.target import FileSize
 
 
 def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Result:
