@@ -65,31 +65,32 @@ class _OnNetwork(_OnFile):
         model, about = load_described(self.file, start)
         return model, _Prepared.of(self.file, about)
 
-    def classifier(self) -> tuple[nn.Module, "_Prepared", int]:
+    def classifier(self, batch: int) -> tuple[nn.Module, "_Prepared", int]:
         """What `load` returns, and the number of classes that the network tells apart.
 
         Raises:
-            UserError: it does not return a row of numbers for an image.
+            UserError: it does not return a row of numbers for each of `batch` images.
         """
         model, images = self.load()
         try:
             with torch.no_grad():
-                logits = model(torch.zeros(1, 3, images.size, images.size))
+                logits = model(torch.zeros(batch, 3, images.size, images.size))
         except Exception as error:  # whatever the user's forward() does
             if out_of_memory(error):
                 raise
             raise UserError(
-                f"the network of {self.file} does not accept an RGB image of {images.size} pixels "
+                f"the network of {self.file} does not accept RGB images of {images.size} pixels "
                 f"({first_line(error)}); networks of other inputs are for selfcompress.load"
             ) from error
         kind = type(logits).__name__
         if isinstance(logits, Tensor):
-            if logits.is_floating_point() and logits.dim() == 2 and len(logits) == 1:
+            if logits.is_floating_point() and logits.dim() == 2 and len(logits) == batch:
                 return model, images, logits.shape[1]
             kind = f"{logits.dtype} of shape {tuple(logits.shape)}"
         raise UserError(
-            f"the network of {self.file} returns {kind} for an image, where a classifier returns "
-            "floats of shape (1, classes); networks of other outputs are for selfcompress.load"
+            f"the network of {self.file} returns {kind} for {batch} images, where a classifier "
+            f"returns floats of shape ({batch}, classes); networks of other outputs are for "
+            "selfcompress.load"
         )
 
 
@@ -112,7 +113,7 @@ class Eval(_OnNetwork):
     """None is the one it was trained on."""
 
     def run(self) -> None:
-        model, images, width = self.classifier()
+        model, images, width = self.classifier(2)
         kinds = {kind: kind for kind in get_args(DatasetName)}
         name: DatasetName | None = self.dataset or kinds.get(images.about.dataset_kind)
         if name is None:
@@ -161,7 +162,7 @@ class Predict(_OnNetwork):
     def run(self) -> None:
         if not self.images:
             raise UserError("no image to look at: give one or more image files")
-        model, prepared, _ = self.classifier()
+        model, prepared, _ = self.classifier(1)
         names = prepared.about.class_names
         found = {}
         for path in self.images:

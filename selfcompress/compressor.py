@@ -25,7 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.connection import Connection
@@ -40,9 +39,8 @@ from selfcompress.look import (
     Inputs,
     batch_size,
     detached_copy,
-    device_of,
-    float_type_of,
     positional,
+    to_the_like_of,
     without_compile,
 )
 from selfcompress.norms import reestimate
@@ -211,7 +209,7 @@ class Compressor:
             raise ValueError(
                 f"stored_percent={stored_percent:g} is less than the network can have: what is in "
                 "float or frozen and the rows that have to stay store "
-                f"{100 * least / start.float_bits:.3g} %"
+                f"{100 * least / start.float_bits:.3g} % (freeze later what you will thaw)"
             )
         if target >= start.stored_bits:
             warnings.warn(
@@ -534,11 +532,6 @@ class Compressor:
         """What the model is called with, batch by batch, on its device and in its precision."""
         several = isinstance(self.example_input, tuple)
         count = len(positional(self.example_input))
-        device, dtype = device_of(self.example_input), float_type_of(self.example_input)
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
         for batch in loader:
             if isinstance(batch, list | tuple):
                 inputs = tuple(batch[:count]) if several else batch[0]
@@ -551,7 +544,7 @@ class Compressor:
                 raise ValueError(
                     f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
                 )
-            yield pytree.tree_map_only(Tensor, moved, inputs)
+            yield to_the_like_of(inputs, self.example_input)
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""

@@ -138,8 +138,8 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
 def _keep_attributes(old: nn.Module, new: nn.Module) -> None:
     """Have a twin hold what else the user has noted on a layer."""
     for key, value in vars(old).items():
-        if key != "_compiled_call_impl":  # that is the old layer, compiled
-            vars(new).setdefault(key, value)
+        if not hasattr(new, key):  # a name that the twin needs is the twin's
+            vars(new)[key] = value
 
 
 def _without_fast_paths(model: nn.Module) -> None:

@@ -134,6 +134,7 @@ class _Builder:
         self.values: dict[torch.fx.Node, Any] = {}
         _redirect_in_place(part, self._module)
         hazards = _alias_hazards(part, self._module)
+        self.read |= part.read
         for node in part.nodes:
             if node.op == "call_module":
                 self.calls[self._target(node)] += 1

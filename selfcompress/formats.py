@@ -138,9 +138,9 @@ class FormatStepper:
         self.stop()
         for layer in self.layers.values():
             for parameter in (layer.bit_depth, layer.exponent):
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._drop)
-                    parameter.requires_grad_(False)
+                parameter.requires_grad_(True)  # else it would take no hook
+                parameter.register_post_accumulate_grad_hook(self._drop)
+                parameter.requires_grad_(False)
 
     def _trainable(self) -> list[bool]:
         return [layer.weight.requires_grad for layer in self.layers.values()]

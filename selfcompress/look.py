@@ -1,8 +1,9 @@
 """Run a model to have a look at it, and leave it as it was found."""
 
 import copy
+import operator
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,10 +28,24 @@ def device_of(inputs: Inputs) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def float_type_of(inputs: Inputs) -> torch.dtype | None:
-    """The type of the first floating-point tensor of `inputs`; None if there is none."""
-    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-    return next((t.dtype for t in tensors if t.is_floating_point()), None)
+def to_the_like_of(inputs: Any, example: Inputs) -> Any:
+    """`inputs` on the device of `example`; floats of the type of those in their places there."""
+    device = device_of(example)
+    leaves, structure = pytree.tree_flatten(inputs)
+    places = pytree.tree_leaves(example)
+    if len(places) != len(leaves):
+        places = leaves
+    moved = [
+        leaf.to(device, place.dtype if both_are_float(leaf, place) else None)
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf, place in zip(leaves, places, strict=True)
+    ]
+    return pytree.tree_unflatten(moved, structure)
+
+
+def both_are_float(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) and value.is_floating_point() for value in values)
 
 
 def batch_size(inputs: Inputs) -> int:
@@ -78,8 +93,8 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     for module, before in attributes.items():
         if not isinstance(module, torch.jit.ScriptModule):
             before["_buffers"] = dict(module._buffers)  # forward() may put others in their places
-    contents = [
-        (container, copy.copy(container))
+    containers = [
+        (container, _content(container))
         for before in attributes.values()
         for container in _containers(v for key, v in before.items() if not is_torchs(key))
     ]
@@ -93,10 +108,8 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             for module, before in attributes.items():
                 vars(module).clear()
                 vars(module).update(before)
-            for container, content in contents:
-                container.clear()
-                fill = container.extend if isinstance(container, list | deque) else container.update
-                fill(content)
+            for container, content in containers:
+                _restore(container, content)
             for buffer, value in buffers.items():
                 buffer.copy_(value)
 
@@ -106,15 +119,39 @@ def is_torchs(attribute: str) -> bool:
     return attribute in ("_parameters", "_buffers", "_modules") or attribute.endswith("_hooks")
 
 
+_CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
+"""What can be emptied and filled again; of the user's own types that is not known."""
+
+
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
     """The lists, dicts, sets and deques among `values`, and in one another."""
     pending, seen = list(values), set()
     while pending:
         value = pending.pop()
-        if isinstance(value, list | dict | set | deque) and id(value) not in seen:
+        if type(value) in _CONTAINERS and id(value) not in seen:
             seen.add(id(value))
             pending += value.values() if isinstance(value, dict) else value
             yield value
+
+
+def _content(container: Any) -> list[Any]:
+    """What is in it; of a dict, all keys and then all values."""
+    values = container.values() if isinstance(container, dict) else ()
+    return [*container, *values]
+
+
+def _restore(container: Any, content: list[Any]) -> None:
+    now = _content(container)
+    if len(now) == len(content) and all(map(operator.is_, now, content)):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        half = len(content) // 2
+        dict.update(container, zip(content[:half], content[half:], strict=True))
+    elif isinstance(container, set):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 @contextmanager
@@ -134,7 +171,8 @@ def seed_everything(device: torch.device) -> None:
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
     if device.type == "cuda":
-        torch.cuda.manual_seed(0)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

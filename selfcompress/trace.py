@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
 from selfcompress.look import (
     Inputs,
     device_of,
@@ -30,6 +30,7 @@ from selfcompress.look import (
 )
 from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.text import first_line
+from selfcompress.widths import held, norms_read, noting_widths
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Part:
             `Shape` in place of every tensor.
         inside: names of the submodules that are leaves because they cannot be traced.
         watched: operation → who else may read what it gave.
+        read: names of the batch norms whose width or statistics its forward() reads.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Part:
     facts: dict[torch.fx.Node, Any]
     inside: list[str]
     watched: dict[torch.fx.Node, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
     @property
     def prefix(self) -> str:
@@ -240,19 +243,24 @@ def _trace_part(
     }
     tracer = _Tracer()
     module.train()
-    with _noting_widths(module) as widths:
+    with noting_widths(module) as reads:
         graph = tracer.trace(module, concrete_args=plain or None)
-    _watch_widths(tracer, module, widths)
+    tracer.watched |= held(reads, list(graph.nodes), module)
     traced = torch.fx.GraphModule(module, graph)
     for owner, submodule in module.named_modules():
         for key, value in vars(submodule).items():
             if not is_torchs(key):
                 tracer.watch(value, f"it is kept as {owner}.{key}".replace(" .", " "))
     module.eval()
-    extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
+    with noting_widths(module) as in_evaluation:
+        extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
     if extra:
         raise RuntimeError(
             f"in evaluation it calls {next(iter(extra))[1]}, in training it does not"
+        )
+    if len(in_evaluation) > len(reads):
+        raise RuntimeError(
+            "in evaluation it asks for the width of a layer, in training it does not"
         )
     facts = _Facts(traced)
     traced.eval()
@@ -260,78 +268,8 @@ def _trace_part(
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
-    return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched)
-
-
-_INPUT_WIDTHS, _OUTPUT_WIDTHS = ("in_channels", "in_features"), ("out_channels", "out_features")
-
-
-class _Width(int):
-    """A layer's width as forward() has read it: a constant in the trace, but not for ever."""
-
-
-@contextmanager
-def _noting_widths(module: nn.Module) -> Iterator[list[tuple[nn.Module, str, _Width]]]:
-    """Inside, every width that is read of a layer is noted, and can be told from other numbers."""
-    read: list[tuple[nn.Module, str, _Width]] = []
-    kinds = {
-        layer: type(layer)
-        for layer in module.modules()
-        if isinstance(layer, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
-    }
-
-    def noted(name: str) -> property:
-        def get(layer: nn.Module) -> _Width:
-            width = _Width(vars(layer)[name])
-            read.append((layer, name, width))
-            return width
-
-        return property(get)
-
-    def refuse(norm: nn.Module) -> NoReturn:
-        raise RuntimeError("it reads statistics or the width of a batch norm, which cuts change")
-
-    try:
-        for layer, kind in kinds.items():
-            names = vars(layer).keys() & {*_INPUT_WIDTHS, *_OUTPUT_WIDTHS}
-            body: dict[str, Any] = {"__module__": kind.__module__} | {
-                name: noted(name) for name in names
-            }
-            if isinstance(layer, PlacedBatchNorm):
-                body |= dict.fromkeys(("num_features", *layer._buffers), property(refuse))
-            layer.__class__ = type(kind.__name__, (kind,), body)
-        yield read
-    finally:
-        for layer, kind in kinds.items():
-            layer.__class__ = kind
-
-
-def _watch_widths(
-    tracer: _Tracer, module: nn.Module, widths: list[tuple[nn.Module, str, _Width]]
-) -> None:
-    """Have channels stay where forward() computes with their number, which a cut would change.
-
-    Flattening to as many numbers as a layer reads is no such case: they are cut alike.
-    """
-    nodes = list(tracer.graph.nodes)
-    for node in nodes:
-        if node.op == "get_attr":
-            owner = module.get_submodule(str(node.target).rpartition(".")[0])
-            if isinstance(owner, PlacedBatchNorm):
-                raise RuntimeError(f"it reads {node.target}, which a cut would change")
-    flattened = {
-        id(width)
-        for node in nodes
-        if node.op == "call_method" and node.target in ("view", "reshape")
-        for width in pytree.tree_leaves(node.args)
-    }
-    for layer, name, width in widths:
-        if name in _INPUT_WIDTHS and id(width) in flattened:
-            continue
-        for node in nodes:
-            if node.op == "call_module" and module.get_submodule(str(node.target)) is layer:
-                seen = node.all_input_nodes if name in _INPUT_WIDTHS else [node]
-                tracer.watched |= dict.fromkeys(seen, f"forward() reads {node.target}.{name}")
+    read = {prefix + norm for norm in norms_read(reads, module)}
+    return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched, read)
 
 
 def _calls(graph: torch.fx.Graph) -> Counter[tuple[str, str]]:

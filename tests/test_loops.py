@@ -801,8 +801,25 @@ def test_finish_takes_the_loader_of_a_network_in_half_precision() -> None:
     assert model(X.bfloat16()).isfinite().all()
 
 
-def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed() -> None:
+def test_inputs_of_several_types_keep_theirs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = block(3, 9), nn.Linear(3, 9).double()
+
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return self.a(x).mean((2, 3)) * self.b(t)
+
+    inputs = X, X.double().mean((2, 3))
+    compressor = Compressor(Two(), inputs, 0.0)
+    compressor.finish([(*inputs, torch.zeros(len(X)))])
+    compressor.reestimate([(X.double(), inputs[1].float())])
+
+
+@pytest.mark.parametrize("thawed", [True, False])
+def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed(thawed: bool) -> None:
     compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.1)
+    compressor.model.requires_grad_(thawed)
     compressor.freeze()
     kill(compressor)
     assert compressor.cut(sgd(compressor))

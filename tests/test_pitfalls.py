@@ -1,9 +1,9 @@
 """Ways in which people write models that once led to wrong cuts, or to errors."""
 
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor
+from selfcompress.layers import QuantConv2d
 from selfcompress.liveness import settle_statistics
 from selfcompress.surgery import Plan
 from selfcompress.verify import CutError, compare, snapshot
@@ -237,6 +238,80 @@ def test_half_precision_networks_are_judged_by_their_own_rounding(dtype: torch.d
     assert compressor.cut()
 
 
+class Shaped(nn.Module):
+    """Gives tensors the shape that layers have, in one `way` or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv, self.norm = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.squeeze, self.linear = nn.Linear(6, 6, bias=False), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.norm(self.conv(x)))
+        gate = torch.sigmoid(self.squeeze(x.mean((2, 3))))
+        if self.way == "own width":
+            gate = gate.view(x.size(0), self.squeeze.out_features, 1, 1)
+        elif self.way == "torch.reshape":
+            gate = torch.reshape(gate, (-1, self.linear.in_features, 1, 1))
+        elif self.way == "keyword":
+            gate = gate.reshape(shape=(-1, self.linear.in_features, 1, 1))
+        else:
+            gate = gate.to(self.norm.weight.dtype)[:, :, None, None]
+        return self.linear((x * gate).mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["own width", "torch.reshape", "keyword", "dtype of a norm"])
+def test_a_shape_or_type_that_layers_have_holds_no_rows(way: str) -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(Shaped(way).double(), X, 0.0, bits=8)
+    cut_some(compressor)
+    assert len(compressor.layers["conv"].weight) == 4
+    assert compressor.layers["linear"].weight.shape[1] == 4
+    assert len(compressor.model.get_parameter("norm.weight")) == 4
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_a_width_that_is_read_in_evaluation_alone_or_of_a_float_layer_is_minded() -> None:
+    class Evaluates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 6, 1, bias=False), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            x = torch.relu(self.conv(x)).mean((2, 3))
+            return self.linear(x if self.training else x / self.conv.out_channels)
+
+    class Scaled(Evaluates):
+        def forward(self, x: Tensor) -> Any:
+            x = torch.relu(self.conv(x)).mean((2, 3))
+            return self.linear(x) / self.linear.in_features**0.5
+
+    cut_some(Compressor(Evaluates().double(), X, 0.0, bits=8))
+    cut_some(Compressor(Scaled().double(), X, 0.0, bits=8, exclude=["linear"]))
+
+
+def test_the_class_of_a_layer_of_ones_own_is_left_alone() -> None:
+    known: dict[str, type] = {}
+
+    class Mine(nn.Linear):
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            known[cls.__name__] = cls
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mine = nn.Conv2d(3, 6, 1, bias=False), Mine(6, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            assert type(self.mine) is Mine
+            return self.mine(torch.relu(self.conv(x)).mean((2, 3)))
+
+    compressor = Compressor(Net().double(), X, 0.0, bits=8)
+    assert compressor.graph.nodes and not known
+    assert type(compressor.model.conv) is QuantConv2d
+
+
 def test_flattening_to_the_width_of_a_layer_holds_no_channels() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -272,6 +347,22 @@ def test_layers_in_a_plain_list_are_refused(alone: bool) -> None:
         Compressor(Listed(), X.float(), 0.1)
 
 
+class Frozen(OrderedDict[str, int]):
+    """Does not let itself be changed."""
+
+    def update(self, *_: Any) -> None:  # type: ignore[override]
+        raise TypeError
+
+    clear = update
+
+
+class Tags(set[str]):
+    """Is not made of its elements alone."""
+
+    def __init__(self, name: str, values: list[str]) -> None:
+        super().__init__(values)
+
+
 class Remembers(nn.Module):
     """Stores what it computes, counts its calls, and keeps an average."""
 
@@ -281,6 +372,8 @@ class Remembers(nn.Module):
         self.map: Tensor | None = None
         self.losses: list[Tensor] = []
         self.maps: dict[str, dict[str, Tensor]] = {"all": {}}
+        self.names, self.seen = Frozen(a=1), Tags("x", ["a"])
+        self.found: Any = defaultdict(list, {"a": [1]})
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
@@ -289,6 +382,8 @@ class Remembers(nn.Module):
         self.map = torch.sigmoid(self.conv(x))
         self.losses.append(self.map.mean())
         self.maps["all"]["last"] = self.map
+        self.found["b"].append(1)
+        self.found["a"].append(1)
         return self.map
 
 
@@ -301,6 +396,7 @@ def test_looking_at_a_model_leaves_nothing_behind() -> None:
     assert compressor.cut() is not None
     assert model[0].map is None
     assert (model[0].losses, model[0].maps) == ([], {"all": {}})
+    assert (model[0].names, model[0].seen, model[0].found) == ({"a": 1}, {"a"}, {"a": [1]})
     assert model.get_buffer("0.calls") == 0
     model(X.float())
     assert [len(kept) for kept in lists] == [1, 1]  # they are the same objects still
@@ -381,6 +477,24 @@ def test_a_wrong_cut_is_noticed_in_an_object_that_is_returned() -> None:
         compare(before, snapshot(compressor.model, X), Plan(), 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_what_is_no_output_of_an_object_that_is_returned_may_change() -> None:
+    class Holds(Answers):
+        past: ClassVar[list[Tensor]] = []
+
+        def forward(self, x: Tensor) -> Any:
+            answer: Any = super().forward(x)
+            answer.weight = self.a.weight
+            self.past.append(answer.logits)
+            answer.past = self.past
+            return answer
+
+    compressor = Compressor(Holds().double(), X, 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["a"].bit_depth[::3] = 0
+    assert compressor.cut() is not None
+
+
 class Spectrum(nn.Module):
     """Computes with complex numbers, and gives some."""
 
@@ -391,12 +505,14 @@ class Spectrum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         waves: Tensor = self.waves(torch.fft.fft(self.b(torch.relu(self.a(x)))))
-        return waves
+        return waves.conj()
 
 
 def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None:
     torch.manual_seed(0)
     model = Spectrum().double()
+    with torch.no_grad():
+        model.waves.bias.fill_(1j)
     compressor = Compressor(model, X, 0.0, bits=8)
     assert compressor.left_in_float == {"waves": "it computes with complex numbers"}
     cut_some(compressor)
@@ -410,6 +526,7 @@ def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None
 def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).double()
     model[2].rate = 0.1
+    model[2].bit_depth, model[2].channel_dim, model[2].compute = 3, 0, None
     seen: list[Any] = []
     model[2].register_full_backward_hook(lambda *given: seen.append(given))
     for index in (0, 1):

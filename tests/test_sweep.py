@@ -61,12 +61,12 @@ def test_every_gamma_and_seed_is_a_run_and_the_baseline_too(cli: Cli, tmp_path: 
     assert len((root / "results.csv").read_text().splitlines()) == 7
 
     before = (root / NAMES[0] / runs.SUMMARY).stat().st_mtime_ns
-    for name in (".results.csv.x1y2z3_4", ".curve.png.x1y2z3_4", ".notes.csv.bak"):
+    for name in (".results.csv.x1y2z3_4", ".curve.png.x1y2z3_4", ".notes.csv.x1y2z3_4"):
         (root / name).write_text("")
     code, out, _ = cli(*GAMMAS, "--jobs", 2, "--run-dir", root)
     assert code == 0
     # A process that is killed while it writes leaves the first two; the third is the user's.
-    assert [file.name for file in root.glob(".*.*.*")] == [".notes.csv.bak"]
+    assert [file.name for file in root.glob(".*.*.*")] == [".notes.csv.x1y2z3_4"]
     assert "6 runs" in out and "6 of them done" in out
     assert "started" not in out
     assert (root / NAMES[0] / runs.SUMMARY).stat().st_mtime_ns == before

@@ -1,0 +1,118 @@
+"""Notice where a forward() computes with how many channels a layer has, which a cut changes.
+
+To torch.fx such a number is a constant: nothing in a trace says where it came from.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+
+_OF_INPUTS, _OF_OUTPUTS = ("in_channels", "in_features"), ("out_channels", "out_features")
+_OF_NORMS = ("num_features", "running_mean", "running_var")
+
+
+class _Width(int):
+    """A number that can be told from others that are as large."""
+
+
+class Read(NamedTuple):
+    """Attribute `name` of `layer` was read, and was `value`."""
+
+    layer: nn.Module
+    name: str
+    value: Any
+
+
+@contextmanager
+def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
+    """Inside, it is noted what is read of layers and batch norms in `module`, from outside of them.
+
+    Properties of classes that are put in the place of theirs do that. A user's own subclass of a
+    layer, whose class may be asked for, is left alone.
+    """
+    reads: list[Read] = []
+    kinds = {
+        layer: type(layer)
+        for layer in module.modules()
+        if isinstance(layer, QuantizedLayer | PlacedBatchNorm) or type(layer) in FLOAT_LAYERS
+    }
+    try:
+        for layer, kind in kinds.items():
+            names = _OF_NORMS if isinstance(layer, PlacedBatchNorm) else _OF_INPUTS + _OF_OUTPUTS
+            held = (vars(layer) | layer._buffers).keys() & set(names)
+            body = {"__module__": kind.__module__} | {n: _noted(n, reads) for n in held}
+            layer.__class__ = type(kind.__name__, (kind,), body)
+        yield reads
+    finally:
+        for layer, kind in kinds.items():
+            layer.__class__ = kind
+
+
+def _noted(name: str, reads: list[Read]) -> Any:
+    def get(layer: nn.Module) -> Any:
+        value = (vars(layer) | layer._buffers)[name]
+        value = _Width(value) if isinstance(value, int) else value
+        reads.append(Read(layer, name, value))
+        return value
+
+    return property(get)
+
+
+def norms_read(reads: Sequence[Read], module: nn.Module) -> set[str]:
+    """Names in `module` of the batch norms whose width or statistics were read."""
+    layers = {read.layer for read in reads}
+    return {n for n, m in module.named_modules() if m in layers and isinstance(m, PlacedBatchNorm)}
+
+
+def held(
+    reads: Sequence[Read], nodes: Sequence[torch.fx.Node], module: nn.Module
+) -> dict[torch.fx.Node, str]:
+    """What keeps its channels since their number was read → why.
+
+    Not so where a tensor is flattened to as many numbers as a layer reads: both are cut alike. Nor
+    where what a layer has made is given its own width: it is then the trace's constant that
+    channels stay for, and their rows go.
+    """
+    found: dict[torch.fx.Node, str] = {}
+    calls = {node: _called(node, module) for node in nodes if node.op == "call_module"}
+    for layer, name, value in reads:
+        if isinstance(layer, PlacedBatchNorm):
+            continue
+        shaped = next((node for node in nodes if _shapes_to(node, value)), None)
+        if shaped is not None and (name in _OF_INPUTS or _is_made_by(layer, shaped, calls)):
+            continue
+        for node, called in calls.items():
+            if called is layer:
+                seen = node.all_input_nodes if name in _OF_INPUTS else [node]
+                found |= dict.fromkeys(seen, f"forward() reads {node.target}.{name}")
+    return found
+
+
+def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module:
+    return module.get_submodule(str(node.target))
+
+
+def _shapes_to(node: torch.fx.Node, width: int) -> bool:
+    """Whether `node` is a view of a shape in which that very number is."""
+    is_view = node.op == "call_method" and node.target in ("view", "reshape")
+    if not is_view and node.target is not torch.reshape:
+        return False
+    return any(leaf is width for leaf in pytree.tree_leaves((node.args, node.kwargs)))
+
+
+def _is_made_by(
+    layer: nn.Module, node: torch.fx.Node, calls: dict[torch.fx.Node, nn.Module]
+) -> bool:
+    """Whether what `node` reads is what `layer` made, with no other layer in between."""
+    while node.args and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+        if isinstance(calls.get(node), (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
+            return calls[node] is layer
+    return False
