@@ -71,7 +71,7 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
         # Not blocking, and no index by a mask: a GPU would be waited for.
         read = torch.from_numpy(known).to(norm.running_mean, non_blocking=True)
         fixed = ~read.isnan()
-        if measured and not norm.held:
+        if measured:
             fixed &= (norm.running_mean - read).abs() <= _ROUNDING * read.abs() + norm.eps
         if norm.held:
             if norm.bias is None:

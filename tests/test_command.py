@@ -172,6 +172,23 @@ class Named(nn.Module):
         return {"logits": self.inner(x)}
 
 
+class Squeezed(Named):
+    """A network that drops the dimension of a batch of one image."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x).squeeze()
+
+
+def test_eval_takes_a_network_that_needs_more_than_one_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    about = About(image_size=8, mean=[0.5] * 3, std=[0.5] * 3, dataset_kind="digits")
+    save(Squeezed(), tmp_path / "net.scnn", about)
+    maker = ["--model", "test_command:Squeezed"]
+    code, text = call(monkeypatch, capsys, "eval", tmp_path / "net.scnn", *maker)
+    assert code == 0 and "of 360 test images" in text
+
+
 @pytest.mark.parametrize(
     ("make", "image_size", "commands", "says"),
     [

@@ -720,18 +720,18 @@ def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:
 
 
 class Dropping(nn.Module):
-    """In training it leaves out blocks, by chance."""
+    """It leaves out blocks, by chance; in training alone, if so said."""
 
-    def __init__(self, draw: Any) -> None:
+    def __init__(self, draw: Any, alone: bool) -> None:
         super().__init__()
-        self.draw = draw
+        self.draw, self.alone = draw, alone
         self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
         self.blocks = nn.ModuleList(block(6, 6) for _ in range(4))
 
     def forward(self, x: Tensor) -> Any:
         x = self.stem(x)
         for one in self.blocks:
-            if not self.training or self.draw() < 0.9:
+            if (self.alone and not self.training) or self.draw() < 0.9:
                 x = x + one(x)
         return self.head(x)
 
@@ -748,13 +748,14 @@ def drawn() -> list[Any]:
     [random.random, np.random.rand, lambda: torch.rand(()).item()],
     ids=["python", "numpy", "torch"],
 )
-def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any, alone: bool) -> None:
     compressors = []
     for seed in range(6):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        model = Dropping(draw)
+        model = Dropping(draw, alone)
         due = drawn()
         compressors.append(Compressor(model, X, 0.0, bits=8))
         assert drawn() == due
@@ -785,6 +786,18 @@ def test_a_number_that_has_changed_since_the_trace_leaves_measured_statistics() 
         compressor.layers["conv"].bit_depth[:2] = 0
     compressor.finish([X], sgd(compressor))
     torch.testing.assert_close(model.eval()(X), model.train()(X), rtol=0.05, atol=0.05)
+
+
+def test_a_constant_that_autocast_has_rounded_is_what_it_is_in_evaluation() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1))
+    compressor = Compressor(model, X, 0.0, bits=8)
+    with torch.no_grad():
+        model[0].bias.fill_(1.2345)
+        model[1].bias.fill_(0.5)
+        compressor.layers["0"].bit_depth[0] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        compressor.finish([X], sgd(compressor))
+    assert model[1].running_mean[0] == model[0].bias[0]
 
 
 def test_a_size_below_that_of_frozen_layers_is_refused() -> None:

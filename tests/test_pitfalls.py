@@ -189,6 +189,7 @@ class Widths(nn.Module):
             assert self.norm.running_mean is not None
             return self.norm.running_mean.shape[0]
         reads: dict[str, Callable[[], int]] = {
+            "view behind a norm": lambda: self.conv.out_channels,
             "out_channels": lambda: self.conv.out_channels,
             "num_features": lambda: self.norm.num_features,
             "in_features": lambda: self.linear.in_features,
@@ -199,7 +200,8 @@ class Widths(nn.Module):
         x = torch.relu(self.norm(self.conv(x)))
         if self.way != "in_features":
             x = x.view(x.size(0), self.width(), -1)
-        return self.linear(x.flatten(2).mean(2) / self.width() ** 0.5)
+        x = x.flatten(2).mean(2)
+        return self.linear(x if self.way == "view behind a norm" else x / self.width() ** 0.5)
 
 
 def changing_hook() -> nn.Module:
@@ -215,7 +217,8 @@ def changing_hook() -> nn.Module:
         Tapped, lambda: Shared(nn.Conv2d(6, 6, 1)), lambda: Shared(nn.PReLU(6)), Varied, Evaluated,
         Cast, Up, Pairs, Instance, changing_hook, lambda: Widths("out_channels"),
         lambda: Widths("num_features"), lambda: Widths("in_features"),
-        lambda: Widths("shape of a weight"), lambda: Widths("shape of a statistic"),
+        lambda: Widths("view behind a norm"), lambda: Widths("shape of a weight"),
+        lambda: Widths("shape of a statistic"),
     ],
 )  # fmt: skip
 def test_a_cut_is_exact(build: Callable[[], nn.Module]) -> None:
@@ -280,7 +283,7 @@ def test_a_width_that_is_read_in_evaluation_alone_or_of_a_float_layer_is_minded(
 
         def forward(self, x: Tensor) -> Any:
             x = torch.relu(self.conv(x)).mean((2, 3))
-            return self.linear(x if self.training else x / self.conv.out_channels)
+            return self.linear(x / (6 if self.training else self.conv.out_channels))
 
     class Scaled(Evaluates):
         def forward(self, x: Tensor) -> Any:
@@ -508,6 +511,7 @@ class Spectrum(nn.Module):
         return waves.conj()
 
 
+@pytest.mark.filterwarnings("error::numpy.exceptions.ComplexWarning")
 def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None:
     torch.manual_seed(0)
     model = Spectrum().double()
