@@ -731,7 +731,7 @@ class Dropping(nn.Module):
     def forward(self, x: Tensor) -> Any:
         x = self.stem(x)
         for one in self.blocks:
-            if (self.alone and not self.training) or self.draw() < 0.9:
+            if (self.alone and not self.training) or self.draw() < 0.8:
                 x = x + one(x)
         return self.head(x)
 
