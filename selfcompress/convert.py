@@ -93,7 +93,9 @@ def quantize_layers(
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
-        _keep_attributes(old, new)
+        # A name that the twin needs is the twin's.
+        noted = {key: value for key, value in vars(old).items() if not hasattr(new, key)}
+        vars(new).update(noted, noted_by_user=tuple(noted))
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
@@ -132,13 +134,6 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """Have the user's hooks on a layer called for what replaces it."""
     for key, value in vars(old).items():
         if "_hook" in key:  # and whether those of backward are full
-            vars(new)[key] = value
-
-
-def _keep_attributes(old: nn.Module, new: nn.Module) -> None:
-    """Have a twin hold what else the user has noted on a layer."""
-    for key, value in vars(old).items():
-        if not hasattr(new, key):  # a name that the twin needs is the twin's
             vars(new)[key] = value
 
 

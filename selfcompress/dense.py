@@ -43,6 +43,8 @@ def to_dense(model: nn.Module) -> nn.Module:
             if new is None:
                 continue
             keep_hooks(module, new)
+            noted = getattr(module, "noted_by_user", ())
+            vars(new).update({key: vars(module)[key] for key in noted if key in vars(module)})
             made[module] = new.train(module.training)
         if module in made:
             replace(model, name, made[module])

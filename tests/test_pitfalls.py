@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
-from selfcompress import Compressor
+from selfcompress import Compressor, to_dense
 from selfcompress.layers import QuantConv2d
 from selfcompress.liveness import settle_statistics
 from selfcompress.surgery import Plan
@@ -545,3 +545,6 @@ def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -
     model(X.requires_grad_()).sum().backward()
     X.requires_grad_(False).grad = None
     assert (model[2].rate, len(seen)) == (0.1, 1)
+    dense: Any = to_dense(model)
+    assert dense[2].rate == 0.1
+    assert not hasattr(dense[2], "columns")
