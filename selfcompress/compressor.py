@@ -39,8 +39,8 @@ from selfcompress.look import (
     Inputs,
     batch_size,
     detached_copy,
+    moved_like,
     positional,
-    to_the_like_of,
     without_compile,
 )
 from selfcompress.norms import reestimate
@@ -544,7 +544,7 @@ class Compressor:
                 raise ValueError(
                     f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
                 )
-            yield to_the_like_of(inputs, self.example_input)
+            yield moved_like(inputs, self.example_input)
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""

@@ -28,7 +28,7 @@ def device_of(inputs: Inputs) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def to_the_like_of(inputs: Any, example: Inputs) -> Any:
+def moved_like(inputs: Any, example: Inputs) -> Any:
     """`inputs` on the device of `example`; floats of the type of those in their places there."""
     device = device_of(example)
     leaves, structure = pytree.tree_flatten(inputs)
@@ -36,7 +36,7 @@ def to_the_like_of(inputs: Any, example: Inputs) -> Any:
     if len(places) != len(leaves):
         places = leaves
     moved = [
-        leaf.to(device, place.dtype if both_are_float(leaf, place) else None)
+        leaf.to(device, place.dtype if _both_float(leaf, place) else None)
         if isinstance(leaf, Tensor)
         else leaf
         for leaf, place in zip(leaves, places, strict=True)
@@ -44,7 +44,7 @@ def to_the_like_of(inputs: Any, example: Inputs) -> Any:
     return pytree.tree_unflatten(moved, structure)
 
 
-def both_are_float(*values: Any) -> bool:
+def _both_float(*values: Any) -> bool:
     return all(isinstance(value, Tensor) and value.is_floating_point() for value in values)
 
 
