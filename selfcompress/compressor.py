@@ -171,8 +171,9 @@ class Compressor:
         observed = observe(model, example_input)
         if observed.bypassed:
             raise ValueError(
-                f"{min(observed.bypassed)} is called past the model, from a list, say: put it into "
-                "an nn.ModuleList, or exclude it"
+                f"{min(observed.bypassed)} is called past the model, from a list or as "
+                "torch.compile has made it: put it into an nn.ModuleList, compile it later, or "
+                "exclude it"
             )
         self._expect_samples(observed)
         self.graph = channel_graph(model, example_input, observed)

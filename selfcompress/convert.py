@@ -94,8 +94,9 @@ def quantize_layers(
     for old, new in twins.items():
         keep_hooks(old, new)
         # A name that the twin needs is the twin's.
-        noted = {key: value for key, value in vars(old).items() if not hasattr(new, key)}
-        vars(new).update(noted, noted_by_user=tuple(noted))
+        noted = [key for held in _held(old) for key in held if not hasattr(new, key)]
+        keep_noted(old, new, noted)
+        vars(new)["noted_by_user"] = tuple(noted)
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
@@ -135,6 +136,19 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     for key, value in vars(old).items():
         if "_hook" in key:  # and whether those of backward are full
             vars(new)[key] = value
+
+
+def keep_noted(old: nn.Module, new: nn.Module, names: Iterable[str]) -> None:
+    """Have what replaces a layer hold what the user has put on that under these `names`."""
+    for name in names:
+        for held, into in zip(_held(old), _held(new), strict=True):
+            if name in held:
+                into[name] = held[name]
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Its attributes, and where torch keeps its parameters, buffers and submodules."""
+    return vars(module), module._parameters, module._buffers, module._modules
 
 
 def _without_fast_paths(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from selfcompress.attention import QuantAttention
-from selfcompress.convert import TWINS, keep_hooks, replace
+from selfcompress.convert import TWINS, keep_hooks, keep_noted, replace
 from selfcompress.layers import (
     PlacedBatchNorm,
     QuantizedLayer,
@@ -43,8 +43,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             if new is None:
                 continue
             keep_hooks(module, new)
-            noted = getattr(module, "noted_by_user", ())
-            vars(new).update({key: vars(module)[key] for key in noted if key in vars(module)})
+            keep_noted(module, new, getattr(module, "noted_by_user", ()))
             made[module] = new.train(module.training)
         if module in made:
             replace(model, name, made[module])

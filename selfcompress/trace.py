@@ -196,13 +196,16 @@ class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _is_leaf(m) or module_qualified_name in self.failed:
             return True
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
         # torch's own containers (its transformers) are leaves to torch.fx, layers and all.
         return super().is_leaf_module(m, module_qualified_name) and not _has_layers(m)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        inner = m._modules.get("_orig_mod")
+        scripted = isinstance(m, torch.jit.ScriptModule)
+        inner = None if scripted else m._modules.get("_orig_mod")
         if inner is not None:  # what torch.compile made of a submodule: trace that submodule
             result = inner(*args, **kwargs)
             self._watch_hooked(m, args, kwargs, result)
@@ -258,7 +261,8 @@ def _trace_part(
         raise RuntimeError(
             f"in evaluation it calls {next(iter(extra))[1]}, in training it does not"
         )
-    if len(in_evaluation) > len(reads):
+    asked, trained = (Counter((r.layer, r.name) for r in rs) for rs in (in_evaluation, reads))
+    if asked - trained:
         raise RuntimeError(
             "in evaluation it asks for the width of a layer, in training it does not"
         )

@@ -294,6 +294,16 @@ def test_a_width_that_is_read_in_evaluation_alone_or_of_a_float_layer_is_minded(
     cut_some(Compressor(Scaled().double(), X, 0.0, bits=8, exclude=["linear"]))
 
 
+def test_a_scripted_part_freezes_its_neighbours_alone() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()))
+    model = nn.Sequential(
+        block(3, 9), nn.Conv2d(9, 6, 1), scripted, block(6, 9), nn.Conv2d(9, 4, 1)
+    )
+    compressor = Compressor(model.double(), X, 0.0, bits=8)
+    cut_some(compressor)
+    assert compressor.layers["0.0"].out_width == compressor.layers["3.0"].out_width == 6
+
+
 def test_the_class_of_a_layer_of_ones_own_is_left_alone() -> None:
     known: dict[str, type] = {}
 
@@ -530,6 +540,8 @@ def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None
 def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).double()
     model[2].rate = 0.1
+    model[2].register_buffer("peak", torch.tensor(2.0))
+    model[2].act, model[2].gain = nn.ReLU(), nn.Parameter(torch.tensor(3.0))
     model[2].bit_depth, model[2].channel_dim, model[2].compute = 3, 0, None
     seen: list[Any] = []
     model[2].register_full_backward_hook(lambda *given: seen.append(given))
@@ -546,5 +558,8 @@ def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -
     X.requires_grad_(False).grad = None
     assert (model[2].rate, len(seen)) == (0.1, 1)
     dense: Any = to_dense(model)
-    assert dense[2].rate == 0.1
+    for holder in (model[2], dense[2]):
+        assert (holder.rate, holder.peak, holder.gain) == (0.1, 2, 3)
+        assert type(holder.act) is nn.ReLU
+    assert {"2.peak", "2.gain"} <= model.state_dict().keys()
     assert not hasattr(dense[2], "columns")
