@@ -30,7 +30,7 @@ from selfcompress.look import (
 )
 from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.text import first_line
-from selfcompress.widths import held, norms_read, noting_widths
+from selfcompress.widths import held, kept_whole, noting_widths
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Part:
             `Shape` in place of every tensor.
         inside: names of the submodules that are leaves because they cannot be traced.
         watched: operation → who else may read what it gave.
-        read: names of the batch norms whose width or statistics its forward() reads.
+        read: names of the batch norms whose width or statistics its forward() reads, and of
+            convolutions whose groups it counts.
     """
 
     name: str
@@ -272,7 +273,7 @@ def _trace_part(
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
-    read = {prefix + norm for norm in norms_read(reads, module)}
+    read = {prefix + layer for layer in kept_whole(reads, module)}
     return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched, read)
 
 

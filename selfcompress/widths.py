@@ -16,6 +16,7 @@ from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
 
 _OF_INPUTS, _OF_OUTPUTS = ("in_channels", "in_features"), ("out_channels", "out_features")
 _OF_NORMS = ("num_features", "running_mean", "running_var")
+_OF_GROUPS = ("groups",)  # which go as the last row of a group goes
 
 
 class _Width(int):
@@ -45,9 +46,13 @@ def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
     }
     try:
         for layer, kind in kinds.items():
-            names = _OF_NORMS if isinstance(layer, PlacedBatchNorm) else _OF_INPUTS + _OF_OUTPUTS
-            held = (vars(layer) | layer._buffers).keys() & set(names)
-            body = {"__module__": kind.__module__} | {n: _noted(n, reads) for n in held}
+            names = {*_OF_INPUTS, *_OF_OUTPUTS, *_OF_GROUPS}
+            if isinstance(layer, PlacedBatchNorm):
+                names = {*_OF_NORMS}
+            elif not (isinstance(layer, QuantizedLayer) and layer.grouped):
+                names -= {*_OF_GROUPS}
+            there = (vars(layer) | layer._buffers).keys() & names
+            body = {"__module__": kind.__module__} | {n: _noted(n, reads) for n in there}
             layer.__class__ = type(kind.__name__, (kind,), body)
         yield reads
     finally:
@@ -65,10 +70,10 @@ def _noted(name: str, reads: list[Read]) -> Any:
     return property(get)
 
 
-def norms_read(reads: Sequence[Read], module: nn.Module) -> set[str]:
-    """Names in `module` of the batch norms whose width or statistics were read."""
-    layers = {read.layer for read in reads}
-    return {n for n, m in module.named_modules() if m in layers and isinstance(m, PlacedBatchNorm)}
+def kept_whole(reads: Sequence[Read], module: nn.Module) -> set[str]:
+    """Names in `module` of what must not lose anything: of what was read, rows are a part."""
+    layers = {read.layer for read in reads if read.name in _OF_NORMS + _OF_GROUPS}
+    return {name for name, layer in module.named_modules() if layer in layers}
 
 
 def held(
@@ -83,7 +88,7 @@ def held(
     found: dict[torch.fx.Node, str] = {}
     calls = {node: _called(node, module) for node in nodes if node.op == "call_module"}
     for layer, name, value in reads:
-        if isinstance(layer, PlacedBatchNorm):
+        if name not in _OF_INPUTS + _OF_OUTPUTS:
             continue
         shaped = next((node for node in nodes if _shapes_to(node, value)), None)
         if shaped is not None and (name in _OF_INPUTS or _is_made_by(layer, shaped, calls)):

@@ -241,6 +241,26 @@ def test_half_precision_networks_are_judged_by_their_own_rounding(dtype: torch.d
     assert compressor.cut()
 
 
+class Shuffled(nn.Module):
+    """Asks a grouped convolution how many groups it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped, self.last = nn.Conv2d(3, 9, 1, groups=3, bias=False), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.grouped(x).unflatten(1, (self.grouped.groups, -1))
+        return self.last(x.transpose(1, 2).flatten(1, 2) / self.grouped.groups)
+
+
+def test_groups_that_are_counted_keep_their_rows() -> None:
+    compressor = Compressor(Shuffled().double(), X, 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["grouped"].bit_depth[:3] = 0
+    cut_some(compressor)
+    assert len(compressor.layers["grouped"].weight) == 9
+
+
 class Shaped(nn.Module):
     """Gives tensors the shape that layers have, in one `way` or another."""
 
