@@ -27,6 +27,7 @@ from selfcompress.look import (
     positional,
     seed_everything,
     undisturbed,
+    without_compile,
 )
 from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.text import first_line
@@ -197,17 +198,14 @@ class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _is_leaf(m) or module_qualified_name in self.failed:
             return True
-        if isinstance(m, torch.jit.ScriptModule):
-            return True
         # torch's own containers (its transformers) are leaves to torch.fx, layers and all.
         return super().is_leaf_module(m, module_qualified_name) and not _has_layers(m)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        scripted = isinstance(m, torch.jit.ScriptModule)
-        inner = None if scripted else m._modules.get("_orig_mod")
-        if inner is not None:  # what torch.compile made of a submodule: trace that submodule
+        inner = without_compile(m)
+        if inner is not m:  # what torch.compile made of a submodule: trace that submodule
             result = inner(*args, **kwargs)
             self._watch_hooked(m, args, kwargs, result)
             return result

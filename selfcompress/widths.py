@@ -46,12 +46,10 @@ def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
     }
     try:
         for layer, kind in kinds.items():
-            names = {*_OF_INPUTS, *_OF_OUTPUTS, *_OF_GROUPS}
-            if isinstance(layer, PlacedBatchNorm):
-                names = {*_OF_NORMS}
-            elif not (isinstance(layer, QuantizedLayer) and layer.grouped):
-                names -= {*_OF_GROUPS}
-            there = (vars(layer) | layer._buffers).keys() & names
+            names = _OF_NORMS if isinstance(layer, PlacedBatchNorm) else _OF_INPUTS + _OF_OUTPUTS
+            there = (vars(layer) | layer._buffers).keys() & {*names}
+            if isinstance(layer, QuantizedLayer) and layer.grouped:
+                there |= {*_OF_GROUPS}
             body = {"__module__": kind.__module__} | {n: _noted(n, reads) for n in there}
             layer.__class__ = type(kind.__name__, (kind,), body)
         yield reads
