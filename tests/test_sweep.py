@@ -414,24 +414,25 @@ def test_a_sweep_killed_in_the_middle_is_finished_by_the_same_command(tmp_path: 
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     first = start(killed)
+    metrics = killed / "gamma0.03-seed0" / runs.METRICS
     deadline = time.monotonic() + 120
-    # The first two run at once; kill when both are past some epochs.
-    while time.monotonic() < deadline:
-        lengths = [len(f.read_text().splitlines()) for f in killed.glob(f"*/{runs.METRICS}")]
-        if len(lengths) == 2 and min(lengths) >= 2:
-            break
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     orphans = children(first.pid)
-    assert len(orphans) == 2
+    assert orphans
     first.kill()
     first.wait()
     second = start(killed)  # at once
     assert_ended(orphans)
-    assert not list(killed.glob(f"*/{runs.SUMMARY}"))  # so it was in the middle
+    # On a busy machine the run beside it may have ended already, or not have come as far.
+    saved = {file.parent.name for file in killed.glob(f"*/{runs.CHECKPOINT}")}
+    middle = saved - {file.parent.name for file in killed.glob(f"*/{runs.SUMMARY}")}
+    assert metrics.parent.name in middle
     out, err = second.communicate(timeout=300)
     assert (second.returncode, err) == (0, ""), out
     logs = [file.read_text() for file in (killed / "logs").glob("*.log")]
-    assert sum("going on after epoch" in log for log in logs) == 2
+    assert sum("going on after epoch" in log for log in logs) == len(middle)
 
     third = start(whole)
     out, err = third.communicate(timeout=300)
