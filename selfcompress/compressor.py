@@ -32,7 +32,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.idle import IdleRows
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, quantized_layers
+from selfcompress.layers import QuantizedLayer, quantized_layers
 from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import (
@@ -181,7 +181,6 @@ class Compressor:
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-        self._held: set[str] = set()
         self.formats = FormatStepper(
             self.layers,
             self.starting_weights,
@@ -309,16 +308,8 @@ class Compressor:
 
     def _came_back(self, gradient: Tensor) -> None:
         """The loss is differentiated: now, the modes of batch norms are those of training."""
-        self._held = {name for name, norm in self._norms.items() if not norm.training}
-        self._hold(self.model)
+        self.graph.held = {name for name, norm in self._norms.items() if not norm.training}
         self.formats.note_loss_scale(gradient)
-
-    def _hold(self, model: nn.Module) -> None:
-        """Tell norms of the model, or of an average, whether they are in eval mode in training."""
-        for name in self._norms:
-            norm = model.get_submodule(name)
-            if isinstance(norm, PlacedBatchNorm):
-                norm.held = name in self._held
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -410,14 +401,13 @@ class Compressor:
 
     @torch.no_grad()
     def _keep_alike(self, averages: Iterable[nn.Module]) -> None:
-        """Give averages of the model its formats, which would lag behind, and its held norms."""
+        """Give averages of the model its formats, which would lag behind."""
         for average in map(_averaged, averages):
             for name, layer in self.layers.items():
                 twin = average.get_submodule(name)
                 assert isinstance(twin, QuantizedLayer)
                 twin.bit_depth.copy_(layer.bit_depth)
                 twin.exponent.copy_(layer.exponent)
-            self._hold(average)
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
         """Compare what the network computes with what it did; a random one cannot be."""
@@ -525,7 +515,7 @@ class Compressor:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
         models = [self.model, *map(_averaged, averages)]
-        reestimate(models, self._batches(loader), self._held)
+        reestimate(models, self._batches(loader), self.graph.held)
         for model in models:
             settle_statistics(self.graph, model, measured=True)
 
@@ -589,7 +579,7 @@ class Compressor:
             "frozen": self.frozen,
             "steps": self.steps,
             "cuts": self.cuts,
-            "held": sorted(self._held),
+            "held": sorted(self.graph.held),
             "path": None if self._path is None else self._path.state_dict(),
             "asked": dict(self._asked),
         }
@@ -623,8 +613,7 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
-        self._held = set(state["held"])
-        self._hold(self.model)
+        self.graph.held = set(state["held"])
         self.gamma = state["gamma"]
         if self._path is not None and state["path"]:
             self._path.load_state_dict(state["path"])

@@ -371,13 +371,11 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         rows: (entries,) the output channel that each entry computes.
         in_width, out_width: channels of the input and the output.
         aligned: whether every entry's channel has the same index in the input and the output.
-        held: whether it is in eval mode while the network trains, so that its statistics stay.
     """
 
     in_width: int
     out_width: int
     aligned: bool
-    held = False
 
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:

@@ -73,14 +73,15 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
         fixed = ~read.isnan()
         if measured:
             fixed &= (norm.running_mean - read).abs() <= _ROUNDING * read.abs() + norm.eps
-        if norm.held:
+        held = node.module in graph.held
+        if held:
             if norm.bias is None:
                 continue
             made = _in_evaluation(norm, read).to(norm.bias)
             norm.bias.copy_(made.where(fixed, norm.bias))
         norm.running_mean.copy_(read.where(fixed, norm.running_mean))
         # In eval mode a variance of 0 would multiply whatever c still moves by, and its gradient.
-        if not norm.held:
+        if not held:
             norm.running_var.masked_fill_(fixed, 0)
 
 
@@ -303,7 +304,8 @@ class _Analysis:
     def _normed(self, node: Node, read: np.ndarray) -> np.ndarray | float:
         """What entries of a norm make of constants that they read."""
         norm = self.modules[node.module]
-        if isinstance(norm, PlacedBatchNorm) and norm.held and norm.running_mean is not None:
+        if node.module in self.graph.held and norm.running_mean is not None:
+            assert isinstance(norm, PlacedBatchNorm)
             return _in_evaluation(norm, torch.from_numpy(read)).numpy(force=True)
         return self._bias(node)
 

@@ -71,9 +71,9 @@ def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> No
 def hold_norms(compressor: Compressor, seed: int) -> None:
     """Batch norms are in eval mode while the network trains, with random statistics."""
     generator = torch.Generator().manual_seed(seed)
-    for norm in compressor.model.modules():
+    for name, norm in compressor.model.named_modules():
         if isinstance(norm, PlacedBatchNorm):
-            norm.held = True
+            compressor.graph.held.add(name)
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.normal_(generator=generator)
                 norm.running_var.uniform_(0.5, 2, generator=generator)
