@@ -33,7 +33,8 @@ class Node:
 
     Attributes:
         inputs: names of the operations whose tensors it reads.
-        module: qualified name of the module that is called; empty for functions.
+        module: qualified name of the module that is called, or whose forward() an OWN_NORM is in;
+            empty for other functions.
         evaluate: what an ELEMENTWISE, ADD or MUL operation does to (1, positions) tensors.
         tensor: qualified name of the model's tensor whose dimension `tensor_dim` counts the
             positions: what a PARAMETER node reads, or the weight of a PReLU; else empty.

@@ -5,6 +5,7 @@ cat, chunk, permute ...) is run on the numbers of the positions, so that it tell
 each one goes; what is not understood has its ids frozen.
 """
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
+import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
 from selfcompress.layers import (
     FLOAT_LAYERS,
+    NORM_ENTRIES,
     PlacedBatchNorm,
     QuantizedLayer,
     layer_widths,
@@ -65,7 +69,7 @@ def channel_graph(
             f"are only removed inside of those of its modules that it can trace ({parts})",
             stacklevel=3,
         )
-    builder = _Builder(model, traced, observed.read_elsewhere)
+    builder = _Builder(model, traced, observed)
     for part in traced.parts:
         builder.follow(part)
     graph = builder.graph()
@@ -102,9 +106,10 @@ class _CannotFollowError(Exception):
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, traced: Trace, read_elsewhere: set[str]) -> None:
+    def __init__(self, model: nn.Module, traced: Trace, observed: Observed) -> None:
         self.model = model
-        self.read_elsewhere = read_elsewhere
+        self.read_elsewhere = observed.read_elsewhere
+        self.observed_calls = observed.counts
         self.untraceable = traced.untraceable
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.first = {module: name for name, module in model.named_modules()}
@@ -116,6 +121,7 @@ class _Builder:
         self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
         self.parameters: dict[str, _Value] = {}
         self.calls: Counter[str] = Counter()
+        self.own_norms: Counter[str] = Counter()  # batch norms of users' classes → followed calls
         self.read: set[str] = set()  # modules whose tensors are read by other modules
         self.spoiled: dict[str, str] = {}  # layers of which one call could not be followed → why
         owners = Counter(
@@ -131,6 +137,7 @@ class _Builder:
     def follow(self, part: Part) -> None:
         """Add the operations of one part."""
         self.prefix, self.facts = part.prefix, part.facts
+        self.runs = self.observed_calls[part.name] if part.name else 1
         self.values: dict[torch.fx.Node, Any] = {}
         _redirect_in_place(part, self._module)
         hazards = _alias_hazards(part, self._module)
@@ -189,6 +196,8 @@ class _Builder:
             raise _CannotFollowError("has hooks, which see or change what it reads and makes")
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
             return self._layer(node, module, inputs, fact)
+        if node.target is F.batch_norm and isinstance(fact, Shape):
+            return Kind.OWN_NORM, self._own_norm(node, fact)
         if node.op == "call_method" and node.target in CASTS:
             inputs = inputs[:1]  # of another tensor it takes only the type
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
@@ -291,6 +300,36 @@ class _Builder:
                 f"mixes another dimension than the channels, which are not in {axis}"
             )
         return np.arange(width) if value.grid[axis] > 1 else np.zeros(width, np.int64)
+
+    def _own_norm(self, node: torch.fx.Node, fact: Shape) -> _Value:
+        """What the forward() of a user's own subclass of a batch norm computes with."""
+        bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        keys = [key for key in NORM_ENTRIES if given[key] is not None]
+        names = [
+            self._target(given[key])
+            for key in keys
+            if isinstance(given[key], torch.fx.Node) and given[key].op == "get_attr"
+        ]
+        name = names[0].rpartition(".")[0] if names else ""
+        if not isinstance(self.modules[name], _BatchNorm) or names != [f"{name}.{k}" for k in keys]:
+            raise _CannotFollowError("reads other tensors than those of one batch norm")
+        if not given["training"]:
+            raise _CannotFollowError("takes no statistics in training")
+        value, *entries = (self.values[given[key]] for key in ("input", *keys))
+        if value.grid[1] == 1 or any(len(e.ids) != value.grid[1] for e in entries):
+            raise _CannotFollowError("has entries that are not indexed by its channels alone")
+        self._along(value, 1, value.grid[1])
+        for other in entries:
+            self._unite(value.ids, other.ids)
+        self.made[name] = (value.ids, value.ids)
+        self.own_norms[name] += self.runs
+        result = _Value(self._name(node), value.ids, replace(value.layout), value.copies)
+        numbers = np.arange(len(value.ids))
+        sources = (numbers,) * (1 + len(entries))
+        self._emit(node, Kind.OWN_NORM, [value, *entries], result, sources, module=name)
+        return result
 
     def _spatial(
         self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value], fact: Shape
@@ -439,10 +478,11 @@ class _Builder:
         evaluate: Callable[..., Tensor] | None = None,
         tensor: str = "",
         tensor_dim: int = 0,
+        module: str = "",
     ) -> None:
         """Add a node to the graph."""
         name = value.name if value is not None else self._name(node)
-        module = self._target(node) if node.op == "call_module" else ""
+        module = self._target(node) if node.op == "call_module" else module
         if value is not None:
             self.result.ids[name] = value.ids
             self.result.layouts[name] = value.layout
@@ -523,6 +563,9 @@ class _Builder:
     def graph(self) -> ChannelGraph:
         """All that was followed, with equal ids where channels are the same."""
         graph, count = self.result, self.count
+        for name, followed in self.own_norms.items():
+            if self.observed_calls[name] not in (0, followed):
+                self.spoiled.setdefault(name, "is also called by code that cannot be traced")
         for name in self.spoiled.keys() & self.made.keys():
             for ids in self.made[name]:
                 self._freeze(ids, f"{name}, in one of its calls, {self.spoiled[name]}")

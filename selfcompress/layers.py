@@ -446,6 +446,18 @@ class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` that can lose channels."""
 
 
+NORM_ENTRIES = ("running_mean", "running_var", "weight", "bias")
+"""The tensors of a batch norm that have an entry for every channel, as `F.batch_norm` has them."""
+
+
+def recount(module: nn.Module, tensor: Tensor) -> None:
+    """Have a module that is not ours say how many channels its `tensor` is for."""
+    if isinstance(module, nn.PReLU):
+        module.num_parameters = len(tensor)
+    elif isinstance(module, _BatchNorm) and not isinstance(module, PlacedBatchNorm):
+        module.num_features = len(tensor)
+
+
 FLOAT_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.channels import ChannelGraph, Node
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv
@@ -21,6 +22,7 @@ from selfcompress.ops import Kind
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
 _WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
+_NORMS = (Kind.NORM, Kind.OWN_NORM)
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
     """
     analysis = _Analysis(graph, model)
     constant = analysis.run().constant
-    for node in graph.of_kind(Kind.NORM):
+    for node in graph.of_kind(*_NORMS):
         norm = model.get_submodule(node.module)
-        assert isinstance(norm, PlacedBatchNorm)
+        assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None or norm.running_var is None or analysis.calls[node.module] > 1:
             continue
         known = constant[node.inputs[0]][graph.sources[node.name][0]][analysis.columns(node)]
@@ -90,7 +92,7 @@ class _Analysis:
         self.graph = graph
         self.modules = dict(model.named_modules())
         self.users: dict[str, list[Node]] = {node.name: [] for node in graph.nodes}
-        self.calls = Counter(node.module for node in graph.of_kind(*_WITH_ROWS))
+        self.calls = Counter(node.module for node in graph.of_kind(*_WITH_ROWS, Kind.OWN_NORM))
         for node in graph.nodes:
             for name in node.inputs:
                 self.users[name].append(node)
@@ -142,6 +144,9 @@ class _Analysis:
                     made = np.where(np.isnan(read), np.nan, self._normed(node, read))
                     live = self._live(node)
                     value[self._positions(node)[live]] = made[live]
+                case Kind.OWN_NORM:
+                    known = ~np.isnan(inputs[0]) & (self.calls[node.module] == 1)
+                    value = np.where(known, self._normed(node, inputs[0]), np.nan)
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
                     known = ~np.isnan(inputs).any(0)
                     value = np.where(known, _evaluate(node, inputs), np.nan)
@@ -215,6 +220,9 @@ class _Analysis:
                 needs[self.columns(node).reshape(conv.groups, -1)[groups]] = True
             return needs, ~needs
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
+        if node.kind is Kind.OWN_NORM:  # whatever constant it reads, it makes the same one
+            needs = needs & ~(zero & ~np.isnan(self.constant[node.name]))
+            return needs, ~needs
         if node.kind is Kind.MUL:
             needs = needs.copy()
             sources = self.graph.sources[node.name]
@@ -260,11 +268,11 @@ class _Analysis:
 
     def _lingering(self, gone: np.ndarray) -> dict[str, np.ndarray]:
         lingering: dict[str, np.ndarray] = {}
-        for node in self.graph.of_kind(*_WITH_ROWS):
-            if node.module not in self.rows:
+        for node in self.graph.of_kind(*_WITH_ROWS, Kind.OWN_NORM):
+            if node.module not in self.rows and node.kind is not Kind.OWN_NORM:
                 continue
             # A norm takes its input's constant away again: no need to drive that one to zero.
-            only_normed = all(user.kind is Kind.NORM for user in self.users[node.name])
+            only_normed = all(user.kind in _NORMS for user in self.users[node.name])
             if only_normed or getattr(self.modules[node.module], "bias", None) is None:
                 continue
             ids = self.graph.ids[node.name]
@@ -305,7 +313,7 @@ class _Analysis:
         """What entries of a norm make of constants that they read."""
         norm = self.modules[node.module]
         if node.module in self.graph.held and norm.running_mean is not None:
-            assert isinstance(norm, PlacedBatchNorm)
+            assert isinstance(norm, _BatchNorm)
             return _in_evaluation(norm, torch.from_numpy(read)).numpy(force=True)
         return self._bias(node)
 
@@ -327,7 +335,7 @@ class _Analysis:
         return self._arrays[key]
 
 
-def _in_evaluation(norm: PlacedBatchNorm, read: Tensor) -> Tensor:
+def _in_evaluation(norm: _BatchNorm, read: Tensor) -> Tensor:
     """(entries,) what a norm in eval mode makes of (entries,) constants."""
     assert norm.running_mean is not None and norm.running_var is not None
     read = read.to(norm.running_mean.device, torch.float64)

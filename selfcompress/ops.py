@@ -23,6 +23,7 @@ class Kind(Enum):
     LAYER = auto()  # reads all its input channels, makes new ones; also an unquantised layer
     GROUPED = auto()  # a grouped convolution: each of its rows reads the channels of its group
     NORM = auto()  # batch norm: one new channel per channel read
+    OWN_NORM = auto()  # a batch norm of a user's class: the same channels, an entry for each
     ELEMENTWISE = auto()  # the same channels; a constant becomes another constant
     SPATIAL = auto()  # the same channels; zero stays zero (pooling, dropout)
     ADD = auto()  # channels of the operands become the same ones; also differences

@@ -25,7 +25,14 @@ from torch.optim import (
 )
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    NORM_ENTRIES,
+    PlacedBatchNorm,
+    QuantizedLayer,
+    _QuantConv,
+    recount,
+)
 from selfcompress.liveness import Liveness
 from selfcompress.ops import Kind
 
@@ -184,7 +191,7 @@ class _Planner:
         rows = np.array(self.plan.rows[name], np.int64)
         placed = new_out[module.rows.numpy(force=True)[rows]].tolist()
         if isinstance(module, PlacedBatchNorm):
-            for tensor in ("weight", "bias", "running_mean", "running_var"):
+            for tensor in NORM_ENTRIES:
                 self._keep(f"{name}.{tensor}", 0, rows)
             columns = new_in[module.columns.numpy(force=True)[rows]].tolist()
             self.plan.wiring[name] = Wiring(*widths, placed, columns)
@@ -250,8 +257,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
             renewed[old] = (new, cuts)
         else:
             setattr(module, name, _select(old, cuts))
-        if isinstance(module, nn.PReLU):
-            module.num_parameters = len(module.weight)
+        recount(module, getattr(module, name))
     for optimizer in optimizers:
         _cut_optimizer(optimizer, renewed)
     for module_name, wiring in plan.wiring.items():

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
@@ -245,7 +246,7 @@ def _trace_part(
     }
     tracer = _Tracer()
     module.train()
-    with noting_widths(module) as reads:
+    with noting_widths(module) as reads, _of_any_rank(module):
         graph = tracer.trace(module, concrete_args=plain or None)
     tracer.watched |= held(reads, list(graph.nodes), module)
     traced = torch.fx.GraphModule(module, graph)
@@ -254,7 +255,7 @@ def _trace_part(
             if not is_torchs(key):
                 tracer.watch(value, f"it is kept as {owner}.{key}".replace(" .", " "))
     module.eval()
-    with noting_widths(module) as in_evaluation:
+    with noting_widths(module) as in_evaluation, _of_any_rank(module):
         extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
     if extra:
         raise RuntimeError(
@@ -273,6 +274,19 @@ def _trace_part(
     inside = [prefix + failed for failed in tracer.failed]
     read = {prefix + layer for layer in kept_whole(reads, module)}
     return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched, read)
+
+
+@contextmanager
+def _of_any_rank(module: nn.Module) -> Iterator[None]:
+    """Inside, users' own batch norms do not ask how many dimensions their input has."""
+    own = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and not _is_leaf(norm)]
+    try:
+        for norm in own:
+            vars(norm)["_check_input_dim"] = lambda input: None
+        yield
+    finally:
+        for norm in own:
+            del vars(norm)["_check_input_dim"]
 
 
 def _calls(graph: torch.fx.Graph) -> Counter[tuple[str, str]]:

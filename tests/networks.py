@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph
 from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
-from selfcompress.layers import PlacedBatchNorm, quantized_layers
+from selfcompress.layers import quantized_layers
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.surgery import Plan, apply_plan, plan_cut
 
@@ -240,6 +241,39 @@ class Volumes(nn.Module):
         return y
 
 
+class NormAct(nn.BatchNorm2d):
+    """A user's own class, as timm's are: it calls the function, and an activation behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        out = F.batch_norm(input, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.silu(out)
+
+
+class NormRelu(nn.BatchNorm2d):
+    """A user's own class that calls torch's forward()."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu_()
+
+
+class OwnNorms(nn.Module):
+    """A residual around batch norms of users' own classes."""
+
+    def __init__(self, first: type[nn.BatchNorm2d] = NormAct) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), first(6)
+        self.inner = nn.Sequential(nn.Conv2d(6, 8, 1, bias=False), NormRelu(8), nn.Conv2d(8, 6, 1))
+        self.last, self.head = NormAct(6), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        y: Tensor = self.head(self.last(x + self.inner(x)))
+        return y
+
+
 class Untraceable(Chain):
     """Its way depends on the data, so torch.fx cannot trace it."""
 
@@ -274,6 +308,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "transformer": (Transformer, ()),
     "sequences": (Sequences, ()),
     "volumes": (Volumes, ()),
+    "own norms": (OwnNorms, ()),
 }
 """Name → how to build it and what to exclude."""
 
@@ -322,13 +357,13 @@ def prepare(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Cut
 def randomise_norms(model: nn.Module) -> None:
     """Random affine parameters and statistics for every batch norm."""
     for module in model.modules():
-        if isinstance(module, PlacedBatchNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_()
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, _BatchNorm):
+            if module.affine:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
 
 
 @torch.no_grad()

@@ -18,19 +18,19 @@ from selfcompress.ops import Kind
 
 
 @contextlib.contextmanager
-def told(seed: int) -> Iterator[None]:
+def told(seed: int, own_norms: bool = False) -> Iterator[None]:
     """Name the seed and show the network of whatever fails inside."""
     try:
         yield
     except BaseException as error:
-        error.add_note(f"seed {seed}:\n{source(seed)}")
+        error.add_note(f"seed {seed}:\n{source(seed, own_norms)}")
         raise
 
 
-def compressed(seed: int) -> Compressor:
+def compressed(seed: int, own_norms: bool = False) -> Compressor:
     """A quantised network of which a layer may have been left in float."""
     generator = torch.Generator().manual_seed(seed)
-    model, x = build(seed)
+    model, x = build(seed, own_norms)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     some = int(torch.randint(len(layers), (), generator=generator))
     exclude = [layers[some]] if len(layers) > 1 and below(0.15, 1, generator) else []
@@ -72,14 +72,14 @@ def hold_norms(compressor: Compressor, seed: int) -> None:
     """Batch norms are in eval mode while the network trains, with random statistics."""
     generator = torch.Generator().manual_seed(seed)
     for name, norm in compressor.model.named_modules():
-        if isinstance(norm, PlacedBatchNorm):
+        if isinstance(norm, _BatchNorm):
             compressor.graph.held.add(name)
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.normal_(generator=generator)
                 norm.running_var.uniform_(0.5, 2, generator=generator)
 
 
-Before = Callable[[PlacedBatchNorm, Tensor, Tensor], Tensor | None]
+Before = Callable[[_BatchNorm, Tensor, Tensor], Tensor | None]
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
     graph, model = compressor.graph, compressor.model
     constant = analyse(graph, model).constant
     hooks = []
-    for node in graph.of_kind(Kind.NORM):
+    for node in graph.of_kind(Kind.NORM, Kind.OWN_NORM):
         norm = model.get_submodule(node.module)
         known = ~np.isnan(constant[node.inputs[0]][graph.sources[node.name][0]])
         known &= sum(other.module == node.module for other in graph.nodes) == 1
@@ -111,10 +111,12 @@ def avoid_ties(compressor: Compressor) -> None:
     Constants that are known to be constants do no harm: those norms compute nothing any more.
     """
 
-    def before(norm: PlacedBatchNorm, x: Tensor, known: Tensor) -> None:
+    def before(norm: _BatchNorm, x: Tensor, known: Tensor) -> None:
         if norm.affine:
-            low, high = x.index_select(1, norm.columns).transpose(0, 1).flatten(1).aminmax(dim=1)
-            norm.bias[(high - low < 1e-6) & ~known[norm.columns] & (norm.bias == 0)] = 0.125
+            every = torch.arange(x.shape[1])
+            columns = norm.columns if isinstance(norm, PlacedBatchNorm) else every
+            low, high = x.index_select(1, columns).transpose(0, 1).flatten(1).aminmax(dim=1)
+            norm.bias[(high - low < 1e-6) & ~known[columns] & (norm.bias == 0)] = 0.125
 
     with watched_norms(compressor, before):
         compute(compressor, training=True)

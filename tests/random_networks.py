@@ -15,7 +15,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
-_NAMES: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "StochasticDepth": StochasticDepth}
+
+class OwnNorm1d(nn.BatchNorm1d):
+    """A user's own class that changes nothing."""
+
+
+class OwnNorm2d(nn.BatchNorm2d):
+    """A user's own class with an activation behind torch's forward()."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(super().forward(input), 0.1)
+
+
+class NormAct2d(nn.BatchNorm2d):
+    """A user's own class that calls the function, as timm's do, and changes the result in place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        out = F.batch_norm(input, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return out.relu_()
+
+
+_NAMES: dict[str, Any] = {
+    "torch": torch, "nn": nn, "F": F, "StochasticDepth": StochasticDepth,
+    "OwnNorm1d": OwnNorm1d, "OwnNorm2d": OwnNorm2d, "NormAct2d": NormAct2d,
+}  # fmt: skip
 
 # What each activation makes of 0 decides whether a dead channel stays silent behind it.
 _ACTIVATIONS = (
@@ -88,9 +112,11 @@ class _Writer:
         vectors: names of the (batch, features) tensors.
         unread: names of tensors that nothing has read yet, in order.
         fresh: those of them that backpropagation lets us change in place.
+        own_norms: batch norms are of users' own classes.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, own_norms: bool) -> None:
+        self.own_norms = own_norms
         self.random = random.Random(seed)
         channels, space = self.random.choice((1, 2, 3, 4)), self.random.choice((4, 6, 8))
         self.input = torch.randn(2, channels, space, space)
@@ -233,7 +259,10 @@ class _Writer:
     def batch_norm(self, name: str) -> str:
         options = f"{self.channels(name)}, eps=0.01" + ", affine=False" * self.chance(0.1)
         rank = 2 if len(self.shape(name)) == 4 else 1
-        return self.let(f"{self.part('bn', f'nn.BatchNorm{rank}d({options})')}({name})")
+        kind = "nn.BatchNorm"
+        if self.own_norms:
+            kind = "NormAct" if rank == 2 and len(self.parts) % 2 else "OwnNorm"
+        return self.let(f"{self.part('bn', f'{kind}{rank}d({options})')}({name})")
 
     def activate(self, name: str) -> str:
         in_place = name in self.fresh and self.chance(0.4)
@@ -278,7 +307,7 @@ class _Writer:
 
     def norm(self) -> None:
         among = "vectors" if self.vectors and self.chance(0.1) else "maps"
-        self.offer(self.batch_norm(self.pick(among=among)), fresh=True)
+        self.offer(self.batch_norm(self.pick(among=among)), fresh=not self.own_norms)
 
     def activation(self) -> None:
         name = self.pick(among="vectors" if self.vectors and self.chance(0.2) else "maps")
@@ -576,14 +605,14 @@ class _Writer:
         return self.random.choice((f"({together})", f"[{together}]", f"{{{named}}}"))
 
 
-def source(seed: int) -> str:
+def source(seed: int, own_norms: bool = False) -> str:
     """A class named Network, as Python source."""
-    return _written(seed)[0]
+    return _written(seed, own_norms)[0]
 
 
-def build(seed: int) -> tuple[nn.Module, Tensor]:
+def build(seed: int, own_norms: bool = False) -> tuple[nn.Module, Tensor]:
     """A network in float64, in training mode, and an input for it."""
-    text, example = _written(seed)
+    text, example = _written(seed, own_norms)
     names = dict(_NAMES)
     exec(text, names)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -603,8 +632,8 @@ def build(seed: int) -> tuple[nn.Module, Tensor]:
         return model, torch.randn(example.shape, dtype=torch.float64)
 
 
-def _written(seed: int) -> tuple[str, Tensor]:
+def _written(seed: int, own_norms: bool) -> tuple[str, Tensor]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        writer = _Writer(seed)
+        writer = _Writer(seed, own_norms)
         return writer.write(), writer.input

@@ -3,18 +3,30 @@
 # mypy: disable-error-code="no-untyped-call"
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Chain, Residual, block, kill, randomise_norms
+from networks import (
+    Chain,
+    NormAct,
+    NormRelu,
+    OwnNorms,
+    Residual,
+    block,
+    kill,
+    randomise_norms,
+)
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
+import selfcompress
 from selfcompress import Compressor
 from selfcompress.attention import QuantAttention
 from selfcompress.convert import quantize_layers
@@ -835,3 +847,180 @@ def test_a_grouped_convolution_with_a_bias_can_lose_single_rows() -> None:
     torch.testing.assert_close(computed(model, images(), False), before)
     assert isinstance(model[2], QuantizedLayer)
     assert model[2].out_width == len(model[2].rows) == 5
+
+
+# --- batch norms of users' own classes ------------------------------------------------------------
+
+
+class SameNorm(nn.BatchNorm2d):
+    """Changes nothing."""
+
+
+class BareNorm(nn.BatchNorm2d):
+    """Without weight and bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+
+class BatchStatistics(nn.BatchNorm2d):
+    """Without statistics of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+
+
+@pytest.mark.parametrize("norm", [NormAct, NormRelu, SameNorm, BareNorm, BatchStatistics])
+def test_channels_go_through_batch_norms_of_own_classes(norm: type[nn.BatchNorm2d]) -> None:
+    compressor = started(OwnNorms(norm), images())
+    check_exact(compressor, images())
+    model = compressor.model
+    assert isinstance(model, OwnNorms) and type(model.norm) is norm
+    layers = reported(compressor)
+    assert [name for name, layer in layers.items() if layer.removable < layer.channels] == [
+        "head.linear"
+    ]
+    for name in ("stem", "inner.2"):
+        kill(model, name, [0])
+        bias = compressor.layers[name].bias
+        assert bias is not None
+        bias.data.zero_()
+    if model.norm.bias is not None:
+        model.norm.bias.data.zero_()
+    model.last.bias.data.zero_()
+    was = compressor.layers["stem"].out_width
+    compressor.cut()
+    kept = compressor.layers["stem"].out_width
+    assert 1 < kept < was and model.norm.num_features == kept
+    held = [*model.norm.parameters(), *model.norm.buffers()]
+    assert all(len(tensor) == kept for tensor in held if tensor.dim())
+
+
+def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(tmp_path: Path) -> None:
+    def begin() -> tuple[Compressor, SGD]:
+        torch.manual_seed(0)
+        compressor = Compressor(OwnNorms(), x, 0.3, bits=4, interval=5)
+        return compressor, SGD(compressor.weights(), 0.05, 0.9)
+
+    def train(compressor: Compressor, optimizer: SGD, steps: int) -> None:
+        for _ in range(steps):
+            loss = F.cross_entropy(compressor.model(x), labels) + compressor.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            compressor.step(optimizer)
+
+    x, labels = images(16, 3, 8, 8).float(), torch.arange(16) % 4
+    compressor, optimizer = begin()
+    train(compressor, optimizer, 60)
+    model = compressor.model
+    assert isinstance(model, OwnNorms)
+    width = len(model.inner[1].bias)  # type: ignore[arg-type]
+    assert width < 8
+    buffer = io.BytesIO()
+    torch.save(compressor.state_dict(optimizer), buffer)
+    buffer.seek(0)
+    again, its_optimizer = begin()
+    again.load_state_dict(torch.load(buffer, weights_only=True), its_optimizer)
+    train(compressor, optimizer, 20)
+    train(again, its_optimizer, 20)
+    for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    compressor.finish([x], optimizer)
+    want = model.eval()(x)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", OwnNorms())
+    assert torch.equal(loaded(x), want)
+    assert isinstance(loaded, OwnNorms) and isinstance(model.inner[1], NormRelu)
+    assert loaded.inner[1].num_features == model.inner[1].num_features <= width
+    torch.testing.assert_close(to_dense(model).eval()(x), want, rtol=0, atol=1e-5)
+
+
+def test_a_dead_channel_leaves_a_bias_in_an_own_batch_norm_that_goes_to_zero() -> None:
+    class Shifted(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), Shifted(4), nn.Sigmoid(), nn.Conv2d(4, 4, 1), Shifted(4),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    compressor = started(model, images())
+    kill(model, "3", [1])
+    with torch.no_grad():
+        model[4].get_parameter("bias")[1] = 0.5
+    compressor.lingering.look()
+    # Nor the bias of a row in front of a norm, nor that of a norm whose channel lives.
+    assert {n: p.tolist() for n, p in compressor.lingering.positions.items()} == {"4.bias": [1]}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_own_batch_norms_in_eval_mode_keep_what_they_make_of_constants(held: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), SameNorm(4), nn.Sigmoid(), nn.Conv2d(4, 2, 1))
+    compressor = started(model, images())
+    model[1].train(not held)
+    (compressor.model(images()).sum() + compressor.penalty()).backward()
+    kill(model, "0", [1])
+    before = computed(model[:2].eval(), images(), training=False)[0]
+    compressor.cut()
+    after = computed(model[:2], images(), training=False)[0]
+    changed = bool((before[:, 1] - after[:, 1]).abs().max() > 1e-6)
+    assert changed != held  # else it outputs β, as it does in training
+
+
+class CalledPast(nn.Module):
+    """A part that cannot be traced calls the model's norm."""
+
+    class Part(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) if x.sum() > 0 else self.norm(-x)  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 1), NormAct(6), nn.Conv2d(6, 6, 1)
+        self.part, self.head = self.Part(self.norm), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.part(self.b(self.norm(self.a(x)))))
+        return y
+
+
+class TakenApart(nn.Module):
+    """Calls the function with a weight that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Conv2d(3, 6, 1), SameNorm(6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm
+        x = F.batch_norm(
+            self.a(x), n.running_mean, n.running_var, n.weight.softmax(0), n.bias, self.training
+        )
+        y: Tensor = self.head(x)
+        return y
+
+
+class NeverInTraining(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "why"),
+    [
+        (CalledPast(), "a", "also called by code that cannot be traced"),
+        (TakenApart(), "a", "reads other tensors than those of one batch norm"),
+        (OwnNorms(NeverInTraining), "stem", "takes no statistics in training"),
+    ],
+)
+def test_channels_stay_at_batch_norms_that_are_used_in_other_ways(
+    model: nn.Module, layer: str, why: str
+) -> None:
+    compressor = started(model, images())
+    assert why in reported(compressor)[layer].why
+    check_exact(compressor, images(), shrinks=False)

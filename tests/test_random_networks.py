@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress import Compressor
 from selfcompress.channels import ChannelGraph, Node
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import QuantizedLayer
+from selfcompress.liveness import analyse
 from selfcompress.ops import Kind
 from selfcompress.surgery import Plan
 
@@ -24,7 +25,7 @@ TOLERANCE = 1e-10  # of the scale of what is compared, in float64
 # --- cuts change nothing --------------------------------------------------------------------------
 
 
-def detach_constants(norm: PlacedBatchNorm, x: Tensor, known: Tensor) -> Tensor:
+def detach_constants(norm: _BatchNorm, x: Tensor, known: Tensor) -> Tensor:
     """In training a norm passes no gradient to a constant; in evaluation it would, but for this."""
     return torch.where(known.view(-1, *[1] * (x.dim() - 2)), x.detach(), x)
 
@@ -85,6 +86,10 @@ def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
             zero[layer.rows] = False
             kept = (graph.silent & ~still_read)[graph.ids[node.name]]
             found[f"{node.module}.bias"] = zero | torch.from_numpy(kept)
+    constant = analyse(graph, compressor.model).constant
+    for node in graph.of_kind(Kind.OWN_NORM):  # whose entries stay where their channels do
+        nothing = (constant[node.name] == 0) | graph.silent[graph.ids[node.name]]
+        found[f"{node.module}.bias"] = torch.from_numpy(nothing)
     return found
 
 
@@ -93,9 +98,9 @@ def assert_nothing_left(compressor: Compressor) -> None:
     assert compressor.cut() is None, "a cut right after a cut"
 
 
-def check_cuts(seed: int) -> None:
-    with told(seed):
-        compressor = compressed(seed)
+def check_cuts(seed: int, own_norms: bool = False) -> None:
+    with told(seed, own_norms):
+        compressor = compressed(seed, own_norms)
         kill_at_random(compressor, seed)
         check_cut(compressor)
         assert_nothing_left(compressor)
@@ -117,9 +122,15 @@ def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
     check_cuts(seed)
 
 
-def check_held(seed: int) -> None:
-    with told(seed):
-        compressor = compressed(seed)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_cut_among_batch_norms_of_own_classes_is_exact(seed: int) -> None:
+    check_cuts(seed, own_norms=True)
+
+
+def check_held(seed: int, own_norms: bool = False) -> None:
+    with told(seed, own_norms):
+        compressor = compressed(seed, own_norms)
         hold_norms(compressor, seed)
         for kills in (seed, seed + 1):
             kill_at_random(compressor, kills, settle=False)

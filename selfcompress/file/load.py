@@ -15,10 +15,12 @@ from selfcompress.file.read import Contents, LayerContents, read
 from selfcompress.file.write import DTYPES, LAYOUTS, is_stored
 from selfcompress.layers import (
     FLOAT_LAYERS,
+    NORM_ENTRIES,
     Placed,
     PlacedBatchNorm,
     QuantizedLayer,
     quantized_layers,
+    recount,
 )
 from selfcompress.look import without_compile
 from selfcompress.surgery import Wiring, rewire
@@ -216,7 +218,7 @@ def _known_shapes(header: h.Header, modules: dict[str, nn.Module]) -> dict[str, 
     """Name → the shape that a tensor has to have, by the widths that the header gives."""
     shapes = {f"{layer.name}.bias": [layer.out_width] for layer in header.layers}
     for norm in header.norms:
-        for key in ("weight", "bias", "running_mean", "running_var"):
+        for key in NORM_ENTRIES:
             shapes[f"{norm.name}.{key}"] = [norm.entries]
     for entry in header.float_layers:
         module: Any = modules[entry.name]
@@ -313,10 +315,10 @@ def _fill_tensors(model: nn.Module, contents: Contents, device: torch.device) ->
             if not isinstance(filled, nn.Parameter):
                 filled = new[id(tensor)] = nn.Parameter(filled, tensor.requires_grad)
             module.register_parameter(key, filled)
-            if isinstance(module, nn.PReLU):
-                module.num_parameters = len(filled)
+            recount(module, filled)
         elif id(tensor) in new:
             setattr(module, key, new[id(tensor)])
+            recount(module, new[id(tensor)])
 
 
 def _require_numbers(model: nn.Module) -> None:
