@@ -318,9 +318,9 @@ class _Builder:
         if not given["training"]:
             raise _CannotFollowError("takes no statistics in training")
         value, *entries = (self.values[given[key]] for key in ("input", *keys))
-        if value.grid[1] == 1 or any(len(e.ids) != value.grid[1] for e in entries):
+        self._along(value, 1, value.shape[1])
+        if any(len(other.ids) != len(value.ids) for other in entries):
             raise _CannotFollowError("has entries that are not indexed by its channels alone")
-        self._along(value, 1, value.grid[1])
         for other in entries:
             self._unite(value.ids, other.ids)
         self.made[name] = (value.ids, value.ids)

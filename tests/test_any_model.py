@@ -896,10 +896,13 @@ def test_channels_go_through_batch_norms_of_own_classes(norm: type[nn.BatchNorm2
     assert all(len(tensor) == kept for tensor in held if tensor.dim())
 
 
-def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", [NormAct, BareNorm])
+def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(
+    norm: type[nn.BatchNorm2d], tmp_path: Path
+) -> None:
     def begin() -> tuple[Compressor, SGD]:
         torch.manual_seed(0)
-        compressor = Compressor(OwnNorms(), x, 0.3, bits=4, interval=5)
+        compressor = Compressor(OwnNorms(norm), x, 0.3, bits=4, interval=5)
         return compressor, SGD(compressor.weights(), 0.05, 0.9)
 
     def train(compressor: Compressor, optimizer: SGD, steps: int) -> None:
@@ -915,8 +918,7 @@ def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(tmp_path: 
     train(compressor, optimizer, 60)
     model = compressor.model
     assert isinstance(model, OwnNorms)
-    width = len(model.inner[1].bias)  # type: ignore[arg-type]
-    assert width < 8
+    assert len(model.inner[1].bias) < 8  # type: ignore[arg-type]
     buffer = io.BytesIO()
     torch.save(compressor.state_dict(optimizer), buffer)
     buffer.seek(0)
@@ -930,10 +932,11 @@ def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(tmp_path: 
     compressor.finish([x], optimizer)
     want = model.eval()(x)
     selfcompress.save(model, tmp_path / "net.scnn")
-    loaded = selfcompress.load(tmp_path / "net.scnn", OwnNorms())
+    loaded = selfcompress.load(tmp_path / "net.scnn", OwnNorms(norm))
     assert torch.equal(loaded(x), want)
     assert isinstance(loaded, OwnNorms) and isinstance(model.inner[1], NormRelu)
-    assert loaded.inner[1].num_features == model.inner[1].num_features <= width
+    for made, saved in ((loaded.inner[1], model.inner[1]), (loaded.norm, model.norm)):
+        assert made.num_features == saved.num_features == len(saved.get_buffer("running_mean"))
     torch.testing.assert_close(to_dense(model).eval()(x), want, rtol=0, atol=1e-5)
 
 
@@ -966,6 +969,80 @@ def test_own_batch_norms_in_eval_mode_keep_what_they_make_of_constants(held: boo
     after = computed(model[:2], images(), training=False)[0]
     changed = bool((before[:, 1] - after[:, 1]).abs().max() > 1e-6)
     assert changed != held  # else it outputs β, as it does in training
+
+
+class Branch(nn.Module):
+    """A part that is traced on its own, as the model cannot be, and runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 1, bias=False), NormAct(6), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.norm(self.a(x)))
+        return y
+
+
+class RunsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.head = Branch(), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.branch(self.branch(x if x.sum() > 0 else -x)))
+        return y
+
+
+class NormsTwice(nn.Module):
+    """One batch norm, called on what two layers make: its statistics are of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+        self.norm, self.head = SameNorm(6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.a(x)).relu() + self.norm(self.b(x)).relu())
+        return y
+
+
+class TrainingHead(nn.Module):
+    """A head with a batch norm that only runs in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+        self.more = nn.Sequential(nn.Conv2d(6, 6, 1), NormAct(6), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y: Tensor = self.head(x) + self.more(x) if self.training else self.head(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [(RunsTwice(), ["branch.a"]), (NormsTwice(), ["a", "b"]), (TrainingHead(), ["a", "more.0"])],
+)
+def test_own_batch_norms_may_run_twice_or_in_training_alone(
+    model: nn.Module, layers: list[str]
+) -> None:
+    compressor = started(model, images())
+    assert all(reported(compressor)[layer].removable == 6 for layer in layers)
+    check_exact(compressor, images(), shrinks=False)
+
+
+def test_an_own_batch_norm_of_two_constants_is_followed_no_further() -> None:
+    model = NormsTwice()
+    compressor = started(model, images())
+    for name, constant in (("a", 1.0), ("b", -3.0)):
+        kill(model, name, [0])
+        getattr(model, name).bias.data[0] = constant
+    model.norm.bias.data[0] = -0.1  # in training a ReLU makes 0 of it, in evaluation of one
+    before = computed(model, images(), training=False)
+    compressor.cut()
+    torch.testing.assert_close(computed(model, images(), training=False), before)
+    assert model.norm.num_features == 6
 
 
 class CalledPast(nn.Module):
@@ -1005,6 +1082,20 @@ class TakenApart(nn.Module):
         return y
 
 
+class Shared(nn.Module):
+    """Two batch norms with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 1), SameNorm(6), nn.Conv2d(6, 6, 1)
+        self.next, self.head = SameNorm(6), nn.Conv2d(6, 2, 1)
+        self.next.weight = self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.next(self.b(self.norm(self.a(x)))))
+        return y
+
+
 class NeverInTraining(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
@@ -1015,6 +1106,7 @@ class NeverInTraining(nn.BatchNorm2d):
     [
         (CalledPast(), "a", "also called by code that cannot be traced"),
         (TakenApart(), "a", "reads other tensors than those of one batch norm"),
+        (Shared(), "a", "has entries that are not indexed by its channels alone"),
         (OwnNorms(NeverInTraining), "stem", "takes no statistics in training"),
     ],
 )
