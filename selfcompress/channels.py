@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selfcompress.ops import Kind
+from selfcompress.ops import Kind, taken
 
 Ids = np.ndarray  # (positions,) int64
 
@@ -270,7 +270,10 @@ class ChannelGraph:
             else:
                 try:
                     values[node] = call(node, values, step.module)
-                    right = step.kind is None or _same(values[node], expected)
+                    if node.target is taken:
+                        right = values[node] == expected
+                    else:
+                        right = step.kind is None or _same(values[node], expected)
                 except Exception:  # sizes that do not fit, in whatever way torch says it
                     right = False
             if not right:

@@ -35,14 +35,13 @@ from selfcompress.observe import Observed, observe
 from selfcompress.ops import (
     CASTS,
     JOINS,
-    SIZE_ATTRIBUTES,
-    SIZE_METHODS,
     Kind,
     function_of,
     is_in_place,
     kind_of_call,
     kind_of_module,
     may_alias,
+    reads_sizes,
     worked_on,
 )
 from selfcompress.trace import Part, Shape, Trace, trace
@@ -145,7 +144,7 @@ class _Builder:
         for node in part.nodes:
             if node.op == "call_module":
                 self.calls[self._target(node)] += 1
-            elif node.op == "get_attr" and not all(self._reads_sizes(u) for u in node.users):
+            elif node.op == "get_attr" and not all(reads_sizes(u) for u in node.users):
                 self.read.add((self._target(node)).rpartition(".")[0])
         for node in part.nodes:
             self._visit(node, hazards)
@@ -154,15 +153,15 @@ class _Builder:
 
     def _visit(self, node: torch.fx.Node, hazards: set[torch.fx.Node]) -> None:
         inputs = list(dict.fromkeys(v for n in node.all_input_nodes for v in self._tensors(n)))
-        fact = self.facts[node]
         if node.op == "output":
             self._emit(node, Kind.OUTPUT, inputs)
             for value in inputs:
                 self._freeze(value.ids, "it is an output of the model")
             return
+        fact = self.facts[node]
         shapes = [leaf for leaf in pytree.tree_leaves(fact) if isinstance(leaf, Shape)]
         if not shapes:
-            if inputs and not self._reads_sizes(node):
+            if inputs and not reads_sizes(node):
                 self._opaque(node, inputs, "reads values out of a tensor")
             self._record(node, None, fact)
             return
@@ -514,14 +513,6 @@ class _Builder:
 
     def _tensors(self, node: torch.fx.Node) -> list[_Value]:
         return [v for v in pytree.tree_leaves(self.values[node]) if isinstance(v, _Value)]
-
-    def _reads_sizes(self, node: torch.fx.Node) -> bool:
-        if node.op == "call_method":
-            return str(node.target) in SIZE_METHODS
-        return node.op == "call_function" and (
-            (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES)
-            or node.target in (len, isinstance)
-        )
 
     def _plain_arguments(self, node: torch.fx.Node) -> tuple[Any, dict[str, Any]]:
         args, kwargs = torch.fx.node.map_arg(

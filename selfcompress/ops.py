@@ -107,9 +107,25 @@ _METHODS: dict[str, Any] = {
     "div_": torch.div, "abs_": torch.abs, "exp_": torch.exp,
 }  # fmt: skip
 
-SIZE_METHODS = {"size", "dim", "ndimension", "numel"}
-"""Methods that read sizes of a tensor and nothing else."""
+_SIZE_METHODS = {"size", "dim", "ndimension", "numel"}
 SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+"""Attributes of a tensor in which there is nothing of its values."""
+
+
+def taken(kind: Any, number: Any) -> Any:
+    """`kind` of a number that forward() goes by: stands in a trace where it was asked for."""
+    return kind(number)
+
+
+def reads_sizes(node: torch.fx.Node) -> bool:
+    """Whether a node reads sizes of a tensor and nothing else."""
+    if node.op == "call_method":
+        return str(node.target) in _SIZE_METHODS
+    return node.op == "call_function" and (
+        (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES)
+        or node.target in (len, isinstance, taken)
+    )
+
 
 _KINDS: dict[Any, Kind] = (
     dict.fromkeys(_ELEMENTWISE_FUNCTIONS, Kind.ELEMENTWISE)

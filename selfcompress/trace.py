@@ -5,13 +5,14 @@ a leaf too, and the modules inside of it are traced on their own; so does the mo
 runs is always the user's own eager module: the traces are only read.
 """
 
+import functools
 import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.fx
@@ -25,14 +26,16 @@ from selfcompress.look import (
     Inputs,
     device_of,
     is_torchs,
+    kept_modes,
     positional,
     seed_everything,
     undisturbed,
     without_compile,
 )
 from selfcompress.observe import Observed, zeros_like_observed
+from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, taken
 from selfcompress.text import first_line
-from selfcompress.widths import held, kept_whole, noting_widths
+from selfcompress.widths import Read, held, kept_whole, noting_widths
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,29 @@ def _has_layers(module: nn.Module) -> bool:
     return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
-class _Proxy(torch.fx.Proxy):
-    """A proxy that can tell `x += y` from `x = x + y`."""
+class _Countable(torch.fx.Proxy):
+    """A proxy that Python may ask for its number, and that can tell `x += y` from `x = x + y`."""
 
-    def __len__(self) -> NoReturn:
-        raise RuntimeError("len() of a tensor cannot be traced: write x.shape[0]")
+    tracer: "_Tracer"
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __int__(self) -> int:
+        return self.tracer.take(int, self)  # type: ignore[no-any-return]
+
+    def __index__(self) -> int:
+        return self.tracer.take(operator.index, self)  # type: ignore[no-any-return]
+
+    def __float__(self) -> float:
+        return self.tracer.take(float, self)  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return self.tracer.take(len, self)  # type: ignore[no-any-return]
+
+
+class _Attribute(_Countable, torch.fx.proxy.Attribute):
+    """The same, for `x.shape` and its like."""
 
 
 def _in_place(function: Any) -> Any:
@@ -171,16 +192,138 @@ for _name in (
     "ior",
     "ixor",
 ):
-    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+    setattr(_Countable, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _Tracer(torch.fx.Tracer):
-    """Makes a leaf of every submodule that it fails to trace, and remembers why."""
+    """Computes while it traces, so that forward() may go by the sizes of the example.
 
-    def __init__(self) -> None:
+    Where Python asks for a number that depends on sizes alone (in an `if`, say), it is told that of
+    the example, and a node `taken` notes that the number has to stay the same. What depends on the
+    values of a tensor it is not told. A submodule that fails to be traced becomes a leaf, which
+    runs, and it is remembered why.
+
+    Args:
+        args, kwargs: what the module to be traced is called with.
+        reads: what is read of layers, to which those that compute are to add nothing.
+
+    Attributes:
+        facts: what each node gave, with a `Shape` in place of every tensor.
+        failed: names of such submodules → why.
+        watched: operation → who else may read what it gave.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: list[Read]) -> None:
         super().__init__()
+        self.arguments = args, kwargs
+        self.reads = reads
+        self.facts: dict[torch.fx.Node, Any] = {}
         self.failed: dict[str, str] = {}
         self.watched: dict[torch.fx.Node, str] = {}
+        self.computing = False
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """All tensors that forward() is given are inputs, in whatever they come."""
+        args, kwargs = self.arguments
+        bound = inspect.signature(root_fn).bind(self.root, *args, **kwargs)
+        _, *names = bound.arguments
+        given: dict[str, Any] = {}
+        for name in names:
+            leaves, structure = pytree.tree_flatten(bound.arguments[name])
+            for index, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    unique = name if len(leaves) == 1 else f"{name}_{index}"
+                    leaves[index] = self._input(unique, leaf)
+            given[name] = pytree.tree_unflatten(leaves, structure)
+        bound.arguments.update(given)
+
+        def run() -> list[torch.fx.Proxy]:
+            return list(_outputs(root_fn(*bound.args, **bound.kwargs)))
+
+        return run, []
+
+    def _input(self, name: str, tensor: Tensor) -> torch.fx.Proxy:
+        proxy = super().create_proxy("placeholder", name, (), {})
+        self._note(proxy, tensor.clone(), sizes=True)
+        return proxy
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
+    ) -> torch.fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        values = torch.fx.node.map_aggregate((args, kwargs), self._value)  # type: ignore[arg-type]
+        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_proxy(leaf)]
+        tensors = any(isinstance(self._value(leaf), Tensor) for leaf in read)
+        sizes = all(self._of_sizes(leaf) for leaf in read) and (
+            not tensors or reads_sizes(proxy.node)
+        )
+        self._note(proxy, self._compute(kind, target, *values), sizes)
+        return proxy
+
+    def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
+        node = super().create_node(kind, target, *more, **options)
+        if kind == "get_attr":  # of a buffer or a constant no proxy is made
+            self.facts[node] = Shape(tuple(self._attribute(target).shape))
+        return node
+
+    def _attribute(self, name: str) -> Any:
+        with self._only_computing():
+            return functools.reduce(getattr, name.split("."), self.root)
+
+    def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "get_attr":
+            return self._attribute(target)
+        with self._only_computing():
+            if kind == "call_function":
+                return target(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            module = self.root.get_submodule(target)
+            with kept_modes(module):
+                return module.eval()(*args, **kwargs)
+
+    @contextmanager
+    def _only_computing(self) -> Iterator[None]:
+        before, self.computing, reads = self.computing, True, len(self.reads)
+        try:
+            yield
+        finally:
+            self.computing = before
+            del self.reads[reads:]
+
+    def _note(self, proxy: torch.fx.Proxy, value: Any, sizes: bool) -> None:
+        """Note what a proxy stands for on the example, and whether it goes by sizes alone."""
+        vars(proxy).update(_held=value, _sizes=sizes)
+        shapes = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), value)
+        self.facts[proxy.node] = shapes
+
+    def _value(self, leaf: Any) -> Any:
+        if not _is_proxy(leaf):
+            return leaf
+        if isinstance(leaf, _Attribute):
+            return getattr(self._value(leaf.root), leaf.attr)
+        return vars(leaf)["_held"]
+
+    def _of_sizes(self, proxy: torch.fx.Proxy) -> bool:
+        """Whether nothing but sizes (and inputs as a whole) is in it."""
+        if isinstance(proxy, _Attribute):
+            return proxy.attr in SIZE_ATTRIBUTES
+        value = vars(proxy)["_held"]
+        return isinstance(value, Tensor) or bool(vars(proxy)["_sizes"])
+
+    def take(self, kind: Any, proxy: torch.fx.Proxy) -> Any:
+        """The number, or length, of a proxy, which forward() may go by from now on."""
+        tensor = isinstance(self._value(proxy), Tensor)
+        if not self._of_sizes(proxy) or (tensor and kind is not len):
+            raise RuntimeError("its way depends on the values of a tensor")
+        made = self.create_proxy("call_function", taken, (kind, proxy), {})
+        return self._value(made)
+
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        return self.take(bool, obj)  # type: ignore[no-any-return]
+
+    def iter(self, obj: torch.fx.Proxy) -> Iterator[torch.fx.Proxy]:
+        return iter([operator.getitem(obj, index) for index in range(self.take(len, obj))])
 
     def watch(self, values: Any, why: str) -> None:
         """Note that somebody outside of the trace sees `values`."""
@@ -194,7 +337,12 @@ class _Tracer(torch.fx.Tracer):
             self.watch((args, kwargs, result), why)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _Proxy(node, self)
+        return _Countable(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if self.computing:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _is_leaf(m) or module_qualified_name in self.failed:
@@ -205,6 +353,8 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.computing:
+            return forward(*args, **kwargs)
         inner = without_compile(m)
         if inner is not m:  # what torch.compile made of a submodule: trace that submodule
             result = inner(*args, **kwargs)
@@ -227,6 +377,25 @@ class _Tracer(torch.fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
 
 
+def _is_proxy(value: Any) -> bool:
+    return isinstance(value, torch.fx.Proxy)
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+
+
+def _outputs(returned: Any, depth: int = 4) -> Iterator[torch.fx.Proxy]:
+    """All tensors in what a forward() returns, those of objects such as dataclasses too."""
+    for leaf in pytree.tree_leaves(returned):
+        if _is_proxy(leaf):
+            if leaf.node.op != "get_attr":  # a parameter is cut, and no output
+                yield leaf
+        elif not isinstance(leaf, (*_PLAIN, nn.Module)):
+            if not hasattr(leaf, "__dict__") or not depth:
+                raise RuntimeError(f"it returns a {type(leaf).__name__}")
+            yield from _outputs(list(vars(leaf).values()), depth - 1)
+
+
 def _trace_part(
     name: str,
     module: nn.Module,
@@ -234,29 +403,20 @@ def _trace_part(
     kwargs: dict[str, Any],
     untraceable: dict[str, str],
 ) -> Part:
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    kinds = {key: parameter.kind for key, parameter in bound.signature.parameters.items()}
-    # Flags and missing optional arguments are what they are, so that forward() can ask for them.
-    plain = {
-        key: value
-        for key, value in bound.arguments.items()
-        if kinds[key] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        and not isinstance(value, Tensor | list | tuple | dict)
-    }
-    tracer = _Tracer()
     module.train()
     with noting_widths(module) as reads, _of_any_rank(module):
-        graph = tracer.trace(module, concrete_args=plain or None)
-    tracer.watched |= held(reads, list(graph.nodes), module)
-    traced = torch.fx.GraphModule(module, graph)
+        tracer = _Tracer(args, kwargs, reads)
+        nodes = list(tracer.trace(module).nodes)
+    tracer.watched |= held(reads, nodes, module)
     for owner, submodule in module.named_modules():
         for key, value in vars(submodule).items():
             if not is_torchs(key):
                 tracer.watch(value, f"it is kept as {owner}.{key}".replace(" .", " "))
     module.eval()
     with noting_widths(module) as in_evaluation, _of_any_rank(module):
-        extra = _calls(_Tracer().trace(module, concrete_args=plain or None)) - _calls(graph)
+        evaluated = _Tracer(args, kwargs, in_evaluation)
+        evaluated.trace(module)
+    extra = _calls(evaluated) - _calls(tracer)
     if extra:
         raise RuntimeError(
             f"in evaluation it calls {next(iter(extra))[1]}, in training it does not"
@@ -266,14 +426,11 @@ def _trace_part(
         raise RuntimeError(
             "in evaluation it asks for the width of a layer, in training it does not"
         )
-    facts = _Facts(traced)
-    traced.eval()
-    facts.run(*bound.arguments.values(), enable_io_processing=False)
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
     read = {prefix + layer for layer in kept_whole(reads, module)}
-    return Part(name, list(graph.nodes), facts.facts, inside, tracer.watched, read)
+    return Part(name, nodes, tracer.facts, inside, tracer.watched, read)
 
 
 @contextmanager
@@ -289,9 +446,14 @@ def _of_any_rank(module: nn.Module) -> Iterator[None]:
             del vars(norm)["_check_input_dim"]
 
 
-def _calls(graph: torch.fx.Graph) -> Counter[tuple[str, str]]:
-    """How often a graph calls which function, method or module."""
-    nodes = [node for node in graph.nodes if node.op.startswith("call_")]
+def _calls(tracer: _Tracer) -> Counter[tuple[str, str]]:
+    """How often a trace calls which function, method or module that gives tensors."""
+    nodes = [
+        node
+        for node in tracer.graph.nodes
+        if node.op.startswith("call_")
+        and any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(tracer.facts[node]))
+    ]
     return Counter((n.op, str(getattr(n.target, "__name__", n.target))) for n in nodes)
 
 
@@ -327,16 +489,3 @@ def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
                 f"evaluation, and {runs * traced[name]} by the trace"
             )
     return more
-
-
-class _Facts(torch.fx.Interpreter):
-    """Runs a trace and keeps what each node gave, tensors as their shapes."""
-
-    def __init__(self, traced: torch.fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.facts: dict[torch.fx.Node, Any] = {}
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        result = super().run_node(n)
-        self.facts[n] = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), result)
-        return result
