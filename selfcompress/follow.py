@@ -230,6 +230,8 @@ class _Builder:
         tensor = module._parameters.get(key, module._buffers.get(key))
         if tensor is None:
             raise _CannotFollowError("is a constant written into the code")
+        if not tensor.is_floating_point():
+            raise _CannotFollowError("holds whole numbers, or flags")
         long = [dim for dim, size in enumerate(fact.sizes) if size > 1]
         hidden = bool(self.untraceable) and owner in self.read_elsewhere
         layer = isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
@@ -554,6 +556,7 @@ class _Builder:
     def graph(self) -> ChannelGraph:
         """All that was followed, with equal ids where channels are the same."""
         graph, count = self.result, self.count
+        self._freeze_unread()
         for name, followed in self.own_norms.items():
             if self.observed_calls[name] not in (0, followed):
                 self.spoiled.setdefault(name, "is also called by code that cannot be traced")
@@ -579,6 +582,19 @@ class _Builder:
         graph.origin = self._origin()
         graph.spoiled = self.spoiled
         return graph
+
+    def _freeze_unread(self) -> None:
+        """Keep of the model's tensors what is only read on inputs of other sizes, perhaps."""
+        for value in self.parameters.values():
+            unread = np.ones(len(value.ids), bool)
+            for node in self.result.nodes:
+                for name, source in zip(
+                    node.inputs, self.result.sources.get(node.name, ()), strict=False
+                ):
+                    if name == value.name:
+                        unread[source[source >= 0]] = False
+            if unread.any():
+                self._freeze(value.ids[unread], f"of {value.name} only a part is read")
 
     def _origin(self) -> dict[str, np.ndarray]:
         """Rows can go from every quantised layer, of norms from those that were followed."""

@@ -25,7 +25,8 @@ class Observed:
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
         varied: names of modules that are not always called with the same arguments, but for the
             sizes of tensors.
-        read_elsewhere: names of modules whose parameters are read while they are not running.
+        read_elsewhere: names of modules whose parameters or buffers are read while they are not
+            running.
         bypassed: names of modules in whose place one is called that they have replaced.
     """
 
@@ -53,7 +54,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
 
 
 class _Watch(TorchFunctionMode):
-    """Notices parameters that are used while another module than their owner is running."""
+    """Notices parameters and buffers that are used while another module than theirs is running."""
 
     def __init__(self, model: nn.Module, seen: Observed) -> None:
         super().__init__()
@@ -63,8 +64,9 @@ class _Watch(TorchFunctionMode):
         self.names = {module: name for name, module in model.named_modules()}
         self.hooks: list[Any] = []
         for module, name in self.names.items():
-            for parameter in module.parameters(recurse=False):
-                self.owners.setdefault(id(parameter), []).append((name, module))
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.dim():  # a single number has no channels
+                    self.owners.setdefault(id(tensor), []).append((name, module))
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # takes no such hooks, and is not looked into
             self.hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))

@@ -3,6 +3,7 @@
 An operation that is in no table freezes the channels it touches.
 """
 
+import builtins
 import operator
 from collections.abc import Hashable
 from enum import Enum, auto
@@ -112,9 +113,13 @@ SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 """Attributes of a tensor in which there is nothing of its values."""
 
 
-def taken(kind: Any, number: Any) -> Any:
-    """`kind` of a number that forward() goes by: stands in a trace where it was asked for."""
-    return kind(number)
+def taken(number: Any, kind: str) -> Any:
+    """A number that forward() goes by: stands in a trace where it was asked for.
+
+    Args:
+        kind: "bool", "int", "float" or "len".
+    """
+    return getattr(builtins, kind)(number)
 
 
 def reads_sizes(node: torch.fx.Node) -> bool:

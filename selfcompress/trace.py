@@ -5,6 +5,7 @@ a leaf too, and the modules inside of it are traced on their own; so does the mo
 runs is always the user's own eager module: the traces are only read.
 """
 
+import copy
 import functools
 import inspect
 import operator
@@ -158,16 +159,16 @@ class _Countable(torch.fx.Proxy):
         return _Attribute(self, name)
 
     def __int__(self) -> int:
-        return self.tracer.take(int, self)  # type: ignore[no-any-return]
+        return self.tracer.take("int", self)  # type: ignore[no-any-return]
 
     def __index__(self) -> int:
-        return self.tracer.take(operator.index, self)  # type: ignore[no-any-return]
+        return self.tracer.take("int", self)  # type: ignore[no-any-return]
 
     def __float__(self) -> float:
-        return self.tracer.take(float, self)  # type: ignore[no-any-return]
+        return self.tracer.take("float", self)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return self.tracer.take(len, self)  # type: ignore[no-any-return]
+        return self.tracer.take("len", self)  # type: ignore[no-any-return]
 
 
 class _Attribute(_Countable, torch.fx.proxy.Attribute):
@@ -195,6 +196,10 @@ for _name in (
     setattr(_Countable, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
+# torch.ones(n, m) looks at its arguments before it asks proxies, torch.ones((n, m)) does not.
+_MADE_OF_SIZES = (torch.ones, torch.zeros, torch.full, torch.empty, torch.rand, torch.randn)
+
+
 class _Tracer(torch.fx.Tracer):
     """Computes while it traces, so that forward() may go by the sizes of the example.
 
@@ -213,8 +218,11 @@ class _Tracer(torch.fx.Tracer):
         watched: operation → who else may read what it gave.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: list[Read]) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_MADE_OF_SIZES)
+        self._autowrap_search.append(torch)
         self.arguments = args, kwargs
         self.reads = reads
         self.facts: dict[torch.fx.Node, Any] = {}
@@ -234,6 +242,8 @@ class _Tracer(torch.fx.Tracer):
                 if isinstance(leaf, Tensor):
                     unique = name if len(leaves) == 1 else f"{name}_{index}"
                     leaves[index] = self._input(unique, leaf)
+                elif not isinstance(leaf, nn.Module):  # a cache, say, which forward() changes
+                    leaves[index] = copy.deepcopy(leaf)
             given[name] = pytree.tree_unflatten(leaves, structure)
         bound.arguments.update(given)
 
@@ -250,14 +260,15 @@ class _Tracer(torch.fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
     ) -> torch.fx.Proxy:
-        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         values = torch.fx.node.map_aggregate((args, kwargs), self._value)  # type: ignore[arg-type]
+        value = self._compute(kind, target, *values)
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_proxy(leaf)]
         tensors = any(isinstance(self._value(leaf), Tensor) for leaf in read)
         sizes = all(self._of_sizes(leaf) for leaf in read) and (
             not tensors or reads_sizes(proxy.node)
         )
-        self._note(proxy, self._compute(kind, target, *values), sizes)
+        self._note(proxy, value, sizes)
         return proxy
 
     def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
@@ -311,19 +322,19 @@ class _Tracer(torch.fx.Tracer):
         value = vars(proxy)["_held"]
         return isinstance(value, Tensor) or bool(vars(proxy)["_sizes"])
 
-    def take(self, kind: Any, proxy: torch.fx.Proxy) -> Any:
+    def take(self, kind: str, proxy: torch.fx.Proxy) -> Any:
         """The number, or length, of a proxy, which forward() may go by from now on."""
         tensor = isinstance(self._value(proxy), Tensor)
-        if not self._of_sizes(proxy) or (tensor and kind is not len):
+        if not self._of_sizes(proxy) or (tensor and kind != "len"):
             raise RuntimeError("its way depends on the values of a tensor")
-        made = self.create_proxy("call_function", taken, (kind, proxy), {})
+        made = self.create_proxy("call_function", taken, (proxy, kind), {})
         return self._value(made)
 
     def to_bool(self, obj: torch.fx.Proxy) -> bool:
-        return self.take(bool, obj)  # type: ignore[no-any-return]
+        return self.take("bool", obj)  # type: ignore[no-any-return]
 
     def iter(self, obj: torch.fx.Proxy) -> Iterator[torch.fx.Proxy]:
-        return iter([operator.getitem(obj, index) for index in range(self.take(len, obj))])
+        return iter([operator.getitem(obj, index) for index in range(self.take("len", obj))])
 
     def watch(self, values: Any, why: str) -> None:
         """Note that somebody outside of the trace sees `values`."""
@@ -340,7 +351,9 @@ class _Tracer(torch.fx.Tracer):
         return _Countable(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if self.computing:
+        # A buffer that is a single number counts something, or is a flag that forward() goes by.
+        number = isinstance(attr_val, Tensor) and not attr_val.dim()
+        if self.computing or (number and not isinstance(attr_val, nn.Parameter)):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -353,7 +366,8 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.computing:
+        # What is no part of the model, such as an activation out of a table, is traced into.
+        if self.computing or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         inner = without_compile(m)
         if inner is not m:  # what torch.compile made of a submodule: trace that submodule
