@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selfcompress.ops import Kind, taken
+from selfcompress.ops import Kind, reads_type, taken
 
 Ids = np.ndarray  # (positions,) int64
 
@@ -262,7 +262,9 @@ class ChannelGraph:
             values[node] = expected
             traced[node] = step
             runs = step.kind is Kind.MOVE or (step.kind is None and node.op.startswith("call_"))
-            if not runs:
+            if reads_type(node):
+                right = True  # of channel numbers it would read another
+            elif not runs:
                 # Arguments that are no tensors must be what they were when the model was traced.
                 right = all(
                     traced[n].names or values[n] == traced[n].result for n in node.all_input_nodes

@@ -23,6 +23,7 @@ from selfcompress.ops import Kind
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
 _WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
 _NORMS = (Kind.NORM, Kind.OWN_NORM)
+_BY_POSITION = (Kind.ELEMENTWISE, Kind.ADD, Kind.MUL, Kind.MOVE, Kind.SPATIAL)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
 
 
 class _Analysis:
+    """Looks at a network once.
+
+    Attributes:
+        fixed: names of nodes that make of untrained tensors of the model what never changes.
+    """
+
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
         self.graph = graph
         self.modules = dict(model.named_modules())
@@ -122,6 +129,7 @@ class _Analysis:
 
     def _follow_constants(self) -> dict[str, np.ndarray]:
         constant: dict[str, np.ndarray] = {}
+        self.fixed: set[str] = set()
         for node in self.graph.nodes:
             if node.name not in self.graph.ids:
                 continue
@@ -132,6 +140,8 @@ class _Analysis:
                 for name, source in zip(node.inputs, self.graph.sources[node.name], strict=True)
             ]
             match node.kind:
+                case Kind.PARAMETER if node.tensor:
+                    value = self._parameter(node)
                 case Kind.LAYER | Kind.GROUPED:
                     value[:] = self._bias(node)
                     varies = self._live(node) & ~self._starved(node, inputs[0])
@@ -158,7 +168,18 @@ class _Analysis:
                     for own, source in zip(inputs, self.graph.sources[node.name], strict=True):
                         value[source >= 0] = own[source >= 0]
             constant[node.name] = value
+            if (node.kind is Kind.PARAMETER and not np.isnan(value).all()) or (
+                node.kind in _BY_POSITION and self.fixed.issuperset(node.inputs)
+            ):
+                self.fixed.add(node.name)
         return constant
+
+    def _parameter(self, node: Node) -> np.ndarray:
+        """(positions,) a tensor of the model, if it is not trained: of a frozen batch norm, say."""
+        owner, _, key = node.tensor.rpartition(".")
+        tensor = getattr(self.modules[owner], key)
+        values: np.ndarray = tensor.double().flatten().numpy(force=True)
+        return np.full_like(values, np.nan) if tensor.requires_grad else values
 
     def _starved(self, node: Node, read: np.ndarray) -> np.ndarray:
         """(rows,) bool: the rows of a layer that read nothing but zeros."""
@@ -198,6 +219,10 @@ class _Analysis:
                 source = self.graph.sources[node.name][index]
                 own = source >= 0
                 needs, zero = self._demand(node, index)
+                if name in self.fixed and node.kind in _BY_POSITION:
+                    # It keeps its numbers, unless all that is made with them goes.
+                    known = ~np.isnan(self.constant[node.name])
+                    needs = needs & ~(known & self.replaceable[node.name])
                 np.logical_or.at(self.needed[name], source[own], needs[own])
                 np.logical_and.at(zero_will_do[name], source[own], zero[own])
 

@@ -25,6 +25,7 @@ class Observed:
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
         varied: names of modules that are not always called with the same arguments, but for the
             sizes of tensors.
+        resized: names of modules that are called with tensors of several sizes.
         read_elsewhere: names of modules whose parameters or buffers are read while they are not
             running.
         bypassed: names of modules in whose place one is called that they have replaced.
@@ -34,6 +35,7 @@ class Observed:
     applications: Counter[str] = field(default_factory=Counter)
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     varied: set[str] = field(default_factory=set)
+    resized: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
     bypassed: set[str] = field(default_factory=set)
 
@@ -87,6 +89,8 @@ class _Watch(TorchFunctionMode):
         first = self.seen.arguments.setdefault(name, shapes)
         if first is not shapes and _signature(first) != _signature(shapes):
             self.seen.varied.add(name)
+        if first is not shapes and _sizes(first) != _sizes(shapes):
+            self.seen.resized.add(name)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.running.pop()
@@ -136,6 +140,10 @@ def _signature(arguments: Any) -> str:
     """What a call is given, but for the sizes of tensors."""
     plain = pytree.tree_map_only(Tensor, lambda t: f"{t.dim()} {t.dtype}", arguments)
     return repr(plain)
+
+
+def _sizes(arguments: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def zeros_like_observed(observed: Any, device: torch.device) -> Any:

@@ -74,8 +74,8 @@ _ELEMENTWISE_FUNCTIONS: set[Any] = {
     F.hardtanh, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.softplus, F.softsign,
     F.logsigmoid, F.tanhshrink, F.hardshrink, F.softshrink, F.threshold,
     torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.neg, torch.abs, torch.exp, torch.erf,
-    torch.sqrt, torch.square, torch.clamp, torch.pow, torch.sin, torch.cos, torch.log1p,
-    torch.clone, operator.neg, operator.pow, operator.abs,
+    torch.sqrt, torch.rsqrt, torch.square, torch.clamp, torch.pow, torch.sin, torch.cos,
+    torch.log1p, torch.clone, operator.neg, operator.pow, operator.abs,
 }  # fmt: skip
 _ADDS: set[Any] = {
     operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub,
@@ -108,9 +108,13 @@ _METHODS: dict[str, Any] = {
     "div_": torch.div, "abs_": torch.abs, "exp_": torch.exp,
 }  # fmt: skip
 
-_SIZE_METHODS = {"size", "dim", "ndimension", "numel"}
-SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 """Attributes of a tensor in which there is nothing of its values."""
+_SIZE_METHODS = {"size", "dim", "ndimension", "numel", "nelement"}
+_TYPES = {"dtype", "device", "is_cuda", "is_floating_point", "is_complex"}
+_SIZED_BY_VALUES = {
+    "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
+}  # fmt: skip
 
 
 def taken(number: Any, kind: str) -> Any:
@@ -123,13 +127,34 @@ def taken(number: Any, kind: str) -> Any:
 
 
 def reads_sizes(node: torch.fx.Node) -> bool:
-    """Whether a node reads sizes of a tensor and nothing else."""
-    if node.op == "call_method":
-        return str(node.target) in _SIZE_METHODS
-    return node.op == "call_function" and (
+    """Whether a node reads sizes of a tensor, or its type, and nothing else."""
+    if node.op == "call_method" and node.target in _SIZE_METHODS:
+        return True
+    sizes = node.op == "call_function" and (
         (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES)
-        or node.target in (len, isinstance, taken)
+        or node.target in (len, isinstance, taken, torch.numel)
     )
+    return sizes or reads_type(node)
+
+
+def reads_type(node: torch.fx.Node) -> bool:
+    """Whether a node reads of a tensor what never changes."""
+    if node.target is getattr:
+        return node.args[1] in _TYPES
+    calls = node.op in ("call_function", "call_method")
+    return calls and getattr(node.target, "__name__", node.target) in _TYPES
+
+
+def sized_by_values(node: torch.fx.Node, indices: bool) -> bool:
+    """Whether the sizes of what a node makes depend on the values of what it reads.
+
+    Args:
+        indices: it reads tensors of flags, which might pick elements.
+    """
+    name = getattr(node.target, "__name__", node.target)
+    if name == "where":
+        return len(node.args) + len(node.kwargs) < 3
+    return name in _SIZED_BY_VALUES or (indices and name == "getitem")
 
 
 _KINDS: dict[Any, Kind] = (

@@ -34,7 +34,7 @@ from selfcompress.look import (
     without_compile,
 )
 from selfcompress.observe import Observed, zeros_like_observed
-from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, taken
+from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.text import first_line
 from selfcompress.widths import Read, held, kept_whole, noting_widths
 
@@ -116,6 +116,8 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
                 if name in observed.varied:
                     raise RuntimeError("it is called with different kinds of arguments")
                 part = _trace_part(name, module, args, kwargs, result.untraceable)
+                if name in observed.resized and any(n.target is taken for n in part.nodes):
+                    raise RuntimeError("it goes by sizes, and is called with several")
                 result.miscounted |= _compare(part, model, observed.counts)
             except Exception as error:  # whatever the user's forward() does under the tracer
                 result.untraceable[name] = first_line(error)
@@ -233,22 +235,20 @@ class _Tracer(torch.fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """All tensors that forward() is given are inputs, in whatever they come."""
         args, kwargs = self.arguments
-        bound = inspect.signature(root_fn).bind(self.root, *args, **kwargs)
-        _, *names = bound.arguments
-        given: dict[str, Any] = {}
-        for name in names:
-            leaves, structure = pytree.tree_flatten(bound.arguments[name])
+        forward = self.root.forward  # the user may have put another one on the object
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            leaves, structure = pytree.tree_flatten(value)
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     unique = name if len(leaves) == 1 else f"{name}_{index}"
                     leaves[index] = self._input(unique, leaf)
                 elif not isinstance(leaf, nn.Module):  # a cache, say, which forward() changes
                     leaves[index] = copy.deepcopy(leaf)
-            given[name] = pytree.tree_unflatten(leaves, structure)
-        bound.arguments.update(given)
+            bound.arguments[name] = pytree.tree_unflatten(leaves, structure)
 
         def run() -> list[torch.fx.Proxy]:
-            return list(_outputs(root_fn(*bound.args, **bound.kwargs)))
+            return list(_outputs(forward(*bound.args, **bound.kwargs)))
 
         return run, []
 
@@ -264,10 +264,13 @@ class _Tracer(torch.fx.Tracer):
         value = self._compute(kind, target, *values)
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_proxy(leaf)]
-        tensors = any(isinstance(self._value(leaf), Tensor) for leaf in read)
-        sizes = all(self._of_sizes(leaf) for leaf in read) and (
-            not tensors or reads_sizes(proxy.node)
-        )
+        tensors = _tensors([self._value(leaf) for leaf in read])
+        sizes = all(self._of_sizes(leaf) for leaf in read)
+        if _tensors(value):
+            flags = any(tensor.dtype == torch.bool for tensor in tensors)
+            sizes &= not sized_by_values(proxy.node, flags) and target not in self.failed
+        elif tensors:
+            sizes &= reads_sizes(proxy.node)
         self._note(proxy, value, sizes)
         return proxy
 
@@ -303,7 +306,12 @@ class _Tracer(torch.fx.Tracer):
             del self.reads[reads:]
 
     def _note(self, proxy: torch.fx.Proxy, value: Any, sizes: bool) -> None:
-        """Note what a proxy stands for on the example, and whether it goes by sizes alone."""
+        """Note what a proxy stands for on the example.
+
+        Args:
+            sizes: whether that number, or the sizes of that tensor, are the same for all values of
+                inputs of these sizes.
+        """
         vars(proxy).update(_held=value, _sizes=sizes)
         shapes = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), value)
         self.facts[proxy.node] = shapes
@@ -316,16 +324,16 @@ class _Tracer(torch.fx.Tracer):
         return vars(leaf)["_held"]
 
     def _of_sizes(self, proxy: torch.fx.Proxy) -> bool:
-        """Whether nothing but sizes (and inputs as a whole) is in it."""
+        """See `_note`."""
         if isinstance(proxy, _Attribute):
-            return proxy.attr in SIZE_ATTRIBUTES
-        value = vars(proxy)["_held"]
-        return isinstance(value, Tensor) or bool(vars(proxy)["_sizes"])
+            tensors = bool(_tensors(self._value(proxy.root)))
+            return self._of_sizes(proxy.root) and (not tensors or proxy.attr in SIZE_ATTRIBUTES)
+        return bool(vars(proxy)["_sizes"])
 
     def take(self, kind: str, proxy: torch.fx.Proxy) -> Any:
         """The number, or length, of a proxy, which forward() may go by from now on."""
-        tensor = isinstance(self._value(proxy), Tensor)
-        if not self._of_sizes(proxy) or (tensor and kind != "len"):
+        tensors = bool(_tensors(self._value(proxy)))
+        if not self._of_sizes(proxy) or (tensors and kind != "len"):
             raise RuntimeError("its way depends on the values of a tensor")
         made = self.create_proxy("call_function", taken, (proxy, kind), {})
         return self._value(made)
@@ -389,6 +397,10 @@ class _Tracer(torch.fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             return super().call_module(m, forward, args, kwargs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _is_proxy(value: Any) -> bool:
