@@ -1,7 +1,8 @@
 """Put quantised layers into a model."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,33 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.BatchNorm2d: layers.PlacedBatchNorm2d,
     nn.BatchNorm3d: layers.PlacedBatchNorm3d,
 }
-"""Layer type → its twin. Subclasses are left as they are: what else they do is not known."""
+"""Layer type → its twin."""
+_COMPUTES = ("forward", "_conv_forward", "_output_padding", "merge_masks", "__call__")
+
+
+def twin_of(kind: type[nn.Module]) -> Any:
+    """The twin of a layer type, also of a user's own that computes as torch's does; else None."""
+    base = next((known for known in kind.__mro__ if known in TWINS), None)
+    if base is None or any(getattr(kind, n, None) is not getattr(base, n, None) for n in _COMPUTES):
+        return None
+    return TWINS[base]
+
+
+@functools.cache
+def _combined(twin: Hashable, own: Hashable) -> Any:
+    """`twin` for a user's own type, which is still of that type, with the methods it has."""
+
+    def reduce(module: nn.Module, protocol: Any) -> Any:  # pickle finds no class that was made here
+        return _blank, (twin, own), vars(module)
+
+    assert isinstance(twin, type) and isinstance(own, type)
+    prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
+    return type(prefix + own.__name__, (twin, own), {"__reduce_ex__": reduce})
+
+
+def _blank(twin: Hashable, own: Hashable) -> Any:
+    kind = _combined(twin, own)
+    return kind.__new__(kind)
 
 
 def quantize_layers(
@@ -71,7 +98,7 @@ def quantize_layers(
                 raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
             continue
         if module not in twins:
-            twin: Any = TWINS.get(type(module))
+            twin = twin_of(type(module))
             if (
                 isinstance(module, _BatchNorm)
                 and twin is not None
@@ -92,6 +119,9 @@ def quantize_layers(
     if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
+        if type(old) not in TWINS:
+            kinds: tuple[Any, Any] = type(new), type(old)
+            new.__class__ = _combined(*kinds)
         keep_hooks(old, new)
         # A name that the twin needs is the twin's.
         noted = [key for held in _held(old) for key in held if not hasattr(new, key)]
@@ -112,7 +142,7 @@ def _why_in_float(
 ) -> str:
     if any(name == e or name.startswith(e + ".") for e in excluded):
         return "it is excluded"
-    if type(module) not in TWINS:
+    if twin_of(type(module)) is None:
         return f"its type {type(module).__name__} is not known"
     if "forward" in vars(module):
         return "its forward() has been replaced"

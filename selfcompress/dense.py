@@ -90,7 +90,7 @@ def _grouped(layer: QuantizedLayer) -> nn.Module:
 
 def _norm(norm: PlacedBatchNorm) -> nn.Module:
     every = norm.num_features == norm.in_width == norm.out_width
-    core: Any = _KINDS[type(norm)](**norm_options(norm), device="meta")
+    core: Any = _kind_of(type(norm))(**norm_options(norm), device="meta")
     core._parameters.update(norm._parameters)
     core._buffers.update(norm._buffers)
     if every:
@@ -109,9 +109,14 @@ def _norm(norm: PlacedBatchNorm) -> nn.Module:
     return _picking(core if norm.num_features else None, columns, where, None, 1)
 
 
+def _kind_of(twin: type) -> Any:
+    """torch's own type, for a twin of a user's type too."""
+    return next(_KINDS[kind] for kind in twin.__mro__ if kind in _KINDS)
+
+
 def _filled(twin: type, options: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
     options["bias"] = bias is not None
-    new: Any = _KINDS[twin](**options, device="meta")
+    new: Any = _kind_of(twin)(**options, device="meta")
     new.weight, new.bias = nn.Parameter(weight), bias
     return new  # type: ignore[no-any-return]
 

@@ -17,7 +17,10 @@ from torchvision.ops import StochasticDepth
 
 
 class OwnNorm1d(nn.BatchNorm1d):
-    """A user's own class that changes nothing."""
+    """A user's own class with a forward() that changes nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class OwnNorm2d(nn.BatchNorm2d):

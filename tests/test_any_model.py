@@ -807,7 +807,7 @@ def test_the_report_reads_well() -> None:
         "0.0": True, "1": False, "2.inner.0": True, "3": False, "5": True,
     }  # fmt: skip
     whys = {e.name: e.why for e in entries}
-    assert "ParametrizedConv2d" in whys["1"]
+    assert "computed from other parameters" in whys["1"]
     assert "excluded" in whys["3"]
     assert "output of the model" in whys["5"]
     assert lines[-1].startswith("3 of 5 layers are quantised, with ")
@@ -853,17 +853,20 @@ def test_a_grouped_convolution_with_a_bias_can_lose_single_rows() -> None:
 
 
 class SameNorm(nn.BatchNorm2d):
-    """Changes nothing."""
+    """Changes nothing, in a forward() of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
-class BareNorm(nn.BatchNorm2d):
+class BareNorm(SameNorm):
     """Without weight and bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=False)
 
 
-class BatchStatistics(nn.BatchNorm2d):
+class BatchStatistics(SameNorm):
     """Without statistics of its own."""
 
     def __init__(self, channels: int) -> None:
@@ -941,11 +944,8 @@ def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(
 
 
 def test_a_dead_channel_leaves_a_bias_in_an_own_batch_norm_that_goes_to_zero() -> None:
-    class Shifted(nn.BatchNorm2d):
-        pass
-
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), Shifted(4), nn.Sigmoid(), nn.Conv2d(4, 4, 1), Shifted(4),
+        nn.Conv2d(3, 4, 1), SameNorm(4), nn.Sigmoid(), nn.Conv2d(4, 4, 1), SameNorm(4),
         nn.Conv2d(4, 2, 1),
     )  # fmt: skip
     compressor = started(model, images())
@@ -1116,3 +1116,64 @@ def test_channels_stay_at_batch_norms_that_are_used_in_other_ways(
     compressor = started(model, images())
     assert why in reported(compressor)[layer].why
     check_exact(compressor, images(), shrinks=False)
+
+
+# --- layers of users' own classes -----------------------------------------------------------------
+
+
+class PlainNorm(nn.BatchNorm2d):
+    """Changes nothing."""
+
+
+class SamePadded(nn.Conv2d):
+    """Only builds another way, and can do something beside."""
+
+    def __init__(self, ins: int, outs: int, size: int = 3) -> None:
+        super().__init__(ins, outs, size, padding=size // 2)
+        self.size = size
+
+    def cost(self) -> int:
+        return self.size**2
+
+
+class Doubled(nn.Linear):
+    """Computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class OwnLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = SamePadded(3, 6), PlainNorm(6), SamePadded(6, 6, 1)
+        self.head = Doubled(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.a, SamePadded) and isinstance(self.norm, PlainNorm)
+        x = torch.relu(self.b(torch.relu(self.norm(self.a(x))))) / self.a.cost()
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+def test_layers_of_own_classes_that_compute_as_torchs_are_quantised(tmp_path: Path) -> None:
+    compressor = started(OwnLayers(), images())
+    assert compressor.left_in_float == {"head": "its type Doubled is not known"}
+    report = reported(compressor)
+    assert [report[name].removable for name in ("a", "b")] == [6, 0]
+    assert report["a"].kind == "SamePadded"
+    check_exact(compressor, images())
+    model = compressor.model
+    want = computed(model, images(), training=False)
+
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(again.a) is type(model.a)
+    torch.testing.assert_close(computed(again, images(), training=False), want, rtol=0, atol=0)
+
+    dense = to_dense(model)
+    assert type(dense.a) is nn.Conv2d and type(dense.norm) is nn.BatchNorm2d
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", OwnLayers())
+    assert isinstance(loaded.a, SamePadded) and loaded.a.cost() == 9
+    torch.testing.assert_close(computed(loaded, images(), training=False), want, rtol=0, atol=0)
