@@ -40,9 +40,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -225,8 +226,10 @@ def randomise(model: nn.Module, x: Tensor) -> None:
             module.in_proj_weight.normal_(0, math.sqrt(1 / module.embed_dim))
             done.add(id(module.in_proj_weight))
         elif isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(0, 0.3)
+            if module.weight is not None:
+                module.weight.uniform_(0.5, 1.5)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.3)
             done |= {id(module.weight), id(module.bias)}
     for parameter in model.parameters():  # tokens, positions, scales of layers, biases of attention
         if id(parameter) not in done:
@@ -347,9 +350,14 @@ def train_step(model: nn.Module, x: Tensor, optimizer: SGD, made_up: bool) -> No
 
 
 def measure(name: str, dtype: torch.dtype | None = None, seed: int = 0, *, cuts: int = 2) -> Result:
-    """Kill, cut and compare one model, twice; see the module's docstring."""
-    dtype = dtype or dtype_for(name)
-    model, x = build(name, dtype, seed)
+    """Kill, cut and compare one model of torchvision, twice; see the module's docstring."""
+    return measure_model(name, *build(name, dtype or dtype_for(name), seed), seed, cuts=cuts)
+
+
+def measure_model(
+    name: str, model: nn.Module, x: Tensor, seed: int = 0, *, cuts: int = 2
+) -> Result:
+    """The same for any model in train mode whose parameters were drawn by `randomise`."""
     kinds = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
     conv = {n for n, m in kinds.items() if isinstance(m, _ConvNd)}
     mlp = set(mlp_layers(model))
@@ -396,8 +404,8 @@ def measure(name: str, dtype: torch.dtype | None = None, seed: int = 0, *, cuts:
                 train_step(model, x, optimizer, made_up)
     return Result(
         name=name,
-        px=px_of(name),
-        dtype=dtype,
+        px=x.shape[-1],
+        dtype=next(model.parameters()).dtype,
         traced=traced,
         parameters=count,
         left=count_parameters(model),
@@ -476,7 +484,7 @@ def one_thread() -> Iterator[None]:
 def format_row(cells: Iterable[str]) -> str:
     """A line of the table for a terminal."""
     first, *others = cells
-    return f"{first:<20}" + "".join(f"{cell:>12}" for cell in others)
+    return f"{first:<30}" + "".join(f"{cell:>12}" for cell in others)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -497,37 +505,45 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="the table again, as markdown")
     parser.add_argument("--why", action="store_true", help="why channels have to stay, by model")
     args = parser.parse_args()
+    dtype = torch.float32 if args.float32 else None
+    found = names(args.names)
+    skipped = [name for name in found if parameters(name) > LARGE and not args.large]
+    chosen = [name for name in found if name not in skipped]
+    code = tell(
+        {name: partial(measure, name, dtype, args.seed) for name in chosen}, args.why, args.markdown
+    )
+    if skipped:
+        print("skipped without --large:", *skipped)
+    return code
+
+
+def tell(measurements: Mapping[str, Callable[[], Result]], why: bool, as_markdown: bool) -> int:
+    """Print the table of all models, and give the exit code."""
     results: list[Result] = []
     failed: dict[str, str] = {}
-    skipped: list[str] = []
     print(format_row(HEADER), flush=True)
     with one_thread():
-        for name in names(args.names):
-            if parameters(name) > LARGE and not args.large:
-                skipped.append(name)
-                continue
+        for name, measured in measurements.items():
             try:
-                result = measure(name, torch.float32 if args.float32 else None, args.seed)
+                result = measured()
             except Exception as error:  # one model's trouble is not the next one's
                 failed[name] = f"{type(error).__name__}: {error}"
-                print(f"{name:<20}  FAILED {failed[name]}", flush=True)
+                print(f"{name:<30}  FAILED {failed[name]}", flush=True)
                 continue
             finally:
                 gc.collect()
             results.append(result)
             print(format_row(result.cells) + ("" if result.exact else "  INEXACT"), flush=True)
-            if args.why:
-                for why, channels in reasons(result.layers).most_common():
-                    print(f"{channels:>32} channels: {why}", flush=True)
+            if why:
+                for reason, channels in reasons(result.layers).most_common():
+                    print(f"{channels:>42} channels: {reason}", flush=True)
     inexact = [r.name for r in results if not r.exact]
     print(f"\n{len(results)} models measured, {len(results) - len(inexact)} of them exact")
     if inexact:
         print("inexact:", *inexact)
     if failed:
         print("failed:", *failed)
-    if skipped:
-        print("skipped without --large:", *skipped)
-    if args.markdown:
+    if as_markdown:
         print("\n" + markdown(HEADER, (r.cells for r in results)))
     return 1 if failed or inexact else 0
 
