@@ -27,18 +27,18 @@ TIMM = """
     cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convit_tiny convmixer_1024_20_ks9_p14
     convnext_atto_rms cpubone_nano crossvit_tiny_240 cs3darknet_focus_s csatv2_21m cspnext_tiny
     davit_tiny deit3_small_patch16_224 densenet121 dla102x dpn68 edgenext_xx_small
-    efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 efficientvit_b0 efficientvit_m1
-    ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf
-    gcvit_xxtiny ghostnet_050 gmlp_ti16_224 hardcorenas_b hgnetv2_b0 hiera_tiny_224 hrnet_w18_small
-    iformer_t inception_next_atto inception_v3 inception_v4 lcnetv2_small legacy_seresnet18
-    legacy_xception levit_128s lowformer_b0 mobilenetv3_small_050 mobileone_s1 mobilevit_xxs
-    mvitv2_tiny nest_tiny nextvit_small nf_regnet_b0 pit_ti_224 poolformerv2_s12 pvt_v2_b0
-    rdnet_tiny regnetx_004_tv repghostnet_050 repvit_m1 res2next50 resnest14d resnet10t resnetv2_18 rexnet_100
-    sam2_hiera_tiny selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
-    swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window16_256 test_mambaout
-    test_vit_relpos tf_efficientnet_b0 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m
-    twins_svt_small visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p
-    xcit_nano_12_p8_224
+    efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 efficientvit_b0
+    efficientvit_m1 ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8
+    focalnet_tiny_srf gcvit_xxtiny ghostnet_050 gmlp_ti16_224 hardcorenas_b hgnetv2_b0
+    hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto inception_v3 inception_v4
+    lcnetv2_small legacy_seresnet18 legacy_xception levit_128s lowformer_b0
+    mobilenetv3_small_050 mobileone_s1 mobilevit_xxs mvitv2_tiny nest_tiny nextvit_small
+    nf_regnet_b0 pit_ti_224 poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_004_tv repghostnet_050
+    repvit_m1 res2next50 resnest14d resnet10t resnetv2_18 rexnet_100 sam2_hiera_tiny selecsls42
+    sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
+    swinv2_cr_tiny_224 swinv2_tiny_window16_256 test_mambaout test_vit_relpos tf_efficientnet_b0
+    tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small visformer_tiny
+    vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
 """.split()
 
 _LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
