@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selfcompress.ops import Kind, reads_type, taken
+from selfcompress.ops import Kind, reads_sizes, reads_type, taken
 
 Ids = np.ndarray  # (positions,) int64
 
@@ -262,8 +262,8 @@ class ChannelGraph:
             values[node] = expected
             traced[node] = step
             runs = step.kind is Kind.MOVE or (step.kind is None and node.op.startswith("call_"))
-            if reads_type(node):
-                right = True  # of channel numbers it would read another
+            if reads_type(node) or (step.kind is None and self._reads_values(node, traced)):
+                right = True  # of channel numbers it would read something else
             elif not runs:
                 # Arguments that are no tensors must be what they were when the model was traced.
                 right = all(
@@ -283,6 +283,10 @@ class ChannelGraph:
                 wrong |= self._behind(node)
         # What is wrong is to be mended by removing less: of tensors that lose nothing, nothing can.
         return {name for name in wrong if removed[self.ids[name]].any()}
+
+    def _reads_values(self, node: torch.fx.Node, traced: dict[torch.fx.Node, Step]) -> bool:
+        """Whether a node makes numbers of what is in a tensor, whose channels are frozen then."""
+        return not reads_sizes(node) and any(traced[n].names for n in node.all_input_nodes)
 
     def _behind(self, node: torch.fx.Node) -> set[str]:
         """The tensors that `node` makes and reads, through whatever numbers lie between."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress import layers
 from selfcompress.attention import QuantAttention
@@ -30,12 +31,41 @@ TWINS: dict[type[nn.Module], Any] = {
 _COMPUTES = ("forward", "_conv_forward", "_output_padding", "merge_masks", "__call__")
 
 
-def twin_of(kind: type[nn.Module]) -> Any:
-    """The twin of a layer type, also of a user's own that computes as torch's does; else None."""
+def _twin_of(module: nn.Module) -> Any:
+    """The twin of a layer's type, also of a user's own that computes as torch's does; else None."""
+    kind = type(module)
     base = next((known for known in kind.__mro__ if known in TWINS), None)
-    if base is None or any(getattr(kind, n, None) is not getattr(base, n, None) for n in _COMPUTES):
+    if base is None or is_parametrized(module):
+        return None
+    if kind is not base and (
+        base is nn.MultiheadAttention
+        or "__init_subclass__" in {name for own in _own_classes(kind) for name in vars(own)}
+        or any(getattr(kind, n, None) is not getattr(base, n, None) for n in _COMPUTES)
+    ):
         return None
     return TWINS[base]
+
+
+def _own_classes(kind: type) -> tuple[type, ...]:
+    """The classes of a user's own that lie in front of torch's."""
+    return kind.__mro__[: [known in TWINS for known in kind.__mro__].index(True)]
+
+
+def _of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
+    """`twin`, of the class of the user's module too; None if the two do not go together."""
+    own = type(module)
+    if own in TWINS:
+        return twin
+    needed = {*vars(twin), *twin._parameters, *twin._buffers, "slots", "group_width"}
+    needed -= {*vars(module), *module._parameters, *module._buffers}
+    if any(name in vars(kind) for kind in _own_classes(own) for name in needed):
+        return None
+    try:
+        kinds: tuple[Any, Any] = type(twin), own
+        twin.__class__ = _combined(*kinds)
+    except TypeError:  # with __slots__, say
+        return None
+    return twin
 
 
 @functools.cache
@@ -47,12 +77,13 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
 
     assert isinstance(twin, type) and isinstance(own, type)
     prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
-    return type(prefix + own.__name__, (twin, own), {"__reduce_ex__": reduce})
+    body = {"__reduce_ex__": reduce, "own_class": own}
+    return type(prefix + own.__name__, (twin, own), body)
 
 
 def _blank(twin: Hashable, own: Hashable) -> Any:
     kind = _combined(twin, own)
-    return kind.__new__(kind)
+    return object.__new__(kind)
 
 
 def quantize_layers(
@@ -98,19 +129,26 @@ def quantize_layers(
                 raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
             continue
         if module not in twins:
-            twin = twin_of(type(module))
+            twin = _twin_of(module)
             if (
                 isinstance(module, _BatchNorm)
                 and twin is not None
                 and "forward" not in vars(module)
             ):
-                twins[module] = twin.from_float(module)
+                norm = _of_same_class(twin.from_float(module), module)
+                if norm is None:
+                    continue
+                twins[module] = norm
             elif isinstance(module, WEIGHTED):
                 why = _why_in_float(name, module, excluded, read_elsewhere, owners)
                 if why:
                     left[name] = why
                     continue
-                twins[module] = twin.from_float(module, bits, integer_bits)
+                layer = _of_same_class(twin.from_float(module, bits, integer_bits), module)
+                if layer is None:
+                    left[name] = f"its class {_named(module)} has what a quantised layer needs"
+                    continue
+                twins[module] = layer
             else:
                 continue
         if isinstance(module, nn.MultiheadAttention):
@@ -119,9 +157,6 @@ def quantize_layers(
     if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
-        if type(old) not in TWINS:
-            kinds: tuple[Any, Any] = type(new), type(old)
-            new.__class__ = _combined(*kinds)
         keep_hooks(old, new)
         # A name that the twin needs is the twin's.
         noted = [key for held in _held(old) for key in held if not hasattr(new, key)]
@@ -142,7 +177,13 @@ def _why_in_float(
 ) -> str:
     if any(name == e or name.startswith(e + ".") for e in excluded):
         return "it is excluded"
-    if twin_of(type(module)) is None:
+    if is_parametrized(module) or (
+        isinstance(module, FLOAT_LAYERS) and "weight" not in module._parameters
+    ):
+        return "its weight is computed from other parameters"
+    if _twin_of(module) is None:
+        if isinstance(module, tuple(TWINS)):
+            return f"its class {_named(module)} computes in a way of its own"
         return f"its type {type(module).__name__} is not known"
     if "forward" in vars(module):
         return "its forward() has been replaced"
@@ -152,13 +193,15 @@ def _why_in_float(
         return "it is a grouped transposed convolution"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "its keys or values are of another width than its queries"
-    if isinstance(module, FLOAT_LAYERS) and "weight" not in module._parameters:
-        return "its weight is computed from other parameters"
     if name in read_elsewhere:
         return "its weight is read past its own forward()"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "it shares a parameter with another module"
     return ""
+
+
+def _named(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -42,6 +42,9 @@ def to_dense(model: nn.Module) -> nn.Module:
             new = _ordinary(module)
             if new is None:
                 continue
+            own = getattr(type(module), "own_class", None)
+            if own is not None and type(new) in _KINDS.values():
+                new.__class__ = own
             keep_hooks(module, new)
             keep_noted(module, new, getattr(module, "noted_by_user", ()))
             made[module] = new.train(module.training)

@@ -75,13 +75,14 @@ def export_onnx(
     batch = torch.export.Dim("batch")
     shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, inputs)
     with torch.no_grad():
-        single = isinstance(dense(*inputs), Tensor)
+        returned = dense(*inputs)
+    single = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(returned)) == 1
     try:
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")  # of torch, about its own insides
             program = torch.onnx.export(
                 dense,
-                inputs,
+                (*inputs, {}),  # a dict that comes last torch takes for arguments by name
                 dynamo=True,
                 dynamic_shapes=shapes,
                 output_names=["logits"] if single else None,
@@ -90,7 +91,10 @@ def export_onnx(
                 verbose=False,
             )
     except Exception as error:  # whatever the model does that torch.export does not follow
-        reason = first_line(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # torch tells first of its own steps
+        reason = first_line(cause)
         raise ExportError(f"torch cannot export the model to ONNX: {reason}") from error
     assert program is not None
     network = program.model_proto

@@ -44,7 +44,8 @@ from selfcompress.ops import (
     reads_sizes,
     worked_on,
 )
-from selfcompress.trace import Part, Shape, Trace, trace
+from selfcompress.trace import Part, Trace, trace
+from selfcompress.tracer import Shape
 
 
 def channel_graph(
@@ -158,6 +159,9 @@ class _Builder:
             for value in inputs:
                 self._freeze(value.ids, "it is an output of the model")
             return
+        if node.op == "get_attr" and not node.users:
+            self.values[node] = None  # forward() puts another tensor in its place, perhaps
+            return
         fact = self.facts[node]
         shapes = [leaf for leaf in pytree.tree_leaves(fact) if isinstance(leaf, Shape)]
         if not shapes:
@@ -205,7 +209,8 @@ class _Builder:
         if named_tuple or self._is_pick(node):
             # Of what is not understood, all tensors have the same single, frozen id.
             return Kind.MOVE, call(node, self.values)
-        if kind is Kind.OPAQUE and "Norm" in type(module).__name__:
+        mixes = getattr(node.target, "__name__", "") in ("layer_norm", "group_norm", "rms_norm")
+        if kind is Kind.OPAQUE and ("Norm" in type(module).__name__ or mixes):
             raise _CannotFollowError("takes its statistics over several channels")
         if kind is Kind.OPAQUE:
             raise _CannotFollowError("is not an operation that channels can be followed through")
@@ -230,8 +235,6 @@ class _Builder:
         tensor = module._parameters.get(key, module._buffers.get(key))
         if tensor is None:
             raise _CannotFollowError("is a constant written into the code")
-        if not tensor.is_floating_point():
-            raise _CannotFollowError("holds whole numbers, or flags")
         long = [dim for dim, size in enumerate(fact.sizes) if size > 1]
         hidden = bool(self.untraceable) and owner in self.read_elsewhere
         layer = isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))

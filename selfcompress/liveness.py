@@ -161,7 +161,8 @@ class _Analysis:
                     known = ~np.isnan(inputs).any(0)
                     value = np.where(known, _evaluate(node, inputs), np.nan)
                     if node.kind is Kind.MUL:
-                        value[(np.array(inputs) == 0).any(0)] = 0
+                        for zero in self._zeros(node, constant):
+                            value[zero] = 0
                 case Kind.SPATIAL:
                     value = np.where(inputs[0] == 0, 0.0, np.nan)
                 case Kind.MOVE:
@@ -179,7 +180,19 @@ class _Analysis:
         owner, _, key = node.tensor.rpartition(".")
         tensor = getattr(self.modules[owner], key)
         values: np.ndarray = tensor.double().flatten().numpy(force=True)
-        return np.full_like(values, np.nan) if tensor.requires_grad else values
+        if tensor.requires_grad or len(values) != len(self.graph.ids[node.name]):
+            return np.full(len(self.graph.ids[node.name]), np.nan)
+        return values
+
+    def _zeros(self, node: Node, constant: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """For each input, (positions,) bool: it is 0, and stays so.
+
+        Not so an untrained tensor of the model, such as a gate that is closed for a while.
+        """
+        return [
+            (np.append(constant[name], np.nan)[source] == 0) & (name not in self.fixed)
+            for name, source in zip(node.inputs, self.graph.sources[node.name], strict=True)
+        ]
 
     def _starved(self, node: Node, read: np.ndarray) -> np.ndarray:
         """(rows,) bool: the rows of a layer that read nothing but zeros."""
@@ -250,8 +263,7 @@ class _Analysis:
             return needs, ~needs
         if node.kind is Kind.MUL:
             needs = needs.copy()
-            sources = self.graph.sources[node.name]
-            zeros = [self.constant[n][s] == 0 for n, s in zip(node.inputs, sources, strict=True)]
+            zeros = self._zeros(node, self.constant)
             for other, is_zero in enumerate(zeros):
                 # Of two zeros only the second is excused by the first: one has to stay.
                 if other != index:

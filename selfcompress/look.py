@@ -93,6 +93,12 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     for module, before in attributes.items():
         if not isinstance(module, torch.jit.ScriptModule):
             before["_buffers"] = dict(module._buffers)  # forward() may put others in their places
+    hooks = [
+        (held, dict(held))
+        for before in attributes.values()
+        for key, held in before.items()
+        if key.endswith("_hooks") and isinstance(held, dict)  # forward() may register some
+    ]
     containers = [
         (container, _content(container))
         for before in attributes.values()
@@ -108,6 +114,9 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             for module, before in attributes.items():
                 vars(module).clear()
                 vars(module).update(before)
+            for held, content_of_hooks in hooks:
+                held.clear()
+                held.update(content_of_hooks)
             for container, content in containers:
                 _restore(container, content)
             for buffer, value in buffers.items():

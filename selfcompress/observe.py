@@ -1,5 +1,6 @@
 """Watch one run of a model: which modules run, how often, with what, and whose weights are read."""
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,7 @@ class _Watch(TorchFunctionMode):
             }
             return
         self.seen.counts[name] += 1
-        shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+        shapes = pytree.tree_map(_as_given, (args, kwargs))
         first = self.seen.arguments.setdefault(name, shapes)
         if first is not shapes and _signature(first) != _signature(shapes):
             self.seen.varied.add(name)
@@ -138,8 +139,20 @@ class _Watch(TorchFunctionMode):
 
 def _signature(arguments: Any) -> str:
     """What a call is given, but for the sizes of tensors."""
-    plain = pytree.tree_map_only(Tensor, lambda t: f"{t.dim()} {t.dtype}", arguments)
-    return repr(plain)
+
+    def kind(leaf: Any) -> str:
+        if isinstance(leaf, Tensor):
+            return f"{leaf.dim()} {leaf.dtype}"
+        return type(leaf).__name__ if hasattr(leaf, "__dict__") else repr(leaf)
+
+    return repr(pytree.tree_map(kind, arguments))
+
+
+def _as_given(leaf: Any) -> Any:
+    """A tensor's shape, or a copy of what forward() may change: a cache, say."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().to("meta")
+    return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
 
 
 def _sizes(arguments: Any) -> list[torch.Size]:

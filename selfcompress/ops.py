@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 
@@ -111,9 +111,10 @@ _METHODS: dict[str, Any] = {
 SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 """Attributes of a tensor in which there is nothing of its values."""
 _SIZE_METHODS = {"size", "dim", "ndimension", "numel", "nelement"}
-_TYPES = {"dtype", "device", "is_cuda", "is_floating_point", "is_complex"}
+_TYPES = {"dtype", "device", "is_cuda", "is_floating_point", "is_complex", "is_tensor"}
 _SIZED_BY_VALUES = {
     "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
+    "repeat_interleave", "one_hot", "nms", "batched_nms", "tensor_split",
 }  # fmt: skip
 
 
@@ -145,16 +146,17 @@ def reads_type(node: torch.fx.Node) -> bool:
     return calls and getattr(node.target, "__name__", node.target) in _TYPES
 
 
-def sized_by_values(node: torch.fx.Node, indices: bool) -> bool:
-    """Whether the sizes of what a node makes depend on the values of what it reads.
+def sized_by_values(node: torch.fx.Node, whole: list[Tensor]) -> bool:
+    """Whether the sizes of what a node makes may depend on the values of what it reads.
 
     Args:
-        indices: it reads tensors of flags, which might pick elements.
+        whole: tensors of whole numbers and flags that it reads, which may count or pick elements.
     """
     name = getattr(node.target, "__name__", node.target)
     if name == "where":
         return len(node.args) + len(node.kwargs) < 3
-    return name in _SIZED_BY_VALUES or (indices and name == "getitem")
+    picks = name == "getitem" and any(tensor.dtype == torch.bool for tensor in whole)
+    return name in _SIZED_BY_VALUES or picks or any(not tensor.dim() for tensor in whole)
 
 
 _KINDS: dict[Any, Kind] = (

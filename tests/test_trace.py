@@ -86,7 +86,7 @@ class Refuses(Two):
 
 class Loops(Two):
     def between(self, x: Tensor) -> Tensor:
-        for index in range(x.shape[2] // 2):
+        for index in range(x.shape[2]):
             x = x * (index + 1)
         sizes = [size for size in x.shape]  # noqa: C416
         return x / len(sizes) / float(sizes[0])

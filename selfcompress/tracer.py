@@ -1,0 +1,402 @@
+"""Trace one module with torch.fx while it computes, so that its forward() may go by sizes."""
+
+import copy
+import functools
+import inspect
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selfcompress.attention import QuantAttention
+from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
+from selfcompress.look import kept_modes, without_compile
+from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
+from selfcompress.text import first_line
+from selfcompress.widths import Read
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Stands for a tensor of a traced run."""
+
+    sizes: tuple[int, ...]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of ours, which are not looked into."""
+    return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Whether there is a quantised layer in a module."""
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())
+
+
+class _Countable(torch.fx.Proxy):
+    """A proxy that Python may ask for its number, and that can tell `x += y` from `x = x + y`."""
+
+    tracer: "Tracer"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":  # it would be lost
+            raise RuntimeError("it sets .data of a tensor")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __int__(self) -> int:
+        return self.tracer.take("int", self)  # type: ignore[no-any-return]
+
+    def __index__(self) -> int:
+        return self.tracer.take("int", self)  # type: ignore[no-any-return]
+
+    def __float__(self) -> float:
+        return self.tracer.take("float", self)  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return self.tracer.take("len", self)  # type: ignore[no-any-return]
+
+
+class _Attribute(_Countable, torch.fx.proxy.Attribute):
+    """The same, for `x.shape` and its like."""
+
+
+def _in_place(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Countable, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+_TRACING = ("torch.fx", __name__)
+Place = tuple[str, str, str, int]
+"""What a node does, what it calls, in which file and on which line."""
+
+# torch.ones(n, m) looks at its arguments before it asks proxies, torch.ones((n, m)) does not.
+_MADE_OF_SIZES = (
+    torch.ones, torch.zeros, torch.full, torch.empty, torch.rand, torch.randn, torch.is_tensor,
+)  # fmt: skip
+
+
+class Tracer(torch.fx.Tracer):
+    """Computes while it traces, so that forward() may go by the sizes of the example.
+
+    Where Python asks for a number that depends on sizes alone (in an `if`, say), it is told that of
+    the example, and a node `taken` notes that the number has to stay the same. What depends on the
+    values of a tensor it is not told. A submodule that fails to be traced becomes a leaf, which
+    runs, and it is remembered why.
+
+    Args:
+        args, kwargs: what the module to be traced is called with.
+        reads: what is read of layers, to which those that compute are to add nothing.
+        failed: names of submodules that are not to be traced into → why.
+
+    Attributes:
+        facts: what each node gave, with a `Shape` in place of every tensor.
+        failed: names of submodules that are leaves for that → why.
+        takers: names of the modules whose forward() was told a number.
+        places: what each node calls, and the line of code that calls it.
+        watched: operation → who else may read what it gave.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reads: list[Read],
+        failed: dict[str, str],
+    ) -> None:
+        super().__init__(autowrap_functions=_MADE_OF_SIZES)
+        self._autowrap_search.append(torch)
+        self.arguments = args, kwargs
+        self.reads = reads
+        self.facts: dict[torch.fx.Node, Any] = {}
+        self.failed = dict(failed)
+        self.takers: set[str] = set()
+        self.places: dict[torch.fx.Node, Place] = {}
+        self.watched: dict[torch.fx.Node, str] = {}
+        self.computing = False
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """All tensors that forward() is given are inputs, in whatever they come."""
+        args, kwargs = self.arguments
+        forward = self.root.forward  # the user may have put another one on the object
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            leaves, structure = pytree.tree_flatten(value)
+            for index, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    unique = name if len(leaves) == 1 else f"{name}_{index}"
+                    leaves[index] = self._input(unique, leaf)
+                elif not isinstance(leaf, nn.Module):  # a cache, say, which forward() changes
+                    leaves[index] = copy.deepcopy(leaf)
+            bound.arguments[name] = pytree.tree_unflatten(leaves, structure)
+
+        def run() -> list[torch.fx.Proxy]:
+            return list(_outputs(forward(*bound.args, **bound.kwargs)))
+
+        return run, []
+
+    def _input(self, name: str, tensor: Tensor) -> torch.fx.Proxy:
+        proxy = super().create_proxy("placeholder", name, (), {})
+        self._note(proxy, tensor.clone(), sizes=True)
+        return proxy
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
+    ) -> torch.fx.Proxy:
+        if kind == "call_method" and target in ("reshape_as", "view_as"):
+            target, args = "reshape", (args[0], args[1].shape)
+        value = self._compute(kind, target, *self._values((args, kwargs)))
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        read = [leaf for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
+        tensors = _tensors(self._values(read))
+        sizes = all(self._of_sizes(leaf) for leaf in read)
+        if _tensors(value):
+            others = args[1:] if target is operator.getitem else args
+            whole = [t for t in _tensors(self._values((others, kwargs))) if _is_whole(t)]
+            sizes &= not sized_by_values(proxy.node, whole) and target not in self.failed
+        elif tensors:
+            sizes &= reads_sizes(proxy.node)
+        self._note(proxy, value, sizes)
+        vars(proxy)["_own"] = bool(read) and all(self._own(leaf) for leaf in read)
+        if kind == "get_attr":
+            vars(proxy)["_own"] = not isinstance(value, nn.Parameter)
+        self.places[proxy.node] = kind, str(getattr(target, "__name__", target)), *_line_of_user()
+        return proxy
+
+    def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
+        node = super().create_node(kind, target, *more, **options)
+        if kind == "get_attr":  # of a buffer or a constant no proxy is made
+            self.facts[node] = Shape(tuple(self._attribute(target).shape))
+        return node
+
+    def _attribute(self, name: str) -> Any:
+        with self._only_computing():
+            return functools.reduce(getattr, name.split("."), self.root)
+
+    def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "get_attr":
+            return self._attribute(target)
+        with self._only_computing():
+            if kind == "call_function":
+                return target(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            module = self.root.get_submodule(target)
+            with kept_modes(module):
+                return module.eval()(*args, **kwargs)
+
+    @contextmanager
+    def _only_computing(self) -> Iterator[None]:
+        before, self.computing, reads = self.computing, True, len(self.reads)
+        try:
+            yield
+        finally:
+            self.computing = before
+            del self.reads[reads:]
+
+    def _note(self, proxy: torch.fx.Proxy, value: Any, sizes: bool) -> None:
+        """Note what a proxy stands for on the example.
+
+        Args:
+            sizes: whether that number, or the sizes of that tensor, are the same for all values of
+                inputs of these sizes.
+        """
+        vars(proxy).update(_held=value, _sizes=sizes)
+        shapes = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), value)
+        self.facts[proxy.node] = shapes
+
+    def _values(self, tree: Any) -> Any:
+        return torch.fx.node.map_aggregate(tree, self._value)
+
+    def _own(self, proxy: torch.fx.Proxy) -> bool:
+        """Whether it depends on buffers of the model alone."""
+        if isinstance(proxy, _Attribute):
+            return self._own(proxy.root)
+        return bool(vars(proxy).get("_own"))
+
+    def _value(self, leaf: Any) -> Any:
+        if not _is_proxy(leaf):
+            return leaf
+        if isinstance(leaf, _Attribute):
+            return getattr(self._value(leaf.root), leaf.attr)
+        return vars(leaf)["_held"]
+
+    def _of_sizes(self, proxy: torch.fx.Proxy) -> bool:
+        """See `_note`."""
+        if isinstance(proxy, _Attribute):
+            tensors = bool(_tensors(self._value(proxy.root)))
+            return self._of_sizes(proxy.root) and (not tensors or proxy.attr in SIZE_ATTRIBUTES)
+        return bool(vars(proxy)["_sizes"])
+
+    def take(self, kind: str, proxy: torch.fx.Proxy) -> Any:
+        """The number, or length, of a proxy, which forward() may go by from now on."""
+        tensors = bool(_tensors(self._value(proxy)))
+        if self._own(proxy):
+            self._hold_buffers(proxy.node)
+            return taken(self._value(proxy), kind)
+        if not self._of_sizes(proxy) or (tensors and kind != "len"):
+            raise RuntimeError("its way depends on the values of a tensor")
+        made = self.create_proxy("call_function", taken, (proxy, kind), {})
+        self.takers.add(owner_of(made.node))
+        return self._value(made)
+
+    def _hold_buffers(self, node: torch.fx.Node) -> None:
+        """Keep the channels of the buffers that a number was read out of."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            pending += node.all_input_nodes
+            if node.op == "get_attr":
+                self.watched[node] = "forward() reads numbers out of it"
+
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        return self.take("bool", obj)  # type: ignore[no-any-return]
+
+    def iter(self, obj: torch.fx.Proxy) -> Iterator[torch.fx.Proxy]:
+        return iter([operator.getitem(obj, index) for index in range(self.take("len", obj))])
+
+    def watch(self, values: Any, why: str) -> None:
+        """Note that somebody outside of the trace sees `values`."""
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, torch.fx.Proxy) and leaf.tracer is self:
+                self.watched[leaf.node] = why
+
+    def _watch_hooked(self, m: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if m._forward_hooks or m._forward_pre_hooks:
+            why = f"hooks on {self.path_of_module(m)} see it"
+            self.watch((args, kwargs, result), why)
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Countable(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        # A buffer that is a single number counts something, or is a flag that forward() goes by.
+        number = isinstance(attr_val, Tensor) and not attr_val.dim()
+        if self.computing or (number and not isinstance(attr_val, nn.Parameter)):
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if is_leaf(m) or module_qualified_name in self.failed:
+            return True
+        # torch's own containers (its transformers) are leaves to torch.fx, layers and all.
+        return super().is_leaf_module(m, module_qualified_name) and not has_layers(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # What is no part of the model, such as an activation out of a table, is traced into.
+        if self.computing or m not in (self.submodule_paths or {}):
+            return forward(*args, **kwargs)
+        inner = without_compile(m)
+        if inner is not m:  # what torch.compile made of a submodule: trace that submodule
+            result = inner(*args, **kwargs)
+            self._watch_hooked(m, args, kwargs, result)
+            return result
+        before, stack = len(self.graph.nodes), dict(self.module_stack)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            self._watch_hooked(m, args, kwargs, result)
+            return result
+        except Exception as error:  # whatever the user's forward() does under the tracer
+            name = self.path_of_module(m)
+            if self.is_leaf_module(m, name):
+                raise
+            self.failed[name] = first_line(error)
+            for node in reversed(list(self.graph.nodes)[before:]):
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return super().call_module(m, forward, args, kwargs)
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward() that is traced may leave proxies in attributes and buffers."""
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    before = {part: (dict(vars(part)), dict(part._buffers)) for part in parts}
+    try:
+        yield
+    finally:
+        for part, (attributes, buffers) in before.items():
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+
+
+def _line_of_user() -> tuple[str, int]:
+    """Where forward() is, past what traces it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_TRACING):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def owner_of(node: torch.fx.Node) -> str:
+    """The name of the module whose forward() has made a node; "" for the one that is traced."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """As torch.fx sees them, with what is in slices."""
+    found: list[Any] = []
+    torch.fx.node.map_aggregate(tree, found.append)
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in what may come out of a forward(), or be in a slice."""
+    leaves = pytree.tree_leaves(_leaves(value))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_proxy(value: Any) -> bool:
+    return isinstance(value, torch.fx.Proxy)
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+
+
+def _outputs(returned: Any, depth: int = 4) -> Iterator[torch.fx.Proxy]:
+    """All tensors in what a forward() returns, those of objects such as dataclasses too."""
+    for leaf in pytree.tree_leaves(returned):
+        if _is_proxy(leaf):
+            if leaf.node.op != "get_attr":  # a parameter is cut, and no output
+                yield leaf
+        elif not isinstance(leaf, (*_PLAIN, nn.Module)):
+            if not hasattr(leaf, "__dict__") or not depth:
+                raise RuntimeError(f"it returns a {type(leaf).__name__}")
+            yield from _outputs(list(vars(leaf).values()), depth - 1)
