@@ -1180,3 +1180,108 @@ def test_layers_of_own_classes_that_compute_as_torchs_are_quantised(tmp_path: Pa
     loaded = selfcompress.load(tmp_path / "net.scnn", OwnLayers())
     assert isinstance(loaded.a, SamePadded) and loaded.a.cost() == 9
     torch.testing.assert_close(computed(loaded, images(), training=False), want, rtol=0, atol=0)
+
+
+class WithDepth(nn.Conv2d):
+    bit_depth = 8  # a name that a quantised layer needs
+
+
+class WithSlots(nn.Conv2d):
+    __slots__ = ("extra",)
+
+
+class Tagged(nn.Conv2d):
+    tags: dict[str, str] = {}  # noqa: RUF012
+
+    def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.tags[tag] = cls.__name__
+
+
+class Softplus(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return F.softplus(bias)
+
+
+def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
+    conv = nn.Conv2d(ins, outs, size)
+    nn.utils.parametrize.register_parametrization(conv, "bias", Softplus())
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("conv", "why"),
+    [
+        (WithDepth, "has what a quantised layer needs"),
+        (WithSlots, "has what a quantised layer needs"),
+        (Tagged, "computes in a way of its own"),
+        (with_made_bias, "its weight is computed from other parameters"),
+    ],
+)
+def test_classes_that_do_not_go_with_ours_stay_in_float(
+    conv: Callable[[int, int, int], nn.Module], why: str
+) -> None:
+    model = nn.Sequential(block(3, 4), conv(4, 6, 1), block(6, 4), nn.Conv2d(4, 2, 1))
+    kind = type(model[1])
+    compressor = started(model, images())
+    assert type(model[1]) is kind
+    assert why in compressor.left_in_float["1"]
+    check_exact(compressor, images(), shrinks=False)
+
+
+def test_a_batch_norm_with_a_computed_weight_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Softplus())
+    compressor = Compressor(model.double(), images(), 0.0, bits=8)
+    kill(model, "0", [0, 3])
+    before = computed(model, images(), training=True)
+    compressor.cut()
+    torch.testing.assert_close(computed(model, images(), training=True), before)
+
+
+class Built(nn.Conv2d):
+    def __new__(cls, ins: int, outs: int) -> "Built":
+        return super().__new__(cls)
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__(ins, outs, 1)
+
+
+def test_a_layer_with_a_constructor_of_its_own_is_copied() -> None:
+    compressor = started(nn.Sequential(Built(3, 6), nn.Conv2d(6, 2, 1)), images())
+    model = copy.deepcopy(compressor.model)
+    assert isinstance(model, nn.Sequential) and isinstance(model[0], Built)
+
+
+class Remembers(nn.Module):
+    """Attends to what it has been given before, which a cache holds that it makes itself."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.kept: list[Tensor] = []
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, cache: "Remembers.Cache") -> Tensor:
+            cache.kept.append(torch.relu(self.a(x)))
+            y: Tensor = self.b(cache.kept[0])
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = self.Part(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            raise ValueError("too much")
+        y: Tensor = self.head(self.part(x, self.Cache()))
+        return y
+
+
+def test_a_cache_that_a_part_fills_is_empty_when_it_is_traced() -> None:
+    compressor = started(Remembers(), SEQUENCE)
+    assert compressor.graph.untraceable.keys() == {""}
+    check_exact(compressor, SEQUENCE)

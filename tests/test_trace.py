@@ -359,3 +359,295 @@ class Tables(Two):
 @pytest.mark.parametrize("model", [Counts, Tables])
 def test_flags_and_activations_from_elsewhere_are_traced(model: Callable[[], nn.Module]) -> None:
     assert removable(model()) == 6
+
+
+# --- other ways for other sizes -------------------------------------------------------------------
+
+
+class NormsBatches(nn.Module):
+    """Normalises when there is more than one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y: Tensor = self.b(torch.relu(self.norm(x) if x.shape[0] > 1 else x))
+        return y
+
+
+class ScalesLarge(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((6, 1, 1), 2.0))
+
+    def between(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 8:
+            x = x * self.scale
+        return x
+
+
+class ViewsLarge(Two):
+    def between(self, x: Tensor) -> Tensor:
+        if int(x.shape[-1]) > 8:
+            x = x.view(-1, 6, x.shape[2], x.shape[3])
+        return x
+
+
+class AddsEqual(nn.Module):
+    """Adds what two layers make where their sizes are the same: for single pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.other = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(3, 6, 1)
+        self.b = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = torch.relu(self.a(x)), torch.relu(self.other(x))
+        if u.shape == v.shape:
+            y: Tensor = self.b(u + v).mean((2, 3))
+            return y
+        y = self.b(u).mean((2, 3)) + v.mean()
+        return y
+
+
+class Heads(Two):
+    """Has a layer for sizes that are far from that of the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"8": nn.Conv2d(6, 6, 1), "64": nn.Conv2d(6, 6, 1)})
+
+    def between(self, x: Tensor) -> Tensor:
+        y: Tensor = self.heads[str(int(x.shape[-1]))](x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize(
+    ("model", "example", "other"),
+    [
+        (NormsBatches(), X[0, :1, 0, :5], X[0, :, 0, :5]),
+        (ScalesLarge(), X, X.repeat(1, 1, 2, 2)),
+        (ViewsLarge(), X, X.repeat(1, 1, 2, 2)),
+        (AddsEqual(), X, X[:, :, :1, :1]),
+        (Heads(), X, X.repeat(1, 1, 8, 8)),
+    ],
+)
+def test_inputs_of_other_sizes_may_take_another_way(
+    model: nn.Module, example: Tensor, other: Tensor
+) -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(model.double(), example, 0.0, bits=8)
+    why = compressor.graph.untraceable[""]
+    assert why.startswith(("it goes by sizes, and does not call", "at other sizes it calls other"))
+    kill(model, "a", [0, 3])
+    nn.init.constant_(compressor.layers["a"].get_parameter("bias"), -0.1)
+    before = outputs(model, example) + outputs(model, other)
+    compressor.cut()
+    torch.testing.assert_close(outputs(model, example) + outputs(model, other), before)
+
+
+class Inside(nn.Module):
+    """Has a part with two ways, among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1)
+        self.part, self.head = ScalesLarge(), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.part(self.c(torch.relu(self.a(x)))))
+        return y
+
+
+def test_only_the_part_that_has_two_ways_is_left_alone() -> None:
+    compressor = Compressor(Inside().double(), X, 0.0, bits=8)
+    assert compressor.graph.untraceable.keys() == {"part"}
+    found = {layer.name: layer.removable for layer in compressor.report().layers}
+    assert found == {"a": 6, "c": 0, "part.a": 0, "part.b": 0, "head": 0}
+
+
+class ByLengths(nn.Module):
+    """Cuts sequences to the longest, and goes by how long that is."""
+
+    def __init__(self, cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.cut = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 2, 1), cut
+        self.scale = nn.Parameter(torch.full((6, 1), 2.0))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = self.cut(torch.relu(self.a(x)), lengths)
+        if x.shape[2] > 6:
+            x = x * self.scale
+        y: Tensor = self.b(x).mean(2)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x, n: x[:, :, : n.max()],
+        lambda x, n: x.narrow(2, 0, n.max()),
+        lambda x, n: x[:, :, torch.arange(n.max())],
+        lambda x, n: torch.repeat_interleave(x, n, dim=2),
+        lambda x, n: x @ F.one_hot(n).to(x),
+        lambda x, n: x[:, :, n > 2],
+    ],
+)
+def test_sizes_that_depend_on_values_are_values(cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+    lengths = torch.tensor([1, 3, 0, 5, 1, 1, 0, 2])
+    example = X[0, :, 0][None].repeat(8, 1, 1), lengths
+    compressor = Compressor(ByLengths(cut).double(), example, 0.0, bits=8)
+    assert compressor.graph.untraceable[""] == "its way depends on the values of a tensor"
+
+
+class SlicesMask(Two):
+    """Cuts a mask of flags to its input's size, which picks nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 1, 16, 16, dtype=torch.bool))
+
+    def between(self, x: Tensor) -> Tensor:
+        mask = self.get_buffer("mask")[..., : x.shape[2], : x.shape[3]]
+        return x * mask if mask.shape[-1] == x.shape[-1] else x
+
+
+def test_a_slice_of_flags_has_sizes_of_its_own() -> None:
+    assert removable(SlicesMask()) == 6
+
+
+# --- numbers out of buffers, and buffers that forward() replaces ----------------------------------
+
+
+class ReadsBuffer(Two):
+    def __init__(self, numbers: Tensor, between: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("numbers", numbers)
+        self.use = between
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.use(x, self.get_buffer("numbers"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "between"),
+    [
+        (torch.tensor([-0.5, 1.5]), lambda x, n: x.clamp(float(n[0]), float(n[1]))),
+        (torch.tensor([3, 3]), lambda x, n: F.avg_pool2d(x, int(n[0]), 1)),
+        (torch.tensor([4, 4]), lambda x, n: F.adaptive_avg_pool2d(x, (int(n[0]), int(n[1])))),
+        (torch.linspace(0, 1, 6), lambda x, n: x * 2 if n[3] > 0.2 else x),
+        (torch.tensor([2.0, 3.0]), lambda x, n: x * n.tolist()[1]),
+        (torch.tensor([True, False, True, True, False, True]).view(6, 1, 1), torch.mul),
+    ],
+)
+def test_forward_may_read_numbers_out_of_buffers(
+    numbers: Tensor, between: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    assert removable(ReadsBuffer(numbers, between)) == 6
+
+
+class KeepsMean(Two):
+    """Notes what it has seen last in a buffer, and may use what it saw before."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(6))
+        self.used = used
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x + self.get_buffer("last")[:, None, None] if self.used else x
+        self.last = x.detach().mean((0, 2, 3)).roll(1)
+        return y
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_channels_stay_that_are_kept_in_a_buffer(used: bool) -> None:
+    def calls(model: nn.Module) -> list[Tensor]:
+        nn.init.zeros_(model.get_buffer("last"))
+        return [outputs(model, X)[0] for _ in range(3)]
+
+    torch.manual_seed(0)
+    model = KeepsMean(used).double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    kill(model, "a", [0, 3])
+    nn.init.constant_(compressor.layers["a"].get_parameter("bias"), -0.1)
+    before = calls(model)
+    for _ in range(2):
+        compressor.cut()
+        torch.testing.assert_close(calls(model), before)
+    assert model.get_buffer("last").shape == (6,)
+
+
+class SetsData(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(6))
+
+    def between(self, x: Tensor) -> Tensor:
+        self.get_buffer("last").data = x.detach().mean((0, 2, 3))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_the_data_of_a_buffer_may_be_set() -> None:
+    model = SetsData().double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    assert compressor.graph.untraceable[""] == "it sets .data of a tensor"
+    kill(model, "a", [0, 3])
+    compressor.cut()
+    assert model(X).shape == (4, 2, 8, 8)
+
+
+class Gate(Two):
+    """A gate that is closed for some channels, for a while; or a scale that is trained later."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        closed = torch.tensor([1.0, 1, 0, 0, 0, 0])[:, None, None]
+        if frozen:
+            self.gate = nn.Parameter(closed, requires_grad=False)
+        else:
+            self.register_buffer("gate", closed)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * self.gate
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_closed_gate_holds_back_stays(frozen: bool) -> None:
+    model = Gate(frozen).double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    compressor.cut()
+    assert compressor.layers["a"].out_width == 6 and len(compressor.layers["a"].rows) == 6
+
+
+def test_forward_may_put_hooks_on_modules() -> None:
+    class Captures(Two):
+        installed = False
+
+        def forward(self, x: Any) -> Any:
+            if not self.installed:
+                self.installed = True
+                self.a.register_forward_hook(lambda *seen: self.seen.append(seen[2].shape))
+            self.seen: list[torch.Size] = []
+            super().forward(x)
+            return len(self.seen)
+
+    model = Captures().double()
+    Compressor(model, X, 0.0, bits=8)
+    assert not model.installed and not model.a._forward_hooks
+    assert [model(X) for _ in range(2)] == [1, 1]
+
+
+class Sized(Two):
+    def between(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return flat.view_as(x) + flat.reshape_as(x)
+
+
+def test_views_as_another_tensor_are_followed() -> None:
+    assert removable(Sized()) == 6
