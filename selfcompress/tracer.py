@@ -30,6 +30,26 @@ class Shape:
     sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What a proxy stands for on the example.
+
+    Attributes:
+        sizes: whether that number, or the sizes of that tensor, are the same for all values of
+            inputs of these sizes.
+        own: whether it depends on buffers of the model alone.
+    """
+
+    value: Any
+    sizes: bool
+    own: bool = False
+
+    def attribute(self, name: str) -> "_Known":
+        """The same, of what `getattr` gives."""
+        sizes = self.sizes and (name in SIZE_ATTRIBUTES or not _tensors(self.value))
+        return _Known(getattr(self.value, name), sizes, self.own)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one of ours, which are not looked into."""
     return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
@@ -164,8 +184,7 @@ class Tracer(torch.fx.Tracer):
 
     def _input(self, name: str, tensor: Tensor) -> torch.fx.Proxy:
         proxy = super().create_proxy("placeholder", name, (), {})
-        self._note(proxy, tensor.clone(), sizes=True)
-        return proxy
+        return self._note(proxy, _Known(tensor.clone(), sizes=True))
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
@@ -174,21 +193,19 @@ class Tracer(torch.fx.Tracer):
             target, args = "reshape", (args[0], args[1].shape)
         value = self._compute(kind, target, *self._values((args, kwargs)))
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        read = [leaf for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
-        tensors = _tensors(self._values(read))
-        sizes = all(self._of_sizes(leaf) for leaf in read)
+        read = [self._known(leaf) for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
+        sizes = all(known.sizes for known in read)
         if _tensors(value):
             others = args[1:] if target is operator.getitem else args
             whole = [t for t in _tensors(self._values((others, kwargs))) if _is_whole(t)]
             sizes &= not sized_by_values(proxy.node, whole) and target not in self.failed
-        elif tensors:
+        elif any(_tensors(known.value) for known in read):
             sizes &= reads_sizes(proxy.node)
-        self._note(proxy, value, sizes)
-        vars(proxy)["_own"] = bool(read) and all(self._own(leaf) for leaf in read)
+        own = bool(read) and all(known.own for known in read)
         if kind == "get_attr":
-            vars(proxy)["_own"] = not isinstance(value, nn.Parameter)
+            own = not isinstance(value, nn.Parameter)
         self.places[proxy.node] = kind, str(getattr(target, "__name__", target)), *_line_of_user()
-        return proxy
+        return self._note(proxy, _Known(value, sizes, own))
 
     def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
         node = super().create_node(kind, target, *more, **options)
@@ -221,51 +238,37 @@ class Tracer(torch.fx.Tracer):
             self.computing = before
             del self.reads[reads:]
 
-    def _note(self, proxy: torch.fx.Proxy, value: Any, sizes: bool) -> None:
-        """Note what a proxy stands for on the example.
-
-        Args:
-            sizes: whether that number, or the sizes of that tensor, are the same for all values of
-                inputs of these sizes.
-        """
-        vars(proxy).update(_held=value, _sizes=sizes)
-        shapes = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), value)
+    def _note(self, proxy: torch.fx.Proxy, known: _Known) -> torch.fx.Proxy:
+        vars(proxy)["_known"] = known
+        shapes = pytree.tree_map_only(Tensor, lambda t: Shape(tuple(t.shape)), known.value)
         self.facts[proxy.node] = shapes
+        return proxy
+
+    def _known(self, proxy: torch.fx.Proxy) -> _Known:
+        if isinstance(proxy, _Attribute):
+            return self._known(proxy.root).attribute(proxy.attr)
+        known: _Known = vars(proxy)["_known"]
+        return known
 
     def _values(self, tree: Any) -> Any:
-        return torch.fx.node.map_aggregate(tree, self._value)
+        """Arguments of a call with what proxies stand for in their places."""
 
-    def _own(self, proxy: torch.fx.Proxy) -> bool:
-        """Whether it depends on buffers of the model alone."""
-        if isinstance(proxy, _Attribute):
-            return self._own(proxy.root)
-        return bool(vars(proxy).get("_own"))
+        def value(leaf: Any) -> Any:
+            return self._known(leaf).value if _is_proxy(leaf) else leaf
 
-    def _value(self, leaf: Any) -> Any:
-        if not _is_proxy(leaf):
-            return leaf
-        if isinstance(leaf, _Attribute):
-            return getattr(self._value(leaf.root), leaf.attr)
-        return vars(leaf)["_held"]
-
-    def _of_sizes(self, proxy: torch.fx.Proxy) -> bool:
-        """See `_note`."""
-        if isinstance(proxy, _Attribute):
-            tensors = bool(_tensors(self._value(proxy.root)))
-            return self._of_sizes(proxy.root) and (not tensors or proxy.attr in SIZE_ATTRIBUTES)
-        return bool(vars(proxy)["_sizes"])
+        return torch.fx.node.map_aggregate(tree, value)
 
     def take(self, kind: str, proxy: torch.fx.Proxy) -> Any:
         """The number, or length, of a proxy, which forward() may go by from now on."""
-        tensors = bool(_tensors(self._value(proxy)))
-        if self._own(proxy):
+        known = self._known(proxy)
+        if known.own:
             self._hold_buffers(proxy.node)
-            return taken(self._value(proxy), kind)
-        if not self._of_sizes(proxy) or (tensors and kind != "len"):
+            return taken(known.value, kind)
+        if not known.sizes or (kind != "len" and _tensors(known.value)):
             raise RuntimeError("its way depends on the values of a tensor")
         made = self.create_proxy("call_function", taken, (proxy, kind), {})
         self.takers.add(owner_of(made.node))
-        return self._value(made)
+        return self._known(made).value
 
     def _hold_buffers(self, node: torch.fx.Node) -> None:
         """Keep the channels of the buffers that a number was read out of."""
