@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from selfcompress.convert import replace
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
 from selfcompress.layers import quantized_layers
@@ -69,6 +70,9 @@ def export_onnx(
         raise ExportError(f"{error.name} is missing: pip install 'selfcompress[onnx]'") from error
     model = without_compile(model)
     dense = to_dense(model).eval().float()
+    for name, module in list(dense.named_modules()):
+        if type(module) is nn.AdaptiveMaxPool2d and module.output_size in (1, (1, 1)):
+            replace(dense, name, _GlobalMax())
     inputs = pytree.tree_map_only(
         Tensor, lambda t: t.float() if t.is_floating_point() else t, positional(example_input)
     )
@@ -106,6 +110,13 @@ def export_onnx(
     content = network.SerializeToString()
     write_atomically(Path(path), content)
     return len(content)
+
+
+class _GlobalMax(nn.Module):
+    """`nn.AdaptiveMaxPool2d(1)`, which the exporter of torch 2.11 does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax((-2, -1), keepdim=True)
 
 
 @dataclass(frozen=True)
