@@ -1,5 +1,6 @@
 """Take the quantised layers out again: a network of plain torch, quantised weights baked in."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def to_dense(model: nn.Module) -> nn.Module:
                 continue
             own = getattr(type(module), "own_class", None)
             if own is not None and type(new) in _KINDS.values():
-                new.__class__ = own
+                with suppress(TypeError):  # of another layout, as those of an ABC are
+                    new.__class__ = own
             keep_hooks(module, new)
             keep_noted(module, new, getattr(module, "noted_by_user", ()))
             made[module] = new.train(module.training)

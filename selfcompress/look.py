@@ -184,6 +184,21 @@ def seed_everything(device: torch.device) -> None:
             torch.cuda.manual_seed(0)
 
 
+def copied(leaf: Any, model: nn.Module) -> Any:
+    """A copy of an argument that a forward() of `model` may change, such as a cache.
+
+    Itself if it cannot be changed or copied. What it has of the model stays that of the model.
+    """
+    if isinstance(leaf, Tensor | nn.Module) or not hasattr(leaf, "__dict__"):
+        return leaf
+    known = (*model.modules(), *model.parameters(), *model.buffers())
+    try:
+        with torch._C.DisableTorchFunction():
+            return copy.deepcopy(leaf, {id(part): part for part in known})
+    except Exception:  # it holds a lock, a file, or whatever else is only once there
+        return leaf
+
+
 def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy`, with what a forward() has left in an attribute, but without its history."""
     left = [

@@ -1,6 +1,5 @@
 """Watch one run of a model: which modules run, how often, with what, and whose weights are read."""
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import FLOAT_LAYERS, layer_widths
-from selfcompress.look import Inputs, device_of, positional, seed_everything, undisturbed
+from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 
 
 @dataclass
@@ -61,6 +60,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, seen: Observed) -> None:
         super().__init__()
+        self.model = model
         self.seen = seen
         self.running: list[nn.Module] = []
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -86,11 +86,15 @@ class _Watch(TorchFunctionMode):
             }
             return
         self.seen.counts[name] += 1
-        shapes = pytree.tree_map(_as_given, (args, kwargs))
-        first = self.seen.arguments.setdefault(name, shapes)
-        if first is not shapes and _signature(first) != _signature(shapes):
+        shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+        if name not in self.seen.arguments:
+            kept = pytree.tree_map(lambda leaf: copied(leaf, self.model), shapes)
+            self.seen.arguments[name] = kept
+            return
+        first = self.seen.arguments[name]
+        if _signature(first) != _signature(shapes):
             self.seen.varied.add(name)
-        if first is not shapes and _sizes(first) != _sizes(shapes):
+        if _sizes(first) != _sizes(shapes):
             self.seen.resized.add(name)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -146,13 +150,6 @@ def _signature(arguments: Any) -> str:
         return type(leaf).__name__ if hasattr(leaf, "__dict__") else repr(leaf)
 
     return repr(pytree.tree_map(kind, arguments))
-
-
-def _as_given(leaf: Any) -> Any:
-    """A tensor's shape, or a copy of what forward() may change: a cache, say."""
-    if isinstance(leaf, Tensor):
-        return leaf.detach().to("meta")
-    return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
 
 
 def _sizes(arguments: Any) -> list[torch.Size]:

@@ -158,7 +158,8 @@ class _Planner:
         for node in self.graph.nodes:
             if node.tensor:
                 stays = ~self.removed[self.graph.ids[node.name]]
-                self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
+                if not stays.all():  # forward() may have put a longer buffer in its place
+                    self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
             layer = node.kind in (Kind.LAYER, Kind.GROUPED, Kind.NORM)
             if layer and node.module not in in_graph:
                 in_graph.add(node.module)

@@ -22,7 +22,7 @@ from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.ops import taken
 from selfcompress.text import first_line
 from selfcompress.tracer import Shape, Tracer, has_layers, is_leaf, restored
-from selfcompress.ways import another_way
+from selfcompress.ways import other_ways
 from selfcompress.widths import held, kept_whole, noting_widths
 
 
@@ -106,6 +106,8 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
             result.parts.append(part)
             for failed in part.inside:
                 pending += _children(failed, model.get_submodule(failed))
+        # Once more for real: what forward() keeps in objects of its own is then no proxy.
+        model.eval()(*positional(example_input))
     return result
 
 
@@ -139,17 +141,16 @@ def _trace_part(
                 tracer = Tracer(args, kwargs, reads, failed)
                 nodes = list(tracer.trace(module).nodes)
                 _watch_what_stays(tracer, module)
-            culprit = another_way(tracer, module)
-            if culprit is None:
+            more = other_ways(tracer, module)
+            if not more:
                 break
-            part, why = culprit
-            if not part:
-                raise RuntimeError(why)
-            failed = tracer.failed | {part: why}
+            if "" in more:
+                raise RuntimeError(more[""])
+            failed = tracer.failed | more
     tracer.watched |= held(reads, nodes, module)
     module.eval()
     with noting_widths(module) as in_evaluation, _of_any_rank(module), restored(module):
-        evaluated = Tracer(args, kwargs, in_evaluation, failed)
+        evaluated = Tracer(args, kwargs, in_evaluation, tracer.failed)
         evaluated.trace(module)
     extra = _calls(evaluated) - _calls(tracer)
     if extra:

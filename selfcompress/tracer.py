@@ -1,6 +1,5 @@
 """Trace one module with torch.fx while it computes, so that its forward() may go by sizes."""
 
-import copy
 import functools
 import inspect
 import operator
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
-from selfcompress.look import kept_modes, without_compile
+from selfcompress.look import copied, kept_modes, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.text import first_line
 from selfcompress.widths import Read
@@ -173,8 +172,8 @@ class Tracer(torch.fx.Tracer):
                 if isinstance(leaf, Tensor):
                     unique = name if len(leaves) == 1 else f"{name}_{index}"
                     leaves[index] = self._input(unique, leaf)
-                elif not isinstance(leaf, nn.Module):  # a cache, say, which forward() changes
-                    leaves[index] = copy.deepcopy(leaf)
+                else:
+                    leaves[index] = copied(leaf, self.root)
             bound.arguments[name] = pytree.tree_unflatten(leaves, structure)
 
         def run() -> list[torch.fx.Proxy]:

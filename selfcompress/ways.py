@@ -1,7 +1,7 @@
 """Notice that a forward() that goes by sizes calls something else with inputs of other sizes."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,28 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def another_way(tracer: Tracer, module: nn.Module) -> tuple[str, str] | None:
-    """The name of a module inside of a traced one that has other ways for other sizes, and why.
+def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
+    """The names of modules inside of a traced one that have other ways for other sizes → why.
 
-    It was told sizes, and has layers that were not called; or it calls something else when one
-    sample, two, or inputs of other sizes come. Those that it refuses are none of its ways.
+    They were told sizes, and have layers that were not called; or call something else when one
+    sample, two, or inputs of other sizes come. Those that they refuse are none of their ways.
     """
     if not tracer.takers:
-        return None
+        return {}
+    found: dict[str, str] = {}
     called = {str(node.target) for node in tracer.graph.nodes if node.op == "call_module"}
     for name in tracer.takers:
         for layer, part in module.get_submodule(name).named_modules(prefix=name):
             if is_leaf(part) and not any(c == layer or layer.startswith(f"{c}.") for c in called):
-                return name, f"it goes by sizes, and does not call {layer} at those of the example"
+                found[name] = f"it goes by sizes, and does not call {layer} at those of the example"
     usual = _places(tracer)
-    for args, kwargs in _resized(*tracer.arguments):
-        other = Tracer(args, kwargs, tracer.reads, tracer.failed)
+    for change in _CHANGES:
+        if found:
+            break
         reads = len(tracer.reads)
         try:
+            args, kwargs = pytree.tree_map_only(Tensor, change, tracer.arguments)
+            other = Tracer(args, kwargs, tracer.reads, tracer.failed)
             with restored(module):
                 other.trace(module)
         except Exception:  # whatever a forward() says to sizes that it is not for
@@ -45,8 +49,8 @@ def another_way(tracer: Tracer, module: nn.Module) -> tuple[str, str] | None:
             name = (places | usual)[place]
             while name and name not in tracer.takers | other.takers:
                 name = name.rpartition(".")[0]
-            return name, f"at other sizes it calls other things ({place[1]})"
-    return None
+            found[name] = f"at other sizes it calls other things ({place[1]})"
+    return found
 
 
 def _places(tracer: Tracer) -> dict[Place, str]:
@@ -61,22 +65,24 @@ def _places(tracer: Tracer) -> dict[Place, str]:
     }
 
 
-def _resized(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments with one sample, with two, and with two of other sizes, repeating numbers."""
-    changes: tuple[Callable[[int], int], ...] = (lambda n: 1, lambda n: n + 1, lambda n: 2 * n)
-    for first in range(3):  # which dimension counts samples, steps, pixels: it is not known
-        for change in changes:
-            dims = range(2, 9) if first == 2 else [first]
+def _resized(tensor: Tensor, dims: range, change: Callable[[int], int]) -> Tensor:
+    """An input with other sizes, its numbers repeated; of at most two samples, if those stay."""
+    if 0 not in dims and tensor.dim():
+        tensor = tensor[:2]
+    for dim in (d for d in dims if d < tensor.dim()):
+        size = tensor.shape[dim]
+        wanted = change(size)
+        # On a GPU an index out of range, of a position say, is an error that stays.
+        if dim and tensor.is_cuda:
+            wanted = min(wanted, size)
+        index = torch.arange(wanted, device=tensor.device) % max(1, size)
+        tensor = tensor.index_select(dim, index)
+    return tensor
 
-            def resize(tensor: Tensor, dims: Any = dims, change: Any = change) -> Tensor:
-                if dims[0] > 0 and tensor.dim() and len(tensor) > 2:
-                    tensor = tensor[:2]
-                for dim in (d for d in dims if d < tensor.dim()):
-                    size = tensor.shape[dim]
-                    index = torch.arange(change(size), device=tensor.device) % max(1, size)
-                    tensor = tensor.index_select(dim, index)
-                return tensor
 
-            yield pytree.tree_map_only(Tensor, resize, (args, kwargs))
+# Which dimension counts samples, steps or pixels is not known.
+_CHANGES = [
+    partial(_resized, dims=dims, change=change)
+    for dims in (range(1), range(1, 2), range(2, 9))
+    for change in (lambda size: 1, lambda size: max(1, size - 1), lambda size: size + 1)
+]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -257,6 +258,37 @@ def test_forward_takes_and_returns_what_it_likes(model: nn.Module, example: Any)
     assert "it is an output of the model" in layers["b"].why
     if isinstance(model, Caches):
         assert all(type(kept) is Tensor for kept in example[1].kept)
+
+
+class Context:
+    """What blocks are given: the model, and something that cannot be copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.lock = model, threading.Lock()
+
+
+class GivesContext(nn.Module):
+    class Block(Two):
+        def forward(self, x: Tensor, context: Context) -> Any:  # type: ignore[override]
+            assert context.model is not self
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(12))
+        self.up, self.context = nn.Conv2d(2, 3, 1), [Context(self)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.up(block(x, self.context[0]))
+        return x
+
+
+def test_arguments_may_refer_to_the_model_and_to_what_cannot_be_copied() -> None:
+    model = GivesContext().double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    found = {layer.name: layer.removable for layer in compressor.report().layers}
+    assert [found[f"blocks.{index}.a"] for index in range(12)] == [6] * 12
 
 
 class Slotted:
@@ -580,6 +612,58 @@ def test_channels_stay_that_are_kept_in_a_buffer(used: bool) -> None:
         compressor.cut()
         torch.testing.assert_close(calls(model), before)
     assert model.get_buffer("last").shape == (6,)
+
+
+class Window(nn.Module):
+    """Makes a window anew when the length is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 2, 1)
+        self.register_buffer("window", torch.linspace(0.1, 1, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.get_buffer("window").shape[0] != x.shape[2]:
+            self.window = torch.linspace(0.1, 1, x.shape[2], dtype=x.dtype)
+        y: Tensor = self.b(torch.relu(self.a(x)) * self.window)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize("length", [6, 8])
+def test_a_window_that_is_made_anew_is_not_cut(length: int) -> None:
+    model = Window().double()
+    compressor = Compressor(model, X[:, :, 0, :length], 0.0, bits=8)
+    model(X[:, :, 0])
+    kill(model, "a", [0, 3])
+    before = outputs(model, X[:, :, 0, :6])
+    model(X[:, :, 0])
+    compressor.cut()
+    assert model.get_buffer("window").shape == (8,)
+    torch.testing.assert_close(outputs(model, X[:, :, 0, :6]), before)
+
+
+class NormsPooled(nn.Module):
+    """Normalises single numbers, which training refuses to do with one sample."""
+
+    class Norm(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+        self.norm, self.head = self.Norm(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.b(torch.relu(self.a(x))).mean((2, 3))))
+        return y
+
+
+def test_a_norm_that_refuses_one_sample_keeps_its_own_channels_alone() -> None:
+    compressor = Compressor(NormsPooled().double(), X[:1], 0.0, bits=8)
+    assert compressor.graph.untraceable.keys() == {"norm"}
+    assert [layer.removable for layer in compressor.report().layers] == [6, 0, 0]
 
 
 class SetsData(Two):
