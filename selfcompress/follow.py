@@ -588,16 +588,15 @@ class _Builder:
 
     def _freeze_unread(self) -> None:
         """Keep of the model's tensors what is only read on inputs of other sizes, perhaps."""
-        for value in self.parameters.values():
-            unread = np.ones(len(value.ids), bool)
-            for node in self.result.nodes:
-                for name, source in zip(
-                    node.inputs, self.result.sources.get(node.name, ()), strict=False
-                ):
-                    if name == value.name:
-                        unread[source[source >= 0]] = False
-            if unread.any():
-                self._freeze(value.ids[unread], f"of {value.name} only a part is read")
+        unread = {value.name: np.ones(len(value.ids), bool) for value in self.parameters.values()}
+        for node in self.result.nodes:
+            sources = self.result.sources.get(node.name, ())
+            for name, source in zip(node.inputs, sources, strict=False):
+                if name in unread:
+                    unread[name][source[source >= 0]] = False
+        for name, rest in unread.items():
+            if rest.any():
+                self._freeze(self.result.ids[name][rest], f"of {name} only a part is read")
 
     def _origin(self) -> dict[str, np.ndarray]:
         """Rows can go from every quantised layer, of norms from those that were followed."""

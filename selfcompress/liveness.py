@@ -179,9 +179,10 @@ class _Analysis:
         """(positions,) a tensor of the model, if it is not trained: of a frozen batch norm, say."""
         owner, _, key = node.tensor.rpartition(".")
         tensor = getattr(self.modules[owner], key)
+        count = len(self.graph.ids[node.name])
+        if tensor.requires_grad or tensor.is_complex() or tensor.numel() != count:
+            return np.full(count, np.nan)
         values: np.ndarray = tensor.double().flatten().numpy(force=True)
-        if tensor.requires_grad or len(values) != len(self.graph.ids[node.name]):
-            return np.full(len(self.graph.ids[node.name]), np.nan)
         return values
 
     def _zeros(self, node: Node, constant: dict[str, np.ndarray]) -> list[np.ndarray]:
