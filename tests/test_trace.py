@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,13 +158,24 @@ class CountsNonzero(Two):
         return x * (1 + len(x.nonzero()))
 
 
+class GoesByParameter(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if self.scale[0] > 0 else x
+
+
 class AsksForGradients(Two):
     def between(self, x: Tensor) -> Tensor:
         return x * 2 if x.requires_grad else x
 
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
-@pytest.mark.parametrize("model", [GoesByValues, GoesByItem, CountsNonzero, AsksForGradients])
+@pytest.mark.parametrize(
+    "model", [GoesByValues, GoesByItem, CountsNonzero, GoesByParameter, AsksForGradients]
+)
 def test_forward_may_not_go_by_values(model: Callable[[], nn.Module]) -> None:
     compressor = Compressor(model(), X.float(), 0.0, bits=8)
     assert "its way depends on the values of a tensor" in compressor.graph.untraceable[""]
@@ -420,6 +432,13 @@ class ScalesLarge(Two):
         return x
 
 
+class ScalesBatches(ScalesLarge):
+    def between(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            x = x * self.scale
+        return x
+
+
 class ViewsLarge(Two):
     def between(self, x: Tensor) -> Tensor:
         if int(x.shape[-1]) > 8:
@@ -462,6 +481,7 @@ class Heads(Two):
     [
         (NormsBatches(), X[0, :1, 0, :5], X[0, :, 0, :5]),
         (ScalesLarge(), X, X.repeat(1, 1, 2, 2)),
+        (ScalesBatches(), X[:1], X),
         (ViewsLarge(), X, X.repeat(1, 1, 2, 2)),
         (AddsEqual(), X, X[:, :, :1, :1]),
         (Heads(), X, X.repeat(1, 1, 8, 8)),
@@ -580,6 +600,40 @@ def test_forward_may_read_numbers_out_of_buffers(
     numbers: Tensor, between: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     assert removable(ReadsBuffer(numbers, between)) == 6
+
+
+def test_a_buffer_that_numbers_are_read_of_is_not_cut() -> None:
+    def between(x: Tensor, numbers: Tensor) -> Tensor:
+        scaled = x * numbers[:, None, None]
+        return scaled * len(numbers) if numbers[5] > 0.2 else scaled
+
+    torch.manual_seed(0)
+    model = ReadsBuffer(torch.linspace(0.1, 1, 6), between).double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    kill(model, "a", [0, 3])
+    nn.init.constant_(compressor.layers["a"].get_parameter("bias"), -0.1)
+    before = outputs(model, X)
+    compressor.cut()
+    assert model.get_buffer("numbers").shape == (6,)
+    torch.testing.assert_close(outputs(model, X), before)
+
+
+class Notes(Two):
+    """Keeps what it sees in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes = SimpleNamespace()
+
+    def between(self, x: Tensor) -> Tensor:
+        self.notes.seen = x
+        return x
+
+
+def test_no_proxy_is_left_in_objects_of_the_model() -> None:
+    model = Notes().double()
+    Compressor(model, X, 0.0, bits=8)
+    assert type(model.notes.seen) is Tensor
 
 
 class KeepsMean(Two):
