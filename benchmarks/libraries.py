@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -145,6 +146,10 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="the table again, as markdown")
     parser.add_argument("--why", action="store_true", help="why channels have to stay, by model")
     args = parser.parse_args()
+    missing = [name for name in ("timm", "transformers") if find_spec(name) is None]
+    if missing:
+        print(f"missing: pip install {' '.join(missing)}", file=sys.stderr)
+        return 1
     builders = dict.fromkeys(TIMM, of_timm) | dict.fromkeys(TRANSFORMERS, of_transformers)
     chosen = {
         name: partial(measure, name, build, torch.float64, args.seed)
