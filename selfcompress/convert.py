@@ -1,6 +1,7 @@
 """Put quantised layers into a model."""
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -39,16 +40,16 @@ def _twin_of(module: nn.Module) -> Any:
         return None
     if kind is not base and (
         base is nn.MultiheadAttention
-        or "__init_subclass__" in {name for own in _own_classes(kind) for name in vars(own)}
+        or any("__init_subclass__" in vars(own) for own in _own_classes(kind))
         or any(getattr(kind, n, None) is not getattr(base, n, None) for n in _COMPUTES)
     ):
         return None
     return TWINS[base]
 
 
-def _own_classes(kind: type) -> tuple[type, ...]:
+def _own_classes(kind: type) -> list[type]:
     """The classes of a user's own that lie in front of torch's."""
-    return kind.__mro__[: [known in TWINS for known in kind.__mro__].index(True)]
+    return list(itertools.takewhile(lambda known: known not in TWINS, kind.__mro__))
 
 
 def _of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
@@ -140,7 +141,7 @@ def quantize_layers(
                     continue
                 twins[module] = norm
             elif isinstance(module, WEIGHTED):
-                why = _why_in_float(name, module, excluded, read_elsewhere, owners)
+                why = _why_in_float(name, module, twin, excluded, read_elsewhere, owners)
                 if why:
                     left[name] = why
                     continue
@@ -171,6 +172,7 @@ def quantize_layers(
 def _why_in_float(
     name: str,
     module: nn.Module,
+    twin: Any,
     excluded: tuple[str, ...],
     read_elsewhere: set[str],
     owners: Counter[int],
@@ -181,7 +183,7 @@ def _why_in_float(
         isinstance(module, FLOAT_LAYERS) and "weight" not in module._parameters
     ):
         return "its weight is computed from other parameters"
-    if _twin_of(module) is None:
+    if twin is None:
         if isinstance(module, tuple(TWINS)):
             return f"its class {_named(module)} computes in a way of its own"
         return f"its type {type(module).__name__} is not known"

@@ -45,7 +45,7 @@ from selfcompress.ops import (
     worked_on,
 )
 from selfcompress.trace import Part, Trace, trace
-from selfcompress.tracer import Shape
+from selfcompress.tracer import Shape, has_tensors
 
 
 def channel_graph(
@@ -200,7 +200,7 @@ class _Builder:
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
             return self._layer(node, module, inputs, fact)
         if node.target is F.batch_norm and isinstance(fact, Shape):
-            return Kind.OWN_NORM, self._own_norm(node, fact)
+            return Kind.OWN_NORM, self._own_norm(node)
         if node.op == "call_method" and node.target in CASTS:
             inputs = inputs[:1]  # of another tensor it takes only the type
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
@@ -305,7 +305,7 @@ class _Builder:
             )
         return np.arange(width) if value.grid[axis] > 1 else np.zeros(width, np.int64)
 
-    def _own_norm(self, node: torch.fx.Node, fact: Shape) -> _Value:
+    def _own_norm(self, node: torch.fx.Node) -> _Value:
         """What the forward() of a user's own subclass of a batch norm computes with."""
         bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
@@ -329,7 +329,7 @@ class _Builder:
             self._unite(value.ids, other.ids)
         self.made[name] = (value.ids, value.ids)
         self.own_norms[name] += self.runs
-        result = _Value(self._name(node), value.ids, replace(value.layout), value.copies)
+        result = _Value(self._name(node), value.ids, value.layout, value.copies)
         numbers = np.arange(len(value.ids))
         sources = (numbers,) * (1 + len(entries))
         self._emit(node, Kind.OWN_NORM, [value, *entries], result, sources, module=name)
@@ -632,7 +632,7 @@ def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
     for node in part.nodes:
         target = node.args[0] if node.args else None
         root[node] = node
-        if not isinstance(target, torch.fx.Node) or not _is_tensor(part.facts[target]):
+        if not isinstance(target, torch.fx.Node) or not has_tensors(part.facts[target]):
             continue
         module = module_of(node)
         in_place = is_in_place(node, module)
@@ -646,10 +646,6 @@ def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
             if read_later:
                 hazards |= {node, *read_later}
     return hazards
-
-
-def _is_tensor(fact: Any) -> bool:
-    return any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(fact))
 
 
 def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:

@@ -180,10 +180,11 @@ class _Analysis:
         owner, _, key = node.tensor.rpartition(".")
         tensor = getattr(self.modules[owner], key)
         count = len(self.graph.ids[node.name])
-        if tensor.requires_grad or tensor.is_complex() or tensor.numel() != count:
+        only_normed = all(user.kind is Kind.OWN_NORM for user in self.users[node.name])
+        trained = tensor.requires_grad or only_normed  # statistics are, in a way
+        if trained or tensor.is_complex() or tensor.numel() != count:
             return np.full(count, np.nan)
-        values: np.ndarray = tensor.double().flatten().numpy(force=True)
-        return values
+        return self._array(owner, key).ravel().astype(float)
 
     def _zeros(self, node: Node, constant: dict[str, np.ndarray]) -> list[np.ndarray]:
         """For each input, (positions,) bool: it is 0, and stays so.
@@ -201,7 +202,7 @@ class _Analysis:
             return np.full(len(self._live(node)), (read[self.columns(node)] == 0).all())
         conv = self._grouped(node)
         silent = (read[self.columns(node)] == 0).reshape(conv.groups, -1).all(1)
-        starved: np.ndarray = silent[self._array(node, "slots") // conv.group_width]
+        starved: np.ndarray = silent[self._array(node.module, "slots") // conv.group_width]
         return starved
 
     def _look_back(self) -> None:
@@ -255,7 +256,7 @@ class _Analysis:
                 needs[self.columns(node)[live]] = True
             else:
                 conv = self._grouped(node)
-                groups = np.unique(self._array(node, "slots")[live] // conv.group_width)
+                groups = np.unique(self._array(node.module, "slots")[live] // conv.group_width)
                 needs[self.columns(node).reshape(conv.groups, -1)[groups]] = True
             return needs, ~needs
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
@@ -332,14 +333,14 @@ class _Analysis:
         """(rows,): the output channel of each row."""
         module = self.modules[node.module]
         if isinstance(module, QuantizedLayer | PlacedBatchNorm):
-            return self._array(node, "rows")
+            return self._array(node.module, "rows")
         return np.arange(len(self._live(node)))
 
     def columns(self, node: Node) -> np.ndarray:
         """(columns,): the input channel of each column, or of each entry of a norm."""
         module = self.modules[node.module]
         if isinstance(module, QuantizedLayer | PlacedBatchNorm):
-            return self._array(node, "columns")
+            return self._array(node.module, "columns")
         return np.arange(len(self.graph.sources[node.name][0]))
 
     def _grouped(self, node: Node) -> _QuantConv:
@@ -362,12 +363,12 @@ class _Analysis:
             return 0.0
         if bias.is_complex():  # not followed
             return math.nan
-        return self._array(node, "bias")
+        return self._array(node.module, "bias")
 
-    def _array(self, node: Node, attribute: str) -> np.ndarray:
-        key = node.module, attribute
+    def _array(self, module: str, attribute: str) -> np.ndarray:
+        key = module, attribute
         if key not in self._arrays:
-            tensor = getattr(self.modules[node.module], attribute)
+            tensor = getattr(self.modules[module], attribute)
             wide = tensor.double() if tensor.is_floating_point() else tensor
             self._arrays[key] = wide.numpy(force=True)
         return self._arrays[key]

@@ -81,6 +81,21 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kept_attributes(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward() may set attributes of modules, and put others in buffers' places."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    for module, before in attributes.items():
+        if not isinstance(module, torch.jit.ScriptModule):
+            before["_buffers"] = dict(module._buffers)
+    try:
+        yield
+    finally:
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+
+
+@contextmanager
 def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Inside, the model may run or be traced, without gradients and as it is written.
 
@@ -89,31 +104,24 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    for module, before in attributes.items():
-        if not isinstance(module, torch.jit.ScriptModule):
-            before["_buffers"] = dict(module._buffers)  # forward() may put others in their places
     hooks = [
         (held, dict(held))
-        for before in attributes.values()
-        for key, held in before.items()
+        for module in model.modules()
+        for key, held in vars(module).items()
         if key.endswith("_hooks") and isinstance(held, dict)  # forward() may register some
     ]
     containers = [
         (container, _content(container))
-        for before in attributes.values()
-        for container in _containers(v for key, v in before.items() if not is_torchs(key))
+        for module in model.modules()
+        for container in _containers(v for key, v in vars(module).items() if not is_torchs(key))
     ]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     eagerly = torch.compiler.set_stance("force_eager")
     with eagerly, torch.no_grad(), torch.random.fork_rng(devices), _forked_rng():
         try:
-            with kept_modes(model):
+            with kept_attributes(model), kept_modes(model):
                 yield
         finally:
-            for module, before in attributes.items():
-                vars(module).clear()
-                vars(module).update(before)
             for held, content_of_hooks in hooks:
                 held.clear()
                 held.update(content_of_hooks)

@@ -15,13 +15,20 @@ import torch
 import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from selfcompress.look import Inputs, device_of, is_torchs, positional, seed_everything, undisturbed
+from selfcompress.look import (
+    Inputs,
+    device_of,
+    is_torchs,
+    kept_attributes,
+    positional,
+    seed_everything,
+    undisturbed,
+)
 from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.ops import taken
 from selfcompress.text import first_line
-from selfcompress.tracer import Shape, Tracer, has_layers, is_leaf, restored
+from selfcompress.tracer import Tracer, has_layers, has_tensors, is_leaf
 from selfcompress.ways import other_ways
 from selfcompress.widths import held, kept_whole, noting_widths
 
@@ -137,7 +144,7 @@ def _trace_part(
     failed: dict[str, str] = {}
     with _of_any_rank(module):
         while True:
-            with noting_widths(module) as reads, restored(module):
+            with noting_widths(module) as reads, kept_attributes(module):
                 tracer = Tracer(args, kwargs, reads, failed)
                 nodes = list(tracer.trace(module).nodes)
                 _watch_what_stays(tracer, module)
@@ -149,7 +156,7 @@ def _trace_part(
             failed = tracer.failed | more
     tracer.watched |= held(reads, nodes, module)
     module.eval()
-    with noting_widths(module) as in_evaluation, _of_any_rank(module), restored(module):
+    with noting_widths(module) as in_evaluation, _of_any_rank(module), kept_attributes(module):
         evaluated = Tracer(args, kwargs, in_evaluation, tracer.failed)
         evaluated.trace(module)
     extra = _calls(evaluated) - _calls(tracer)
@@ -202,8 +209,7 @@ def _calls(tracer: Tracer) -> Counter[tuple[str, str]]:
     nodes = [
         node
         for node in tracer.graph.nodes
-        if node.op.startswith("call_")
-        and any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(tracer.facts[node]))
+        if node.op.startswith("call_") and has_tensors(tracer.facts[node])
     ]
     return Counter((n.op, str(getattr(n.target, "__name__", n.target))) for n in nodes)
 

@@ -29,6 +29,11 @@ class Shape:
     sizes: tuple[int, ...]
 
 
+def has_tensors(fact: Any) -> bool:
+    """Whether there is a tensor in what a node gave."""
+    return any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(fact))
+
+
 @dataclass(frozen=True)
 class _Known:
     """What a proxy stands for on the example.
@@ -337,21 +342,6 @@ class Tracer(torch.fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             return super().call_module(m, forward, args, kwargs)
-
-
-@contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
-    """Inside, a forward() that is traced may leave proxies in attributes and buffers."""
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    before = {part: (dict(vars(part)), dict(part._buffers)) for part in parts}
-    try:
-        yield
-    finally:
-        for part, (attributes, buffers) in before.items():
-            vars(part).clear()
-            vars(part).update(attributes)
-            part._buffers.clear()
-            part._buffers.update(buffers)
 
 
 def _line_of_user() -> tuple[str, int]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.tracer import Place, Shape, Tracer, is_leaf, owner_of, restored
+from selfcompress.look import kept_attributes
+from selfcompress.tracer import Place, Tracer, has_tensors, is_leaf, owner_of
 
 # What may come or go with the size: no channel of the dimension that is not padded goes anywhere.
 _HARMLESS = {
@@ -38,7 +39,7 @@ def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
         try:
             args, kwargs = pytree.tree_map_only(Tensor, change, tracer.arguments)
             other = Tracer(args, kwargs, tracer.reads, tracer.failed)
-            with restored(module):
+            with kept_attributes(module):
                 other.trace(module)
         except Exception:  # whatever a forward() says to sizes that it is not for
             continue
@@ -61,7 +62,7 @@ def _places(tracer: Tracer) -> dict[Place, str]:
         if node in tracer.places
         and node.op.startswith("call_")
         and tracer.places[node][1] not in _HARMLESS
-        and any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(tracer.facts[node]))
+        and has_tensors(tracer.facts[node])
     }
 
 
