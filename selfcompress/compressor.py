@@ -166,6 +166,7 @@ class Compressor:
             integer_bits=integer_bits,
             exclude=[exclude] if isinstance(exclude, str) else exclude,
             read_elsewhere=observed.read_elsewhere,
+            rewritten=observed.rewritten,
         )
         self.layers = quantized_layers(model)
         observed = observe(model, example_input)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress import layers
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, OwnForward, QuantizedLayer, layer_widths
 from selfcompress.size import WEIGHTED
 
 TWINS: dict[type[nn.Module], Any] = {
@@ -29,21 +29,34 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.BatchNorm3d: layers.PlacedBatchNorm3d,
 }
 """Layer type → its twin."""
-_COMPUTES = ("forward", "_conv_forward", "_output_padding", "merge_masks", "__call__")
+_COMPUTES = ("forward", "_conv_forward", "_output_padding")
+"""The methods that layers compute with."""
+_ASKED_OTHERWISE = ("__call__", "train", "merge_masks")
+"""What else may be called of a layer, and change what it computes."""
+
+
+def _differs(kind: type, base: type, methods: Iterable[str]) -> bool:
+    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in methods)
+
+
+def _base_of(kind: type) -> Any:
+    """The type of torch's that a user's own is a kind of; None if that has no twin."""
+    return next((known for known in kind.__mro__ if known in TWINS), None)
 
 
 def _twin_of(module: nn.Module) -> Any:
-    """The twin of a layer's type, also of a user's own that computes as torch's does; else None."""
+    """The twin of a layer's type, also of a user's own; None if there is none."""
     kind = type(module)
-    base = next((known for known in kind.__mro__ if known in TWINS), None)
+    base = _base_of(kind)
     if base is None or is_parametrized(module):
         return None
-    if kind is not base and (
-        base is nn.MultiheadAttention
-        or any("__init_subclass__" in vars(own) for own in _own_classes(kind))
-        or any(getattr(kind, n, None) is not getattr(base, n, None) for n in _COMPUTES)
-    ):
-        return None
+    if kind is not base:
+        if base is nn.MultiheadAttention or _differs(kind, base, _ASKED_OTHERWISE):
+            return None
+        if issubclass(base, _BatchNorm) and _differs(kind, base, _COMPUTES):
+            return None
+        if any("__init_subclass__" in vars(own) for own in _own_classes(kind)):
+            return None
     return TWINS[base]
 
 
@@ -57,7 +70,7 @@ def _of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
     own = type(module)
     if own in TWINS:
         return twin
-    needed = {*vars(twin), *twin._parameters, *twin._buffers, "slots", "group_width"}
+    needed = {*vars(twin), *twin._parameters, *twin._buffers, "slots", "group_width", "at_start"}
     needed -= {*vars(module), *module._parameters, *module._buffers}
     if any(name in vars(kind) for kind in _own_classes(own) for name in needed):
         return None
@@ -79,7 +92,10 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
     assert isinstance(twin, type) and isinstance(own, type)
     prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
     body = {"__reduce_ex__": reduce, "own_class": own}
-    return type(prefix + own.__name__, (twin, own), body)
+    kinds: tuple[type, ...] = (twin, own)
+    if _differs(own, _base_of(own), _COMPUTES):
+        kinds = (OwnForward, *kinds)
+    return type(prefix + own.__name__, kinds, body)
 
 
 def _blank(twin: Hashable, own: Hashable) -> Any:
@@ -94,6 +110,7 @@ def quantize_layers(
     integer_bits: bool = True,
     exclude: Iterable[str] = (),
     read_elsewhere: Iterable[str] = (),
+    rewritten: Iterable[str] = (),
 ) -> dict[str, str]:
     """Replace, in place, convolutions, linear layers, attention and batch norms by their twins.
 
@@ -106,6 +123,7 @@ def quantize_layers(
         exclude: names of layers, or of modules that contain layers, to leave in float.
         read_elsewhere: names of layers whose weight is read past their own forward(), where a
             quantiser inside of the layer would not be seen.
+        rewritten: names of layers whose forward() changes their weight.
 
     Returns:
         name → why, for every convolution and linear layer that was left in float.
@@ -113,7 +131,7 @@ def quantize_layers(
     Raises:
         ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
     """
-    excluded, read_elsewhere = tuple(exclude), set(read_elsewhere)
+    excluded, read_elsewhere, rewritten = tuple(exclude), set(read_elsewhere), set(rewritten)
     names = {name for name, _ in model.named_modules()}
     for name in excluded:
         if name not in names:
@@ -141,7 +159,11 @@ def quantize_layers(
                     continue
                 twins[module] = norm
             elif isinstance(module, WEIGHTED):
-                why = _why_in_float(name, module, twin, excluded, read_elsewhere, owners)
+                why = _why_in_float(name, module, twin, excluded, owners)
+                if name in read_elsewhere:
+                    why = why or "its weight is read past its own forward()"
+                if name in rewritten:
+                    why = why or "its forward() changes its weight"
                 if why:
                     left[name] = why
                     continue
@@ -174,7 +196,6 @@ def _why_in_float(
     module: nn.Module,
     twin: Any,
     excluded: tuple[str, ...],
-    read_elsewhere: set[str],
     owners: Counter[int],
 ) -> str:
     if any(name == e or name.startswith(e + ".") for e in excluded):
@@ -185,21 +206,36 @@ def _why_in_float(
         return "its weight is computed from other parameters"
     if twin is None:
         if isinstance(module, tuple(TWINS)):
-            return f"its class {_named(module)} computes in a way of its own"
+            return f"its class {_named(module)} changes more than how it computes"
         return f"its type {type(module).__name__} is not known"
     if "forward" in vars(module):
         return "its forward() has been replaced"
     if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
         return "it computes with complex numbers"
+    if isinstance(module, FLOAT_LAYERS) and not _is_plain(module):
+        return "its weight is of another shape or type than torch's"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
         return "it is a grouped transposed convolution"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "its keys or values are of another width than its queries"
-    if name in read_elsewhere:
-        return "its weight is read past its own forward()"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "it shares a parameter with another module"
     return ""
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer has the weight and bias that its sizes ask for, in floating point."""
+    ins, outs = layer_widths(layer)
+    shape = [outs, ins // getattr(layer, "groups", 1), *getattr(layer, "kernel_size", ())]
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        shape[:2] = [ins, outs // layer.groups]
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    return (
+        weight is not None
+        and list(weight.shape) == shape
+        and all(p.is_floating_point() for p in (weight, bias) if p is not None)
+        and (bias is None or list(bias.shape) == [outs])
+    )
 
 
 def _named(module: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Take the quantised layers out again: a network of plain torch, quantised weights baked in."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 from selfcompress.attention import QuantAttention
 from selfcompress.convert import TWINS, keep_hooks, keep_noted, replace
 from selfcompress.layers import (
+    OwnForward,
     PlacedBatchNorm,
     QuantizedLayer,
     QuantLinear,
@@ -45,8 +45,7 @@ def to_dense(model: nn.Module) -> nn.Module:
                 continue
             own = getattr(type(module), "own_class", None)
             if own is not None and type(new) in _KINDS.values():
-                with suppress(TypeError):  # of another layout, as those of an ABC are
-                    new.__class__ = own
+                new = _of_class(own, new)
             keep_hooks(module, new)
             keep_noted(module, new, getattr(module, "noted_by_user", ()))
             made[module] = new.train(module.training)
@@ -62,31 +61,33 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
     if isinstance(module, PlacedBatchNorm):
         return _norm(module)
     if isinstance(module, QuantizedLayer):
-        return _grouped(module) if module.grouped else _layer(module)
+        own = isinstance(module, OwnForward)  # which does more than what would be picked around
+        return _grouped(module) if module.grouped and not own else _layer(module)
     return None
+
+
+def _of_class(own: type[nn.Module], plain: nn.Module) -> nn.Module:
+    new = object.__new__(own)
+    vars(new).update(vars(plain))
+    return new
 
 
 def _layer(layer: QuantizedLayer) -> nn.Module:
     if isinstance(layer, QuantLinear):
         options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
     else:
-        options = conv_options(layer)
+        options = conv_options(layer) | {"groups": layer.dense_groups}
     return _filled(type(layer), options, layer.dense_weight(), layer.bias)
 
 
 def _grouped(layer: QuantizedLayer) -> nn.Module:
-    rows = len(layer.rows)
-    if rows == 0:
-        options = conv_options(layer) | {"groups": 1}
-        return _filled(type(layer), options, layer.dense_weight(), layer.bias)
+    if layer.whole or not len(layer.rows):
+        return _layer(layer)
     # torch wants groups of equal width: the rows that some lack are zeros.
     slots = layer.groups * layer.group_width
     weight = place(layer.quantized_weight(), layer.slots, slots, 0)
-    whole = rows == layer.out_width == slots and len(layer.columns) == layer.in_width
     options = conv_options(layer) | {"in_channels": len(layer.columns), "out_channels": slots}
-    core = _filled(type(layer), options, weight, layer.bias if whole else None)
-    if whole:
-        return core
+    core = _filled(type(layer), options, weight, None)
     where = torch.full((layer.out_width,), slots, device=weight.device)
     where[layer.rows] = layer.slots
     columns = layer.columns if len(layer.columns) < layer.in_width else None

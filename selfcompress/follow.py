@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorN
 from selfcompress.layers import (
     FLOAT_LAYERS,
     NORM_ENTRIES,
+    OwnForward,
     PlacedBatchNorm,
     QuantizedLayer,
     layer_widths,
@@ -41,11 +43,12 @@ from selfcompress.ops import (
     kind_of_call,
     kind_of_module,
     may_alias,
+    product_of,
     reads_sizes,
     worked_on,
 )
 from selfcompress.trace import Part, Trace, trace
-from selfcompress.tracer import Shape, has_tensors
+from selfcompress.tracer import Shape, has_tensors, owner_of
 
 
 def channel_graph(
@@ -145,8 +148,10 @@ class _Builder:
         for node in part.nodes:
             if node.op == "call_module":
                 self.calls[self._target(node)] += 1
-            elif node.op == "get_attr" and not all(reads_sizes(u) for u in node.users):
+            elif node.op == "get_attr" and not all(map(partial(self._is_known, node), node.users)):
                 self.read.add((self._target(node)).rpartition(".")[0])
+        for name, count in part.entered.items():
+            self.calls[name] += count
         for node in part.nodes:
             self._visit(node, hazards)
             for value in self._tensors(node) if node in part.watched else ():
@@ -177,8 +182,9 @@ class _Builder:
             kind, result = self._dispatch(node, inputs, fact)
         except Exception as why:  # ours, or whatever an unusual call runs into: not followed
             kind, result = Kind.OPAQUE, self._opaque(node, inputs, str(why))
-            if node.op == "call_module":
-                self.spoiled.setdefault(self._target(node), str(why))
+            name = self._target(node) if node.op == "call_module" else self._layer_of(node)
+            if name:
+                self.spoiled.setdefault(name, str(why))
         self._record(node, kind, result)
 
     def _record(self, node: torch.fx.Node, kind: Kind | None, result: Any) -> None:
@@ -197,8 +203,12 @@ class _Builder:
         module = self._module(node)
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise _CannotFollowError("has hooks, which see or change what it reads and makes")
+        if isinstance(module, OwnForward):
+            raise _CannotFollowError("computes in a way of its own that cannot be traced")
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
-            return self._layer(node, module, inputs, fact)
+            return self._layer(node, self._target(node), inputs, fact)
+        if name := self._layer_of(node):
+            return self._layer(node, name, self._given(node, name), fact)
         if node.target is F.batch_norm and isinstance(fact, Shape):
             return Kind.OWN_NORM, self._own_norm(node)
         if node.op == "call_method" and node.target in CASTS:
@@ -252,9 +262,9 @@ class _Builder:
         return value
 
     def _layer(
-        self, node: torch.fx.Node, module: nn.Module, inputs: list[_Value], fact: Any
+        self, node: torch.fx.Node, name: str, inputs: list[_Value], fact: Any
     ) -> tuple[Kind, _Value]:
-        name = self._target(node)
+        module = self.modules[name]
         if len(inputs) != 1 or not isinstance(fact, Shape):
             raise _CannotFollowError("reads something other than one tensor")
         if name in self.read | self.read_elsewhere or any(
@@ -290,8 +300,49 @@ class _Builder:
         grid = tuple(widths[1] if dim == axis else 1 for dim in range(len(fact.sizes)))
         layout, numbers = Layout(fact.sizes, grid), np.arange(widths[1])
         result = _Value(self._name(node), self.made[name][1], layout, numbers)
-        self._emit(node, kind, inputs, result, (source,))
+        self._emit(node, kind, inputs, result, (source,), module=name)
         return kind, result
+
+    def _layer_of(self, node: torch.fx.Node) -> str:
+        """The layer of a user's class that computes a node in its forward(); else empty."""
+        product = product_of(node)
+        weight = product.weight if product else None
+        if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
+            return ""
+        name, _, key = self._target(weight).rpartition(".")
+        own = isinstance(self.modules[name], OwnForward) and key == "weight"
+        return name if own and self._is_inside(node, name) else ""
+
+    def _is_inside(self, node: torch.fx.Node, name: str) -> bool:
+        """Whether a node is in the forward() of the module `name`, or one of its own."""
+        own = self.modules[f"{self.prefix}{owner_of(node)}".rstrip(".")]
+        return any(part is own for part in self.modules[name].modules())
+
+    def _is_known(self, tensor: torch.fx.Node, user: torch.fx.Node) -> bool:
+        """Whether a user of a tensor of the model reads its sizes, or is of the layer it is of."""
+        name = self._target(tensor).rpartition(".")[0]
+        own = isinstance(self.modules[name], OwnForward) and self._is_inside(user, name)
+        return own or reads_sizes(user)
+
+    def _given(self, node: torch.fx.Node, name: str) -> list[_Value]:
+        """The tensor that a layer of a user's class multiplies with its weight."""
+        product, layer = product_of(node), self.modules[name]
+        assert product is not None
+        bias = "" if layer.bias is None else f"{name}.bias"
+        given = product.bias
+        if given is not None:
+            whole = isinstance(given, torch.fx.Node) and given.op == "get_attr"
+            given = self._target(given) if whole else "?"
+        if (given or "") != bias:
+            raise _CannotFollowError("adds something else than its bias")
+        if not all(map(_is_only_multiplied, filter(None, (product.weight, product.bias)))):
+            raise _CannotFollowError("computes with its weight or bias in a way of its own too")
+        if product.groups != (layer.groups if hasattr(layer, "groups") else 1):
+            raise _CannotFollowError("computes with another number of groups than it has")
+        values = self._tensors(product.input)
+        if len(values) != 1:
+            raise _CannotFollowError("reads something other than one tensor")
+        return values
 
     def _along(self, value: _Value, axis: int, width: int) -> np.ndarray:
         """(width,) the positions of `value` along one of its dimensions."""
@@ -560,6 +611,9 @@ class _Builder:
         """All that was followed, with equal ids where channels are the same."""
         graph, count = self.result, self.count
         self._freeze_unread()
+        for name, module in self.modules.items():
+            if isinstance(module, OwnForward) and self.calls[name] and name not in self.made:
+                self.spoiled.setdefault(name, "computes with its weight in a way of its own")
         for name, followed in self.own_norms.items():
             if self.observed_calls[name] not in (0, followed):
                 self.spoiled.setdefault(name, "is also called by code that cannot be traced")
@@ -661,6 +715,16 @@ def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
             numbers = first
     table: np.ndarray = numbers.contiguous().numpy()
     return table
+
+
+def _is_only_multiplied(tensor: torch.fx.Node) -> bool:
+    """Whether a tensor of the model is read as weight and bias of products alone."""
+    return all(
+        reads_sizes(user)
+        or (user.target in CASTS and _is_only_multiplied(user))
+        or ((product := product_of(user)) is not None and product.input is not tensor)
+        for user in tensor.users
+    )
 
 
 def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:

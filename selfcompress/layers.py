@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -100,6 +101,7 @@ class QuantizedLayer(Placed):
         slots: (live rows,) int64, group · `group_width` + index within the group: where each row
             would be if all groups were as wide as the widest; of grouped convolutions only.
         group_width: rows of the widest group; of grouped convolutions only.
+        at_start: channels of its input and output, and groups; of grouped convolutions only.
         samples: the size of the last batch that it was called with; 0 if that cannot be told.
         batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
             if no dimension does.
@@ -114,6 +116,7 @@ class QuantizedLayer(Placed):
     groups: int
     slots: Tensor
     group_width: int
+    at_start: tuple[int, int, int]
     integer_bits: bool
     samples = 0
     batch_dim: int | None = 0
@@ -194,8 +197,32 @@ class QuantizedLayer(Placed):
 
     def dense_weight(self) -> Tensor:
         """The quantised weight at the layer's full width, zeros where rows or columns are gone."""
-        weight = place(self.quantized_weight(), self.rows, self.out_width, self.row_dim)
-        return place(weight, self.columns, self.in_width, self.fan_in_dim)
+        weight = self.quantized_weight()
+        if len(self.rows) < self.out_width:
+            weight = place(weight, self.rows, self.out_width, self.row_dim)
+        if len(self.columns) < self.in_width:
+            weight = place(weight, self.columns, self.in_width, self.fan_in_dim)
+        return weight
+
+    @property
+    def dense_groups(self) -> int:
+        """How many groups `dense_weight` is for.
+
+        Those there are, if there are no gaps; those at the start, if all channels have kept their
+        places; else all are one.
+        """
+        if not self.grouped:
+            return 1
+        if self.whole:
+            return self.groups
+        ins, outs, groups = self.at_start
+        return groups if (ins, outs) == (self.in_width, self.out_width) else 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether no row and no column is missing."""
+        every = len(self.rows) == self.out_width and len(self.columns) == self.in_width
+        return every and (not self.grouped or len(self.rows) == self.groups * self.group_width)
 
     def zero_rows(self, among: Tensor | slice = slice(None)) -> Tensor:
         """(rows in `among`,) bool: the rows that quantise to nothing but zeros."""
@@ -213,8 +240,7 @@ class QuantizedLayer(Placed):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
-        dim = self.batch_dim
-        self.samples = 0 if dim is None or dim >= x.dim() else x.shape[dim] // self.repeats
+        self._note_samples(x)
         if not self.rows.numel():
             out = self._nothing(x, *args, **kwargs)
             return out if self.bias is None else self.add_bias(out)
@@ -231,6 +257,10 @@ class QuantizedLayer(Placed):
                 return out if self.bias is None else self.add_bias(out)
             weight = place(weight, self.rows, self.out_width, self.row_dim)
         return self.compute(x, weight, self.bias, *args, **kwargs)
+
+    def _note_samples(self, x: Tensor) -> None:
+        dim = self.batch_dim
+        self.samples = 0 if dim is None or dim >= x.dim() else x.shape[dim] // self.repeats
 
     def add_bias(self, out: Tensor) -> Tensor:
         """`out` plus the bias of each channel."""
@@ -258,20 +288,24 @@ class _QuantConv(QuantizedLayer):
         if new.groups > 1:
             new.slots = torch.arange(new.out_width, device=new.weight.device)
             new.group_width = new.out_width // new.groups
+            new.at_start = new.in_width, new.out_width, new.groups
         return new
 
     def dense_weight(self) -> Tensor:
-        """See `QuantizedLayer`; of a grouped convolution that lost any, as if it had no groups."""
+        """See `QuantizedLayer`; of a grouped convolution, for `dense_groups`."""
         if not self.grouped:
             return super().dense_weight()
         weight = self.quantized_weight()
-        if len(self.rows) == self.out_width and len(self.columns) == self.in_width:
+        if self.whole:
             return weight
+        reads = self.in_width // self.dense_groups
         if not len(self.rows):
-            return weight.new_zeros(self.out_width, self.in_width, *weight.shape[2:])
-        read = self.columns.view(self.groups, -1)[self.slots // self.group_width]  # of each row
-        index = read.view(*read.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
-        wide = weight.new_zeros(len(weight), self.in_width, *weight.shape[2:])
+            return weight.new_zeros(self.out_width, reads, *weight.shape[2:])
+        columns = self.columns.view(self.groups, -1)[self.slots // self.group_width]  # of each row
+        first = self.rows // (self.out_width // self.dense_groups) * reads
+        index = columns - first[:, None]
+        index = index.view(*index.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
+        wide = weight.new_zeros(len(weight), reads, *weight.shape[2:])
         return place(wide.scatter(1, index, weight), self.rows, self.out_width, 0)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
@@ -361,6 +395,38 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         """A quantised layer that takes over the parameters of `layer`."""
         new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         return new.adopt(layer, bits, integer_bits)
+
+
+class OwnForward(QuantizedLayer):
+    """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
+
+    That forward() goes on as it is written, and sees as `weight` what `dense_weight` gives.
+
+    Attributes:
+        own_class: the user's.
+    """
+
+    own_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = self.own_class.forward
+        given = (*args, *kwargs.values())
+        if any(isinstance(value, torch.fx.Proxy) for value in given):  # with the parameter, then
+            return forward(self, *args, **kwargs)
+        first = next((value for value in given if isinstance(value, Tensor)), None)
+        if first is not None:
+            self._note_samples(first)
+        shown: dict[str, Any] = {"weight": self.dense_weight()}
+        if self.grouped:
+            shown["groups"] = self.dense_groups
+        own = vars(self)
+        before = {name: own[name] for name in shown if name in own}
+        try:
+            own.update(shown)
+            return forward(self, *args, **kwargs)
+        finally:
+            del own["weight"]
+            own.update(before)
 
 
 class PlacedBatchNorm(Placed, _BatchNorm):

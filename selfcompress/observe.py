@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, layer_widths
+from selfcompress.layers import FLOAT_LAYERS, OwnForward, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
+from selfcompress.ops import PRODUCTS
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Observed:
         resized: names of modules that are called with tensors of several sizes.
         read_elsewhere: names of modules whose parameters or buffers are read while they are not
             running.
+        rewritten: names of layers whose weight is another after they have run.
         bypassed: names of modules in whose place one is called that they have replaced.
     """
 
@@ -37,6 +39,7 @@ class Observed:
     varied: set[str] = field(default_factory=set)
     resized: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
+    rewritten: set[str] = field(default_factory=set)
     bypassed: set[str] = field(default_factory=set)
 
 
@@ -66,6 +69,7 @@ class _Watch(TorchFunctionMode):
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.hooks: list[Any] = []
+        self.weights: dict[nn.Module, tuple[int, Tensor]] = {}  # of users' layers that run
         for module, name in self.names.items():
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.dim():  # a single number has no channels
@@ -86,6 +90,9 @@ class _Watch(TorchFunctionMode):
             }
             return
         self.seen.counts[name] += 1
+        weight = module._parameters.get("weight")
+        if _is_users(module) and weight is not None:
+            self.weights[module] = weight.data_ptr(), weight.detach().clone()
         shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
         if name not in self.seen.arguments:
             kept = pytree.tree_map(lambda leaf: copied(leaf, self.model), shapes)
@@ -98,8 +105,13 @@ class _Watch(TorchFunctionMode):
             self.seen.resized.add(name)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.running.pop()
         name = self.names.get(module)
+        if module in self.weights:
+            place, before = self.weights.pop(module)
+            weight = module._parameters.get("weight")
+            if weight is None or weight.data_ptr() != place or not torch.equal(weight, before):
+                self.seen.rewritten.add(self.names[module])
+        self.running.pop()
         if name is None or output is None:  # it has raised an error
             return
         if type(module) in (nn.MultiheadAttention, QuantAttention):
@@ -109,13 +121,16 @@ class _Watch(TorchFunctionMode):
             self.seen.applications[f"{name}.out_proj"] += steps[0]
             for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
                 self.seen.applications[part] += sum(steps) // 3
-        elif isinstance(module, FLOAT_LAYERS) and isinstance(output, Tensor):
-            ins, outs = layer_widths(module)
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        elif isinstance(module, FLOAT_LAYERS) and not isinstance(module, OwnForward):
             read = next(iter((*args, *kwargs.values())), None)
-            tensor, width = (read, ins) if transposed else (output, outs)
-            if isinstance(tensor, Tensor):
-                self.seen.applications[name] += tensor.numel() // max(1, width)
+            self._count_applications(name, module, read, output)
+
+    def _count_applications(self, name: str, layer: nn.Module, read: Any, made: Any) -> None:
+        ins, outs = layer_widths(layer)
+        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+        tensor, width = (read, ins) if transposed else (made, outs)
+        if isinstance(tensor, Tensor):
+            self.seen.applications[name] += tensor.numel() // max(1, width)
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self.hooks:
@@ -125,7 +140,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inside = self.running[-1] if self.running else None
+        if func in PRODUCTS and isinstance(inside, OwnForward) and inside in self.names:
+            read = next(iter((*args, *kwargs.values())))
+            self._count_applications(self.names[inside], inside, read, result)
         # Attributes (.shape, .grad, .T) come along here too, as functions named __get__.
         attribute = getattr(func, "__name__", "") == "__get__"
         # Not so its shape, which changes as rows go.
@@ -139,6 +159,11 @@ class _Watch(TorchFunctionMode):
                 if all(module is not self.running[-1] for _, module in owners):
                     self.seen.read_elsewhere |= {name for name, _ in owners}
         return result
+
+
+def _is_users(module: nn.Module) -> bool:
+    """Whether a module is a layer of a user's class."""
+    return isinstance(module, FLOAT_LAYERS) and type(module) not in FLOAT_LAYERS
 
 
 def _signature(arguments: Any) -> str:

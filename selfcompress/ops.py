@@ -6,6 +6,7 @@ An operation that is in no table freezes the channels it touches.
 import builtins
 import operator
 from collections.abc import Hashable
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -125,6 +126,47 @@ def taken(number: Any, kind: str) -> Any:
         kind: "bool", "int", "float" or "len".
     """
     return getattr(builtins, kind)(number)
+
+
+PRODUCTS: set[Any] = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
+"""What layers compute with."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """The arguments of a call of what a layer computes with.
+
+    Attributes:
+        input, weight, bias: the nodes that it reads; of tensors of the model, these.
+        groups: of a convolution.
+    """
+
+    input: Any
+    weight: Any
+    bias: Any
+    groups: int
+
+
+def product_of(node: torch.fx.Node) -> Product | None:
+    """The arguments of a convolution or matrix product that is called as a function."""
+    if node.op != "call_function" or node.target not in PRODUCTS:
+        return None
+
+    def given(name: str, index: int, default: Any = None) -> Any:
+        return node.kwargs.get(name, node.args[index] if len(node.args) > index else default)
+
+    weight, bias = (_before_casts(given(n, i)) for i, n in enumerate(("weight", "bias"), start=1))
+    groups = 1 if node.target is F.linear else given("groups", 6, 1)
+    return Product(given("input", 0), weight, bias, groups)
+
+
+def _before_casts(value: Any) -> Any:
+    while isinstance(value, torch.fx.Node) and value.op == "call_method" and value.target in CASTS:
+        value = value.args[0]
+    return value
 
 
 def reads_sizes(node: torch.fx.Node) -> bool:

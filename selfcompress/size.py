@@ -259,13 +259,18 @@ def _measure_module(
         stored += module.in_width if len(module.columns) < module.in_width else 0
         stored += len(module.rows) if live < len(module.rows) else 0
         stored += len(module.rows) if module.grouped else 0
+        # What a user's class has beside.
+        own = {module.weight, module.bias, module.bit_depth, module.exponent}
+        others: list[Tensor] = [p for p in _new(module, seen) if p not in own]
+        stored += sum(_as_held(t, half) for t in (*others, *module.buffers(recurse=False)))
+        in_float = sum(p.numel() for p in others if p.dim() > 1)
         return LayerSize(
             name=name,
             channels=live,
             out_width=module.out_width,
             mean_bits=float(depth.sum()) / max(live, 1),
-            weights=weights,
-            q_bits=float(counted.sum()) * module.fan_in,
+            weights=weights + in_float,
+            q_bits=float(counted.sum()) * module.fan_in + 32.0 * in_float,
             stored_bits=stored,
             macs=weights * applications,
         )

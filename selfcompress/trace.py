@@ -28,7 +28,7 @@ from selfcompress.look import (
 from selfcompress.observe import Observed, zeros_like_observed
 from selfcompress.ops import taken
 from selfcompress.text import first_line
-from selfcompress.tracer import Tracer, has_layers, has_tensors, is_leaf
+from selfcompress.tracer import Tracer, has_layers, has_tensors, is_ours
 from selfcompress.ways import other_ways
 from selfcompress.widths import held, kept_whole, noting_widths
 
@@ -45,6 +45,7 @@ class Part:
         watched: operation → who else may read what it gave.
         read: names of the batch norms whose width or statistics its forward() reads, and of
             convolutions whose groups it counts.
+        entered: name of a layer whose forward() is a user's → how often it was looked into.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Part:
     inside: list[str]
     watched: dict[torch.fx.Node, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+    entered: Counter[str] = field(default_factory=Counter)
 
     @property
     def prefix(self) -> str:
@@ -89,7 +91,7 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
         while pending:
             name = pending.pop()
             module = model.get_submodule(name)
-            if name and (is_leaf(module) or not has_layers(module)):
+            if name and (is_ours(module) or not has_layers(module)):
                 continue  # nothing inside to follow; of the float baseline the MACs are wanted
             if name and name not in observed.arguments:  # a ModuleList, say
                 pending += _children(name, module)
@@ -172,8 +174,9 @@ def _trace_part(
     prefix = f"{name}." if name else ""
     untraceable |= {prefix + failed: why for failed, why in tracer.failed.items()}
     inside = [prefix + failed for failed in tracer.failed]
-    read = {prefix + layer for layer in kept_whole(reads, module)}
-    return Part(name, nodes, tracer.facts, inside, tracer.watched, read)
+    read = {prefix + layer for layer in kept_whole(reads, nodes, module)}
+    entered = Counter({prefix + layer: count for layer, count in tracer.entered.items()})
+    return Part(name, nodes, tracer.facts, inside, tracer.watched, read, entered)
 
 
 def _watch_what_stays(tracer: Tracer, module: nn.Module) -> None:
@@ -194,7 +197,7 @@ def _watch_what_stays(tracer: Tracer, module: nn.Module) -> None:
 @contextmanager
 def _of_any_rank(module: nn.Module) -> Iterator[None]:
     """Inside, users' own batch norms do not ask how many dimensions their input has."""
-    own = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and not is_leaf(norm)]
+    own = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and not is_ours(norm)]
     try:
         for norm in own:
             vars(norm)["_check_input_dim"] = lambda input: None
@@ -225,9 +228,8 @@ def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
     """
     first = {module: name for name, module in model.named_modules()}
     modules = dict(model.named_modules(remove_duplicate=False))
-    traced = Counter(
-        first[modules[part.prefix + str(n.target)]] for n in part.nodes if n.op == "call_module"
-    )
+    called = [part.prefix + str(n.target) for n in part.nodes if n.op == "call_module"]
+    traced = Counter(first[modules[name]] for name in (*called, *part.entered.elements()))
     hidden = {
         first[m] for name in part.inside for m in model.get_submodule(name).modules() if m in first
     }
@@ -236,7 +238,7 @@ def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
     for module in model.get_submodule(part.name).modules():
         name = first[module]
         # A layer of training alone, such as an auxiliary head, does not run here at all.
-        if not is_leaf(module) or real[name] in (0, runs * traced[name]):
+        if not is_ours(module) or real[name] in (0, runs * traced[name]):
             continue
         if traced[name] > 0 and real[name] > runs * traced[name]:
             more.add(name)

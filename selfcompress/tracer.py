@@ -4,6 +4,7 @@ import functools
 import inspect
 import operator
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer
 from selfcompress.look import copied, kept_modes, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.text import first_line
@@ -54,9 +55,14 @@ class _Known:
         return _Known(getattr(self.value, name), sizes, self.own)
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one of ours, which are not looked into."""
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is one of those that have taken the place of torch's."""
     return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of ours that is not looked into."""
+    return is_ours(module) and not isinstance(module, OwnForward)
 
 
 def has_layers(module: nn.Module) -> bool:
@@ -144,6 +150,7 @@ class Tracer(torch.fx.Tracer):
         takers: names of the modules whose forward() was told a number.
         places: what each node calls, and the line of code that calls it.
         watched: operation → who else may read what it gave.
+        entered: name of a layer whose forward() is a user's → how often it was looked into.
     """
 
     proxy_buffer_attributes = True
@@ -164,6 +171,7 @@ class Tracer(torch.fx.Tracer):
         self.takers: set[str] = set()
         self.places: dict[torch.fx.Node, Place] = {}
         self.watched: dict[torch.fx.Node, str] = {}
+        self.entered: Counter[str] = Counter()
         self.computing = False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -328,15 +336,20 @@ class Tracer(torch.fx.Tracer):
             self._watch_hooked(m, args, kwargs, result)
             return result
         before, stack = len(self.graph.nodes), dict(self.module_stack)
+        entered = self.entered.copy()
         try:
             result = super().call_module(m, forward, args, kwargs)
             self._watch_hooked(m, args, kwargs, result)
+            name = self.path_of_module(m)
+            if isinstance(m, OwnForward) and name not in self.failed:
+                self.entered[name] += 1
             return result
         except Exception as error:  # whatever the user's forward() does under the tracer
             name = self.path_of_module(m)
             if self.is_leaf_module(m, name):
                 raise
             self.failed[name] = first_line(error)
+            self.entered = entered
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.module_stack.clear()

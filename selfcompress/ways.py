@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.look import kept_attributes
-from selfcompress.tracer import Place, Tracer, has_tensors, is_leaf, owner_of
+from selfcompress.tracer import Place, Tracer, has_tensors, is_ours, owner_of
 
 # What may come or go with the size: no channel of the dimension that is not padded goes anywhere.
 _HARMLESS = {
@@ -27,9 +27,10 @@ def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     called = {str(node.target) for node in tracer.graph.nodes if node.op == "call_module"}
+    called |= tracer.entered.keys()
     for name in tracer.takers:
         for layer, part in module.get_submodule(name).named_modules(prefix=name):
-            if is_leaf(part) and not any(c == layer or layer.startswith(f"{c}.") for c in called):
+            if is_ours(part) and not any(c == layer or layer.startswith(f"{c}.") for c in called):
                 found[name] = f"it goes by sizes, and does not call {layer} at those of the example"
     usual = _places(tracer)
     for change in _CHANGES:

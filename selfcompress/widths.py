@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.ops import product_of
 
 _OF_INPUTS, _OF_OUTPUTS = ("in_channels", "in_features"), ("out_channels", "out_features")
 _OF_NORMS = ("num_features", "running_mean", "running_var")
@@ -68,9 +69,20 @@ def _noted(name: str, reads: list[Read]) -> Any:
     return property(get)
 
 
-def kept_whole(reads: Sequence[Read], module: nn.Module) -> set[str]:
-    """Names in `module` of what must not lose anything: of what was read, rows are a part."""
-    layers = {read.layer for read in reads if read.name in _OF_NORMS + _OF_GROUPS}
+def kept_whole(
+    reads: Sequence[Read], nodes: Sequence[torch.fx.Node], module: nn.Module
+) -> set[str]:
+    """Names in `module` of what must not lose anything: of what was read, rows are a part.
+
+    Groups may be read to give them to the very convolution.
+    """
+    given = [product.groups for product in map(product_of, nodes) if product]
+    layers = {
+        read.layer
+        for read in reads
+        if read.name in _OF_NORMS
+        or (read.name in _OF_GROUPS and all(read.value is not groups for groups in given))
+    }
     return {name for name, layer in module.named_modules() if layer in layers}
 
 
@@ -84,22 +96,30 @@ def held(
     channels stay for, and their rows go.
     """
     found: dict[torch.fx.Node, str] = {}
-    calls = {node: _called(node, module) for node in nodes if node.op == "call_module"}
+    calls = {node: layer for node in nodes if (layer := _called(node, module))}
     for layer, name, value in reads:
         if name not in _OF_INPUTS + _OF_OUTPUTS:
             continue
         shaped = next((node for node in nodes if _shapes_to(node, value)), None)
         if shaped is not None and (name in _OF_INPUTS or _is_made_by(layer, shaped, calls)):
             continue
+        names = {part: at for at, part in module.named_modules()}
         for node, called in calls.items():
             if called is layer:
                 seen = node.all_input_nodes if name in _OF_INPUTS else [node]
-                found |= dict.fromkeys(seen, f"forward() reads {node.target}.{name}")
+                found |= dict.fromkeys(seen, f"forward() reads {names[layer]}.{name}")
     return found
 
 
-def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module:
-    return module.get_submodule(str(node.target))
+def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module | None:
+    """The module that is called, or whose weight something is multiplied with."""
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))
+    product = product_of(node)
+    weight = product.weight if product else None
+    if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
+        return None
+    return module.get_submodule(str(weight.target).rpartition(".")[0])
 
 
 def _shapes_to(node: torch.fx.Node, width: int) -> bool:

@@ -18,19 +18,19 @@ from selfcompress.ops import Kind
 
 
 @contextlib.contextmanager
-def told(seed: int, own_norms: bool = False) -> Iterator[None]:
+def told(seed: int, own_classes: bool = False) -> Iterator[None]:
     """Name the seed and show the network of whatever fails inside."""
     try:
         yield
     except BaseException as error:
-        error.add_note(f"seed {seed}:\n{source(seed, own_norms)}")
+        error.add_note(f"seed {seed}:\n{source(seed, own_classes)}")
         raise
 
 
-def compressed(seed: int, own_norms: bool = False) -> Compressor:
+def compressed(seed: int, own_classes: bool = False) -> Compressor:
     """A quantised network of which a layer may have been left in float."""
     generator = torch.Generator().manual_seed(seed)
-    model, x = build(seed, own_norms)
+    model, x = build(seed, own_classes)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     some = int(torch.randint(len(layers), (), generator=generator))
     exclude = [layers[some]] if len(layers) > 1 and below(0.15, 1, generator) else []

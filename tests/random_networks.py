@@ -39,7 +39,88 @@ class NormAct2d(nn.BatchNorm2d):
         return out.relu_()
 
 
+class PaddedConv(nn.Conv2d):
+    """A user's own class that pads on two sides, and takes the pixels of the others away."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = super().forward(F.pad(input, (1, 0, 0, 1)))
+        return out[:, :, 1:, :-1]
+
+
+class CalledConv(nn.Conv2d):
+    """A user's own class that calls the function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        options: Any = {"padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        return F.conv2d(input, self.weight, self.bias, self.stride, **options)
+
+
+class CastConv(nn.Conv2d):
+    """A user's own class that casts, and has an activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        out = self._conv_forward(input, self.weight.to(input.dtype), bias)
+        return F.leaky_relu(out, 0.1)
+
+
+class HalvedConv(nn.Conv2d):
+    """A user's own class that has another method to compute with."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = 0.5 * super()._conv_forward(input, weight, bias)
+        return out
+
+
+class CentredConv(nn.Conv2d):
+    """A user's own class whose rows depend on all of their weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        out: Tensor = self._conv_forward(input, weight, self.bias)
+        return out
+
+
+class AddedConv(nn.Conv2d):
+    """A user's own class that reads its weight twice, and how many groups it has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        beside: Tensor = (self.weight**2).sum((1, 2, 3)).view(-1, 1, 1)
+        return super().forward(input) * self.groups + beside
+
+
+class DoubledLinear(nn.Linear):
+    """A user's own class with something behind torch's forward()."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class CosineLinear(nn.Linear):
+    """A user's own class that computes its weight of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, F.normalize(self.weight, dim=1, eps=0.1), self.bias)
+
+
+class GatedUp(nn.ConvTranspose2d):
+    """A user's own class that multiplies what it makes with a function of it."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        out = super().forward(input, output_size)
+        return out * torch.sigmoid(out)
+
+
+_OWN: dict[str, list[type[nn.Module]]] = {
+    "nn.Conv2d": [
+        nn.Conv2d, PaddedConv, CalledConv, CastConv, HalvedConv, CentredConv, AddedConv,
+    ],
+    "nn.Linear": [nn.Linear, DoubledLinear, CosineLinear],
+    "nn.ConvTranspose2d": [nn.ConvTranspose2d, GatedUp],
+}  # fmt: skip
 _NAMES: dict[str, Any] = {
+    kind.__name__: kind for kinds in _OWN.values() for kind in kinds[1:]
+} | {
     "torch": torch, "nn": nn, "F": F, "StochasticDepth": StochasticDepth,
     "OwnNorm1d": OwnNorm1d, "OwnNorm2d": OwnNorm2d, "NormAct2d": NormAct2d,
 }  # fmt: skip
@@ -115,11 +196,11 @@ class _Writer:
         vectors: names of the (batch, features) tensors.
         unread: names of tensors that nothing has read yet, in order.
         fresh: those of them that backpropagation lets us change in place.
-        own_norms: batch norms are of users' own classes.
+        own_classes: layers and batch norms are of users' own classes.
     """
 
-    def __init__(self, seed: int, own_norms: bool) -> None:
-        self.own_norms = own_norms
+    def __init__(self, seed: int, own_classes: bool) -> None:
+        self.own_classes = own_classes
         self.random = random.Random(seed)
         channels, space = self.random.choice((1, 2, 3, 4)), self.random.choice((4, 6, 8))
         self.input = torch.randn(2, channels, space, space)
@@ -169,6 +250,10 @@ class _Writer:
     def part(self, name: str, expression: str) -> str:
         """Give the network a module or a parameter; returns how forward() calls it."""
         target = f"self.{name}{len(self.parts)}"
+        kind, _, options = expression.partition("(")
+        if self.own_classes and kind in _OWN:
+            own = _OWN[kind][len(self.parts) % len(_OWN[kind])].__name__
+            expression = f"{kind if kind.endswith(own) else own}({options}"
         self.parts.append(f"{target} = {expression}")
         exec(self.parts[-1], self.values)
         return target
@@ -263,7 +348,7 @@ class _Writer:
         options = f"{self.channels(name)}, eps=0.01" + ", affine=False" * self.chance(0.1)
         rank = 2 if len(self.shape(name)) == 4 else 1
         kind = "nn.BatchNorm"
-        if self.own_norms:
+        if self.own_classes:
             kind = "NormAct" if rank == 2 and len(self.parts) % 2 else "OwnNorm"
         return self.let(f"{self.part('bn', f'{kind}{rank}d({options})')}({name})")
 
@@ -310,7 +395,7 @@ class _Writer:
 
     def norm(self) -> None:
         among = "vectors" if self.vectors and self.chance(0.1) else "maps"
-        self.offer(self.batch_norm(self.pick(among=among)), fresh=not self.own_norms)
+        self.offer(self.batch_norm(self.pick(among=among)), fresh=not self.own_classes)
 
     def activation(self) -> None:
         name = self.pick(among="vectors" if self.vectors and self.chance(0.2) else "maps")
@@ -608,14 +693,14 @@ class _Writer:
         return self.random.choice((f"({together})", f"[{together}]", f"{{{named}}}"))
 
 
-def source(seed: int, own_norms: bool = False) -> str:
+def source(seed: int, own_classes: bool = False) -> str:
     """A class named Network, as Python source."""
-    return _written(seed, own_norms)[0]
+    return _written(seed, own_classes)[0]
 
 
-def build(seed: int, own_norms: bool = False) -> tuple[nn.Module, Tensor]:
+def build(seed: int, own_classes: bool = False) -> tuple[nn.Module, Tensor]:
     """A network in float64, in training mode, and an input for it."""
-    text, example = _written(seed, own_norms)
+    text, example = _written(seed, own_classes)
     names = dict(_NAMES)
     exec(text, names)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -635,8 +720,8 @@ def build(seed: int, own_norms: bool = False) -> tuple[nn.Module, Tensor]:
         return model, torch.randn(example.shape, dtype=torch.float64)
 
 
-def _written(seed: int, own_norms: bool) -> tuple[str, Tensor]:
+def _written(seed: int, own_classes: bool) -> tuple[str, Tensor]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        writer = _Writer(seed, own_norms)
+        writer = _Writer(seed, own_classes)
         return writer.write(), writer.input

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import check_exact, computed, images, reported, started
 from networks import (
     Chain,
     NormAct,
@@ -20,11 +21,9 @@ from networks import (
     Residual,
     block,
     kill,
-    randomise_norms,
 )
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils import _pytree as pytree
 
 import selfcompress
 from selfcompress import Compressor
@@ -32,78 +31,6 @@ from selfcompress.attention import QuantAttention
 from selfcompress.convert import quantize_layers
 from selfcompress.dense import to_dense
 from selfcompress.layers import QuantizedLayer, quantized_layers
-from selfcompress.liveness import settle_statistics
-from selfcompress.report import LayerReport
-
-# --- helpers --------------------------------------------------------------------------------------
-
-
-def started(model: nn.Module, x: Any, **options: Any) -> Compressor:
-    """A compressor of `model` in double precision; that it cannot be traced is no surprise."""
-    torch.manual_seed(0)
-    model.double()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.fx cannot trace")
-        compressor = Compressor(model, x, 0.01, **{"bits": 8} | options)
-    randomise_norms(model)
-    return compressor
-
-
-@torch.no_grad()
-def kill_some(compressor: Compressor, seed: int) -> None:
-    """Kill about a third of the rows of every layer; biases become 0 or negative."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in compressor.layers.items():
-        rows = len(layer.rows)
-        dead = torch.randperm(rows, generator=generator)[: (rows + 1) // 3]
-        kill(compressor.model, name, dead)
-        if layer.bias is not None:
-            layer.bias[torch.rand(len(layer.bias), generator=generator) < 0.6] = 0
-    for norm in compressor.model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.bias is not None:
-            norm.bias.copy_(-norm.bias.abs())
-
-
-def computed(model: nn.Module, x: Any, training: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        y = copy.deepcopy(model).train(training)(*(x if isinstance(x, tuple) else (x,)))
-    return [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
-
-
-def check_exact(
-    compressor: Compressor, x: Any, modes: tuple[bool, ...] = (False, True), shrinks: bool = True
-) -> None:
-    """Kill rows and cut, twice: no output changes.
-
-    Args:
-        shrinks: whether every row that has died must be gone.
-    """
-    for seed in (1, 2):
-        kill_some(compressor, seed)
-        settle_statistics(compressor.graph, compressor.model)
-        before = [computed(compressor.model, x, mode) for mode in modes]
-        rows = {n: int(m.live_rows().sum()) for n, m in compressor.layers.items()}
-        assert compressor.cut()
-        for name, layer in compressor.layers.items():
-            assert len(layer.rows) <= max(1, rows[name]) or not shrinks, name
-        for mode, want in zip(modes, before, strict=True):
-            got = computed(compressor.model, x, mode)
-            for a, b in zip(got, want, strict=True):
-                scale = max(float(b.abs().max()), 0.1)
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * scale)
-    for entry in compressor.report().layers:
-        assert entry.why or entry.removable == entry.channels, entry.name
-
-
-def reported(compressor: Compressor) -> dict[str, LayerReport]:
-    return {layer.name: layer for layer in compressor.report().layers}
-
-
-def images(*shape: int) -> Tensor:
-    shape = shape or (4, 3, 8, 8)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
 
 TOKENS = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
 SEQUENCE = images(4, 6, 8)
@@ -1116,141 +1043,6 @@ def test_channels_stay_at_batch_norms_that_are_used_in_other_ways(
     compressor = started(model, images())
     assert why in reported(compressor)[layer].why
     check_exact(compressor, images(), shrinks=False)
-
-
-# --- layers of users' own classes -----------------------------------------------------------------
-
-
-class PlainNorm(nn.BatchNorm2d):
-    """Changes nothing."""
-
-
-class SamePadded(nn.Conv2d):
-    """Only builds another way, and can do something beside."""
-
-    def __init__(self, ins: int, outs: int, size: int = 3) -> None:
-        super().__init__(ins, outs, size, padding=size // 2)
-        self.size = size
-
-    def cost(self) -> int:
-        return self.size**2
-
-
-class Doubled(nn.Linear):
-    """Computes something else."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
-class OwnLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm, self.b = SamePadded(3, 6), PlainNorm(6), SamePadded(6, 6, 1)
-        self.head = Doubled(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.a, SamePadded) and isinstance(self.norm, PlainNorm)
-        x = torch.relu(self.b(torch.relu(self.norm(self.a(x))))) / self.a.cost()
-        y: Tensor = self.head(x.mean((2, 3)))
-        return y
-
-
-def test_layers_of_own_classes_that_compute_as_torchs_are_quantised(tmp_path: Path) -> None:
-    compressor = started(OwnLayers(), images())
-    assert compressor.left_in_float == {
-        "head": f"its class {__name__}.Doubled computes in a way of its own"
-    }
-    report = reported(compressor)
-    assert [report[name].removable for name in ("a", "b")] == [6, 0]
-    assert report["a"].kind == "SamePadded"
-    check_exact(compressor, images())
-    model = compressor.model
-    want = computed(model, images(), training=False)
-
-    torch.save(model, tmp_path / "model.pt")
-    again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert type(again.a) is type(model.a)
-    torch.testing.assert_close(computed(again, images(), training=False), want, rtol=0, atol=0)
-
-    dense = to_dense(model)
-    assert type(dense.a) is SamePadded and type(dense.norm) is PlainNorm
-    torch.testing.assert_close(computed(dense, images(), training=False), want)
-    selfcompress.save(model, tmp_path / "net.scnn")
-    loaded = selfcompress.load(tmp_path / "net.scnn", OwnLayers())
-    assert isinstance(loaded.a, SamePadded) and loaded.a.cost() == 9
-    torch.testing.assert_close(computed(loaded, images(), training=False), want, rtol=0, atol=0)
-
-
-class WithDepth(nn.Conv2d):
-    bit_depth = 8  # a name that a quantised layer needs
-
-
-class WithSlots(nn.Conv2d):
-    __slots__ = ("extra",)
-
-
-class Tagged(nn.Conv2d):
-    tags: dict[str, str] = {}  # noqa: RUF012
-
-    def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.tags[tag] = cls.__name__
-
-
-class Softplus(nn.Module):
-    def forward(self, bias: Tensor) -> Tensor:
-        return F.softplus(bias)
-
-
-def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
-    conv = nn.Conv2d(ins, outs, size)
-    nn.utils.parametrize.register_parametrization(conv, "bias", Softplus())
-    return conv
-
-
-@pytest.mark.parametrize(
-    ("conv", "why"),
-    [
-        (WithDepth, "has what a quantised layer needs"),
-        (WithSlots, "has what a quantised layer needs"),
-        (Tagged, "computes in a way of its own"),
-        (with_made_bias, "its weight is computed from other parameters"),
-    ],
-)
-def test_classes_that_do_not_go_with_ours_stay_in_float(
-    conv: Callable[[int, int, int], nn.Module], why: str
-) -> None:
-    model = nn.Sequential(block(3, 4), conv(4, 6, 1), block(6, 4), nn.Conv2d(4, 2, 1))
-    kind = type(model[1])
-    compressor = started(model, images())
-    assert type(model[1]) is kind
-    assert why in compressor.left_in_float["1"]
-    check_exact(compressor, images(), shrinks=False)
-
-
-def test_a_batch_norm_with_a_computed_weight_stays_as_it_is() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1))
-    nn.utils.parametrize.register_parametrization(model[1], "weight", Softplus())
-    compressor = Compressor(model.double(), images(), 0.0, bits=8)
-    kill(model, "0", [0, 3])
-    before = computed(model, images(), training=True)
-    compressor.cut()
-    torch.testing.assert_close(computed(model, images(), training=True), before)
-
-
-class Built(nn.Conv2d):
-    def __new__(cls, ins: int, outs: int) -> "Built":
-        return super().__new__(cls)
-
-    def __init__(self, ins: int, outs: int) -> None:
-        super().__init__(ins, outs, 1)
-
-
-def test_a_layer_with_a_constructor_of_its_own_is_copied() -> None:
-    compressor = started(nn.Sequential(Built(3, 6), nn.Conv2d(6, 2, 1)), images())
-    model = copy.deepcopy(compressor.model)
-    assert isinstance(model, nn.Sequential) and isinstance(model[0], Built)
 
 
 class Remembers(nn.Module):

@@ -140,18 +140,6 @@ def test_norms_over_several_channels_freeze(module: nn.Module) -> None:
     assert f"1 ({type(module).__name__}) takes its statistics over" in frozen_by(graph, "0")
 
 
-def test_a_subclass_is_not_taken_for_its_base() -> None:
-    class Doubling(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
-
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), Doubling(6, 6, 3), nn.Conv2d(6, 4, 3))
-    graph = trace(model)
-    assert type(model[1]) is Doubling
-    assert frozen_by(graph, "0")
-    assert "1" not in graph.origin
-
-
 def test_input_and_output_are_frozen() -> None:
     graph = trace(Chain())
     (source,), (end,) = graph.of_kind(Kind.INPUT), graph.of_kind(Kind.OUTPUT)

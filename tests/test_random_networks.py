@@ -98,9 +98,9 @@ def assert_nothing_left(compressor: Compressor) -> None:
     assert compressor.cut() is None, "a cut right after a cut"
 
 
-def check_cuts(seed: int, own_norms: bool = False) -> None:
-    with told(seed, own_norms):
-        compressor = compressed(seed, own_norms)
+def check_cuts(seed: int, own_classes: bool = False) -> None:
+    with told(seed, own_classes):
+        compressor = compressed(seed, own_classes)
         kill_at_random(compressor, seed)
         check_cut(compressor)
         assert_nothing_left(compressor)
@@ -125,12 +125,12 @@ def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_cut_among_batch_norms_of_own_classes_is_exact(seed: int) -> None:
-    check_cuts(seed, own_norms=True)
+    check_cuts(seed, own_classes=True)
 
 
-def check_held(seed: int, own_norms: bool = False) -> None:
-    with told(seed, own_norms):
-        compressor = compressed(seed, own_norms)
+def check_held(seed: int, own_classes: bool = False) -> None:
+    with told(seed, own_classes):
+        compressor = compressed(seed, own_classes)
         hold_norms(compressor, seed)
         for kills in (seed, seed + 1):
             kill_at_random(compressor, kills, settle=False)

@@ -1,0 +1,81 @@
+"""Start a compressor, kill rows and cut: no output may change."""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from networks import kill, randomise_norms
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selfcompress import Compressor
+from selfcompress.liveness import settle_statistics
+from selfcompress.report import LayerReport
+
+
+def started(model: nn.Module, x: Any, **options: Any) -> Compressor:
+    """A compressor of `model` in double precision; that it cannot be traced is no surprise."""
+    torch.manual_seed(0)
+    model.double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.fx cannot trace")
+        compressor = Compressor(model, x, 0.01, **{"bits": 8} | options)
+    randomise_norms(model)
+    return compressor
+
+
+@torch.no_grad()
+def kill_some(compressor: Compressor, seed: int) -> None:
+    """Kill about a third of the rows of every layer; biases become 0 or negative."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in compressor.layers.items():
+        rows = len(layer.rows)
+        dead = torch.randperm(rows, generator=generator)[: (rows + 1) // 3]
+        kill(compressor.model, name, dead)
+        if layer.bias is not None:
+            layer.bias[torch.rand(len(layer.bias), generator=generator) < 0.6] = 0
+    for norm in compressor.model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.bias is not None:
+            norm.bias.copy_(-norm.bias.abs())
+
+
+def computed(model: nn.Module, x: Any, training: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = copy.deepcopy(model).train(training)(*(x if isinstance(x, tuple) else (x,)))
+    return [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+
+
+def check_exact(
+    compressor: Compressor, x: Any, modes: tuple[bool, ...] = (False, True), shrinks: bool = True
+) -> None:
+    """Kill rows and cut, twice: no output changes.
+
+    Args:
+        shrinks: whether every row that has died must be gone.
+    """
+    for seed in (1, 2):
+        kill_some(compressor, seed)
+        settle_statistics(compressor.graph, compressor.model)
+        before = [computed(compressor.model, x, mode) for mode in modes]
+        rows = {n: int(m.live_rows().sum()) for n, m in compressor.layers.items()}
+        assert compressor.cut()
+        for name, layer in compressor.layers.items():
+            assert len(layer.rows) <= max(1, rows[name]) or not shrinks, name
+        for mode, want in zip(modes, before, strict=True):
+            got = computed(compressor.model, x, mode)
+            for a, b in zip(got, want, strict=True):
+                scale = max(float(b.abs().max()), 0.1)
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * scale)
+    for entry in compressor.report().layers:
+        assert entry.why or entry.removable == entry.channels, entry.name
+
+
+def reported(compressor: Compressor) -> dict[str, LayerReport]:
+    return {layer.name: layer for layer in compressor.report().layers}
+
+
+def images(*shape: int) -> Tensor:
+    shape = shape or (4, 3, 8, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
