@@ -23,6 +23,7 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: layers.QuantConvTranspose2d,
     nn.ConvTranspose3d: layers.QuantConvTranspose3d,
     nn.Linear: layers.QuantLinear,
+    nn.Embedding: layers.QuantEmbedding,
     nn.MultiheadAttention: QuantAttention,
     nn.BatchNorm1d: layers.PlacedBatchNorm1d,
     nn.BatchNorm2d: layers.PlacedBatchNorm2d,
@@ -212,6 +213,10 @@ def _why_in_float(
         return "its forward() has been replaced"
     if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
         return "it computes with complex numbers"
+    if isinstance(module, nn.Embedding) and module.sparse:
+        return "its gradients are sparse"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its forward() changes its weight"
     if isinstance(module, FLOAT_LAYERS) and not _is_plain(module):
         return "its weight is of another shape or type than torch's"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:

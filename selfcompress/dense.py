@@ -10,9 +10,11 @@ from selfcompress.convert import TWINS, keep_hooks, keep_noted, replace
 from selfcompress.layers import (
     OwnForward,
     PlacedBatchNorm,
+    QuantEmbedding,
     QuantizedLayer,
     QuantLinear,
     conv_options,
+    embedding_options,
     norm_options,
     place,
 )
@@ -75,6 +77,8 @@ def _of_class(own: type[nn.Module], plain: nn.Module) -> nn.Module:
 def _layer(layer: QuantizedLayer) -> nn.Module:
     if isinstance(layer, QuantLinear):
         options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
+    elif isinstance(layer, QuantEmbedding):
+        options = embedding_options(layer)
     else:
         options = conv_options(layer) | {"groups": layer.dense_groups}
     return _filled(type(layer), options, layer.dense_weight(), layer.bias)
@@ -121,9 +125,13 @@ def _kind_of(twin: type) -> Any:
 
 
 def _filled(twin: type, options: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
-    options["bias"] = bias is not None
-    new: Any = _kind_of(twin)(**options, device="meta")
-    new.weight, new.bias = nn.Parameter(weight), bias
+    kind = _kind_of(twin)
+    if kind is not nn.Embedding:
+        options["bias"] = bias is not None
+    new: Any = kind(**options, device="meta")
+    new.weight = nn.Parameter(weight)
+    if bias is not None:
+        new.bias = bias
     return new  # type: ignore[no-any-return]
 
 

@@ -290,8 +290,12 @@ class _Builder:
             raise _CannotFollowError(
                 "is a grouped layer left in float, or of a type that is not known"
             )
+        if isinstance(module, nn.Embedding):
+            inputs = [self._whatever(node, inputs)]
+            source = np.zeros(widths[0], np.int64)
+        else:
+            source = self._along(inputs[0], axis, widths[0])
         value = inputs[0]
-        source = self._along(value, axis, widths[0])
         ids_read = value.ids[source]
         if name in self.made:
             self._unite(self.made[name][0], ids_read)
@@ -302,6 +306,17 @@ class _Builder:
         result = _Value(self._name(node), self.made[name][1], layout, numbers)
         self._emit(node, kind, inputs, result, (source,), module=name)
         return kind, result
+
+    def _whatever(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
+        """What stands for indices: nothing is known about their values, and nothing may go."""
+        for value in inputs:
+            self._freeze(value.ids, f"{self._label(node)} reads values out of it")
+        made = self._new(1)
+        self._freeze(made, "it is looked up in an embedding")
+        layout = Layout((1,), (1,))
+        read = _Value(f"{self._name(node)}.indices", made, layout, np.zeros(1, np.int64))
+        self._emit(node, Kind.OPAQUE, inputs, read, (np.zeros(1, np.int64),) * len(inputs))
+        return read
 
     def _layer_of(self, node: torch.fx.Node) -> str:
         """The layer of a user's class that computes a node in its forward(); else empty."""

@@ -130,7 +130,8 @@ class QuantizedLayer(Placed):
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
-        self.bias = layer.bias  # type: ignore[assignment]
+        if not isinstance(layer, nn.Embedding):
+            self.bias = layer.bias  # type: ignore[assignment]
         # In the middle of the depths that round up to `bits`, so that neither direction is a step.
         start = bits - 0.5 if integer_bits else bits
         bit_depth = torch.full((self.out_width,), float(start), device=weight.device)
@@ -143,14 +144,18 @@ class QuantizedLayer(Placed):
 
     def expect(self, shape: torch.Size, batch: int) -> None:
         """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
-        sizes = shape[: max(0, len(shape) + self.channel_dim)]  # those in front of the channels
+        sizes = self._in_front(shape)
         self.batch_dim = next((dim for dim, size in enumerate(sizes) if size == batch), None)
 
     def expect_rows(self, shape: torch.Size, batch: int) -> None:
         """The same where no layer's input has a dimension of `batch`, but rows for each sample."""
-        rows = shape[: max(0, len(shape) + self.channel_dim)][:1]
+        rows = self._in_front(shape)[:1]
         if rows and rows[0] and rows[0] % batch == 0:
             self.batch_dim, self.repeats = 0, rows[0] // batch
+
+    def _in_front(self, shape: torch.Size) -> torch.Size:
+        """The sizes of an input in front of its channels."""
+        return shape[: max(0, len(shape) + self.channel_dim)]
 
     @property
     def out_width(self) -> int:
@@ -397,6 +402,42 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return new.adopt(layer, bits, integer_bits)
 
 
+class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
+    """`nn.Embedding` with a bit depth and an exponent per dimension of its vectors, its rows."""
+
+    row_dim = 1
+    fan_in_dim = 0
+
+    @classmethod
+    def from_float(cls, layer: nn.Embedding, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer that takes over the weight of `layer`."""
+        new = cls(**embedding_options(layer), device="meta")
+        new.register_parameter("bias", None)
+        return new.adopt(layer, bits, integer_bits)
+
+    def _in_front(self, shape: torch.Size) -> torch.Size:
+        return shape  # of indices
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.rows.numel() or input.numel() >= self.num_embeddings:
+            return super().forward(input)
+        # Fewer vectors are read than there are: quantise those alone.
+        self._note_samples(input)
+        read = self.compute(input, self.weight, None)
+        rows = read.reshape(-1, len(self.rows)).t()
+        bit_depth, exponent = self.bit_depth.detach(), self.exponent
+        rows = fake_quantize(rows, bit_depth, exponent, integer_bits=self.integer_bits)
+        read = rows.t().reshape(read.shape)
+        whole = len(self.rows) == self.out_width
+        return read if whole else place(read, self.rows, self.out_width, self.channel_dim)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def _nothing(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.weight.new_zeros((*x.shape, self.out_width))
+
+
 class OwnForward(QuantizedLayer):
     """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
 
@@ -528,13 +569,15 @@ FLOAT_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
 )  # fmt: skip
-"""The types of layers that can be quantised, beside attention."""
+"""The types of layers that multiply with a weight."""
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
     """Channels of the input and the output of a layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
 
 
@@ -550,6 +593,12 @@ def conv_options(layer: Any) -> dict[str, Any]:
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         names.append("output_padding")
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+def embedding_options(layer: nn.Embedding) -> dict[str, Any]:
+    """The constructor's arguments of an embedding like `layer`."""
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
+    return {name: getattr(layer, name) for name in names}
 
 
 def norm_options(norm: _BatchNorm) -> dict[str, Any]:

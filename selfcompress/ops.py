@@ -137,7 +137,7 @@ PRODUCTS: set[Any] = {
 
 @dataclass(frozen=True)
 class Product:
-    """The arguments of a call of what a layer computes with.
+    """The arguments of a convolution, a matrix product, or a lookup in an embedding.
 
     Attributes:
         input, weight, bias: the nodes that it reads; of tensors of the model, these.
@@ -151,15 +151,17 @@ class Product:
 
 
 def product_of(node: torch.fx.Node) -> Product | None:
-    """The arguments of a convolution or matrix product that is called as a function."""
-    if node.op != "call_function" or node.target not in PRODUCTS:
+    """What a node is given that calls what a layer computes with, as a function; else None."""
+    lookup = node.target is F.embedding
+    if node.op != "call_function" or not (lookup or node.target in PRODUCTS):
         return None
 
     def given(name: str, index: int, default: Any = None) -> Any:
         return node.kwargs.get(name, node.args[index] if len(node.args) > index else default)
 
-    weight, bias = (_before_casts(given(n, i)) for i, n in enumerate(("weight", "bias"), start=1))
-    groups = 1 if node.target is F.linear else given("groups", 6, 1)
+    weight = _before_casts(given("weight", 1))
+    bias = None if lookup else _before_casts(given("bias", 2))
+    groups = 1 if lookup or node.target is F.linear else given("groups", 6, 1)
     return Product(given("input", 0), weight, bias, groups)
 
 

@@ -50,7 +50,7 @@ class Wiring:
         in_width, out_width: channels of its input and output tensors.
         rows: the output channel that each row or entry computes.
         columns: the input channel that each column or entry of a batch norm reads, of a grouped
-            convolution group after group; None for layers left in float.
+            convolution group after group; None for layers left in float, and embeddings.
         groups: of a grouped convolution, the group of each row.
     """
 
@@ -201,6 +201,9 @@ class _Planner:
             self._keep(f"{name}.{tensor}", 0, rows)
         self._keep(f"{name}.weight", module.row_dim, rows)
         self._keep(f"{name}.bias", 0, outs)
+        if isinstance(module, nn.Embedding):
+            self.plan.wiring[name] = Wiring(*widths, placed)
+            return
         columns = module.columns.numpy(force=True)
         if not module.grouped:
             read = np.flatnonzero((in_stays & in_sounds)[columns])
@@ -328,6 +331,8 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         module.in_channels, module.out_channels = wiring.in_width, wiring.out_width
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = wiring.in_width, wiring.out_width
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = wiring.out_width
     elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width

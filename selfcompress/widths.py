@@ -15,7 +15,10 @@ from torch.utils import _pytree as pytree
 from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
 from selfcompress.ops import product_of
 
-_OF_INPUTS, _OF_OUTPUTS = ("in_channels", "in_features"), ("out_channels", "out_features")
+_OF_INPUTS, _OF_OUTPUTS = (
+    ("in_channels", "in_features"),
+    ("out_channels", "out_features", "embedding_dim"),
+)
 _OF_NORMS = ("num_features", "running_mean", "running_var")
 _OF_GROUPS = ("groups",)  # which go as the last row of a group goes
 

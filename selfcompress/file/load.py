@@ -161,7 +161,8 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
     exclude = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (*FLOAT_LAYERS, nn.MultiheadAttention)) and name not in quantised
+        if isinstance(module, (*FLOAT_LAYERS, nn.Embedding, nn.MultiheadAttention))
+        and name not in quantised
     ]
     try:
         quantize_layers(model, bits=1, exclude=exclude)
