@@ -361,10 +361,6 @@ def measure_model(
     kinds = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
     conv = {n for n, m in kinds.items() if isinstance(m, _ConvNd)}
     mlp = set(mlp_layers(model))
-    weights = {n: m.weight.numel() for n, m in kinds.items()}
-    attention = sum(
-        m.in_proj_weight.numel() for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-    )
     count = count_parameters(model)
     del kinds
 
@@ -409,7 +405,7 @@ def measure_model(
         traced=traced,
         parameters=count,
         left=count_parameters(model),
-        quantized_percent=100 * quantized / (sum(weights.values()) + attention),
+        quantized_percent=100 * quantized / compressor.starting_weights,
         layers=layers,
         difference_eval=differences[False],
         difference_train=differences[True],

@@ -12,7 +12,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress import layers
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, OwnForward, QuantizedLayer, layer_widths
+from selfcompress.layers import (
+    FLOAT_LAYERS,
+    OwnForward,
+    QuantEmbedding,
+    QuantizedLayer,
+    TiedLinear,
+    layer_widths,
+)
 from selfcompress.size import WEIGHTED
 
 TWINS: dict[type[nn.Module], Any] = {
@@ -113,7 +120,7 @@ def quantize_layers(
     read_elsewhere: Iterable[str] = (),
     rewritten: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Replace, in place, convolutions, linear layers, attention and batch norms by their twins.
+    """Replace, in place, layers with weights, attention and batch norms by their twins.
 
     The parameters stay the same objects, so an optimiser that holds them goes on holding them.
 
@@ -138,9 +145,13 @@ def quantize_layers(
         if name not in names:
             raise ValueError(f"exclude: the model has no module named {name!r}")
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    ties = _ties(model, {*excluded, *read_elsewhere, *rewritten})
+    for embedding in ties.values():
+        owners[id(embedding.weight)] = 1
     left: dict[str, str] = {}
     attentions: set[str] = set()
     twins: dict[nn.Module, nn.Module] = {}
+    tied: list[tuple[str, nn.Module]] = []
     replacements: list[tuple[str, nn.Module]] = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         attention, _, last = name.rpartition(".")
@@ -159,6 +170,9 @@ def quantize_layers(
                 if norm is None:
                     continue
                 twins[module] = norm
+            elif module in ties:
+                tied.append((name, module))
+                continue
             elif isinstance(module, WEIGHTED):
                 why = _why_in_float(name, module, twin, excluded, owners)
                 if name in read_elsewhere:
@@ -178,6 +192,15 @@ def quantize_layers(
         if isinstance(module, nn.MultiheadAttention):
             attentions.add(name)
         replacements.append((name, twins[module]))
+    for name, module in tied:
+        twin = twins.get(ties[module])
+        if not isinstance(twin, QuantEmbedding):
+            left[name] = _SHARES
+            continue
+        if module not in twins:
+            assert isinstance(module, nn.Linear)
+            twins[module] = TiedLinear.from_float(module, twin)
+        replacements.append((name, twins[module]))
     if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
@@ -190,6 +213,34 @@ def quantize_layers(
         replace(model, name, new)
     _without_fast_paths(model)
     return left
+
+
+_SHARES = "it shares a parameter with another module"
+
+
+def _ties(model: nn.Module, apart: set[str]) -> dict[nn.Module, nn.Module]:
+    """Linear layers that share their weight with one embedding, and nobody else → that.
+
+    Args:
+        apart: names of modules that are to be left as they are.
+    """
+    sharing: dict[nn.Parameter, list[nn.Module]] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for module in names:
+        for parameter in module.parameters(recurse=False):
+            sharing.setdefault(parameter, []).append(module)
+    found: dict[nn.Module, nn.Module] = {}
+    for parameter, modules in sharing.items():
+        embeddings = [m for m in modules if isinstance(m, nn.Embedding) and m.weight is parameter]
+        layers = [m for m in modules if type(m) is nn.Linear and m.weight is parameter]
+        alone = len(embeddings) == 1 and len(modules) == 1 + len(layers)
+        as_they_are = any(
+            "forward" in vars(m) or any(f"{names[m]}.".startswith(f"{n}.") for n in apart)
+            for m in modules
+        )
+        if alone and not as_they_are:
+            found |= dict.fromkeys(layers, embeddings[0])
+    return found
 
 
 def _why_in_float(
@@ -224,7 +275,7 @@ def _why_in_float(
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "its keys or values are of another width than its queries"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-        return "it shares a parameter with another module"
+        return _SHARES
     return ""
 
 

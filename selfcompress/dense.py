@@ -13,6 +13,7 @@ from selfcompress.layers import (
     QuantEmbedding,
     QuantizedLayer,
     QuantLinear,
+    TiedLinear,
     conv_options,
     embedding_options,
     norm_options,
@@ -37,6 +38,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         model: with quantised layers, in any mode; it stays as it is.
     """
     model = detached_copy(without_compile(model))
+    tied = {}
     attentions = {n for n, m in model.named_modules() if isinstance(m, QuantAttention)}
     parts = {f"{n}.{part}" for n in attentions for part in ("in_proj", "out_proj")}
     made: dict[nn.Module, nn.Module] = {}  # a layer may have several names
@@ -51,8 +53,12 @@ def to_dense(model: nn.Module) -> nn.Module:
             keep_hooks(module, new)
             keep_noted(module, new, getattr(module, "noted_by_user", ()))
             made[module] = new.train(module.training)
+            if isinstance(module, TiedLinear):
+                tied[new] = module.embedding
         if module in made:
             replace(model, name, made[module])
+    for layer, embedding in tied.items():
+        layer.weight = made[embedding].weight
     return model
 
 
@@ -62,6 +68,10 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
         return module.to_float()
     if isinstance(module, PlacedBatchNorm):
         return _norm(module)
+    if isinstance(module, TiedLinear):
+        new = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        new.bias = module.bias
+        return new
     if isinstance(module, QuantizedLayer):
         own = isinstance(module, OwnForward)  # which does more than what would be picked around
         return _grouped(module) if module.grouped and not own else _layer(module)

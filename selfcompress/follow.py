@@ -30,6 +30,7 @@ from selfcompress.layers import (
     OwnForward,
     PlacedBatchNorm,
     QuantizedLayer,
+    TiedLinear,
     layer_widths,
 )
 from selfcompress.look import Inputs, batch_size
@@ -122,6 +123,7 @@ class _Builder:
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.result = ChannelGraph()
         self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
+        self.made_last: dict[str, _Value] = {}  # by layers
         self.parameters: dict[str, _Value] = {}
         self.calls: Counter[str] = Counter()
         self.own_norms: Counter[str] = Counter()  # batch norms of users' classes → followed calls
@@ -203,6 +205,8 @@ class _Builder:
         module = self._module(node)
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise _CannotFollowError("has hooks, which see or change what it reads and makes")
+        if isinstance(module, TiedLinear):
+            return Kind.OPAQUE, self._tied(node, module, inputs)
         if isinstance(module, OwnForward):
             raise _CannotFollowError("computes in a way of its own that cannot be traced")
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
@@ -305,7 +309,16 @@ class _Builder:
         layout, numbers = Layout(fact.sizes, grid), np.arange(widths[1])
         result = _Value(self._name(node), self.made[name][1], layout, numbers)
         self._emit(node, kind, inputs, result, (source,), module=name)
+        self.made_last[name] = result
         return kind, result
+
+    def _tied(self, node: torch.fx.Node, layer: TiedLinear, inputs: list[_Value]) -> Any:
+        """A linear layer that needs all dimensions of an embedding, whose weight it shares."""
+        name = self.first[layer.embedding]
+        looked_up = [self.made_last[name]] if name in self.made_last else []
+        if not looked_up:  # so far
+            self.read.add(name)
+        return self._opaque(node, inputs + looked_up, f"shares its weight with {name}")
 
     def _whatever(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
         """What stands for indices: nothing is known about their values, and nothing may go."""

@@ -438,6 +438,30 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
         return self.weight.new_zeros((*x.shape, self.out_width))
 
 
+class TiedLinear(nn.Linear):
+    """`nn.Linear` that has no weight of its own, but the quantised one of an embedding.
+
+    Attributes:
+        embedding: whose weight it is; not a submodule.
+    """
+
+    embedding: QuantEmbedding
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, embedding: QuantEmbedding) -> Self:
+        """What takes the place of `layer`, which shares its weight with an embedding."""
+        new = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        del new._parameters["weight"]
+        new._parameters["bias"] = layer.bias
+        vars(new)["embedding"] = embedding
+        return new.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(output channels, dimensions of the embedding)."""
+        return self.embedding.dense_weight()
+
+
 class OwnForward(QuantizedLayer):
     """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, OwnForward, layer_widths
+from selfcompress.layers import FLOAT_LAYERS, OwnForward, TiedLinear, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 from selfcompress.ops import PRODUCTS
 
@@ -156,7 +156,10 @@ class _Watch(TorchFunctionMode):
         if self.running and not harmless:
             for value in pytree.tree_leaves((args, kwargs)):
                 owners = self.owners.get(id(value), [])
-                if all(module is not self.running[-1] for _, module in owners):
+                reader = self.running[-1]
+                if isinstance(reader, TiedLinear):
+                    reader = reader.embedding
+                if all(module is not reader for _, module in owners):
                     self.seen.read_elsewhere |= {name for name, _ in owners}
         return result
 

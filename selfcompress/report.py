@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import QuantizedLayer
+from selfcompress.layers import QuantizedLayer, TiedLinear
 from selfcompress.ops import Kind
 from selfcompress.size import count_weights, output_channels
 from selfcompress.text import aligned
@@ -72,17 +72,20 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
     """
     found = []
     seen: set[Tensor] = set()
-    for name, module in model.named_modules():
-        quantized = isinstance(module, QuantizedLayer)
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        quantized = isinstance(module, QuantizedLayer | TiedLinear)
         if not quantized and name not in left_in_float:
             continue
         removable, why = _removable(graph, name)
-        if quantized and name not in graph.origin:
+        if isinstance(module, TiedLinear):
+            why = f"it shares its weight with {names[module.embedding]}"
+        elif quantized and name not in graph.origin:
             why = "its rows stay too, as its weight is read past its own forward()"
         if name in left_in_float:
             node = any(node.module == name for node in graph.nodes)
             why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")
-        kind = type(module).__name__.removeprefix("Quant")
+        kind = type(module).__name__.removeprefix("Quant").removeprefix("Tied")
         weights = count_weights(module, seen)
         width = output_channels(module)
         found.append(LayerReport(name, kind, weights, quantized, width, removable, why))

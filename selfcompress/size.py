@@ -39,6 +39,7 @@ from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
+    TiedLinear,
     layer_widths,
     of_rows,
     quantized_layers,
@@ -234,7 +235,7 @@ def measure(
     seen: set[Tensor] = set()
     for name, module in model.named_modules():
         layer = _measure_module(name, module, applications.get(name, 0), fold_norms, half, seen)
-        if layer.stored_bits or layer.out_width:
+        if layer.stored_bits or layer.out_width or layer.macs:
             layers.append(layer)
     parameters = sum(
         p.numel()
@@ -285,6 +286,9 @@ def _measure_module(
     if isinstance(module, PlacedBatchNorm):
         stored += module.out_width if module.num_features < module.out_width else 0
         stored += module.in_width if module.num_features < module.in_width else 0
+    if isinstance(module, TiedLinear):
+        multiplied = int(module.embedding.live_rows().sum()) * module.embedding.fan_in
+        return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, multiplied * applications)
     used = _weights(module)
     if not any(weight.numel() for weight in used):
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, 0)

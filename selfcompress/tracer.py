@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer, TiedLinear
 from selfcompress.look import copied, kept_modes, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.text import first_line
@@ -57,7 +57,7 @@ class _Known:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is one of those that have taken the place of torch's."""
-    return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention)
+    return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention | TiedLinear)
 
 
 def is_leaf(module: nn.Module) -> bool:

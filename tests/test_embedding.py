@@ -2,6 +2,8 @@
 
 # mypy: disable-error-code="no-untyped-call"
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,25 +193,130 @@ def test_what_cannot_be_quantised_stays_in_float(options: dict[str, Any], why: s
     check_exact(compressor, TOKENS)
 
 
-class Tied(nn.Module):
-    """Reads and writes words with one weight."""
+# --- an output layer with the same weight ---------------------------------------------------------
 
-    def __init__(self) -> None:
+
+class Tied(nn.Module):
+    """Reads and writes words with one weight.
+
+    Args:
+        head_first: the output layer is registered before the embedding, and has a bias.
+        normed: a norm holds all dimensions in place; else only some of them are read before it.
+    """
+
+    def __init__(self, head_first: bool = False, normed: bool = True) -> None:
         super().__init__()
-        self.words, self.inner = nn.Embedding(50, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, 50, bias=False)
+        if head_first:
+            self.head = nn.Linear(8, 50)
+        self.words, self.inner, self.outer = nn.Embedding(50, 8), nn.Linear(6, 7), nn.Linear(7, 8)
+        self.norm = nn.LayerNorm(8) if normed else nn.Identity()
+        if not head_first:
+            self.head = nn.Linear(8, 50, bias=False)
         self.head.weight = self.words.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.relu(self.inner(self.words(tokens))))
+        x = torch.relu(self.inner(self.words(tokens)[..., :6]))
+        y: Tensor = self.head(self.norm(self.outer(x)))
         return y
 
 
-def test_one_that_shares_its_weight_stays_in_float() -> None:
-    compressor = started(Tied(), TOKENS)
-    why = "it shares a parameter with another module"
-    assert compressor.left_in_float == {"words": why, "head": why}
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("head_first", [False, True])
+def test_an_output_layer_reads_the_quantised_weight_of_the_embedding(
+    head_first: bool, normed: bool, tmp_path: Path
+) -> None:
+    compressor = started(Tied(head_first, normed), TOKENS)
+    assert not compressor.left_in_float and "head" not in compressor.layers
+    size = compressor.size()
+    assert size.macs == 6 * (6 * 7 + 7 * 8 + 8 * 50)
+    assert size.q_percent == 25  # the shared weight counts once, as it did at the start
+    model = compressor.model
+    torch.testing.assert_close(
+        model.get_submodule("head").weight, compressor.layers["words"].dense_weight()
+    )
     check_exact(compressor, TOKENS)
+    words = compressor.layers["words"]
+    assert len(words.rows) < 8 == words.out_width
+
+    want = computed(model, TOKENS, training=False)
+    dense = to_dense(model)
+    assert dense.get_parameter("head.weight") is dense.get_parameter("words.weight")
+    torch.testing.assert_close(computed(dense, TOKENS, training=False), want)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    fresh = Tied(head_first, normed).double()
+    loaded = selfcompress.load(tmp_path / "net.scnn", fresh)
+    torch.testing.assert_close(computed(loaded, TOKENS, training=False), want, rtol=0, atol=0)
+    again = Compressor(Tied(head_first, normed).double(), TOKENS, 0.01, bits=8)
+    again.load_state_dict(compressor.state_dict())
+    torch.testing.assert_close(computed(again.model, TOKENS, False), want, rtol=0, atol=0)
+    copied = copy.deepcopy(model)
+    assert copied.get_submodule("head").embedding is copied.get_submodule("words")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+
+
+def test_both_uses_of_a_shared_weight_teach_it() -> None:
+    torch.manual_seed(0)
+    plain = Tied().double()
+    model = copy.deepcopy(plain)
+    compressor = Compressor(model, TOKENS, 0.0, bits=16)
+    for net in (plain, model):
+        net(TOKENS).square().mean().backward()
+    got, want = (net.get_parameter("words.weight").grad for net in (model, plain))
+    assert got is not None and want is not None
+    inside = got != 0  # saturated weights have no gradient
+    torch.testing.assert_close(got[inside], want[inside], rtol=0.01, atol=1e-4)
+    assert len(compressor.weights()) == len(list(plain.parameters()))
+
+
+class Thrice(Tied):
+    """A second embedding shares the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.Embedding(50, 8)
+        self.others.weight = self.words.weight
+
+
+class Halved(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
+class OwnHead(Tied):
+    """The output layer is of a user's class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Halved(8, 50)
+        self.head.weight = self.words.weight
+
+
+@pytest.mark.parametrize(
+    ("build", "exclude"),
+    [(Tied, ["head"]), (Tied, ["words"]), (Thrice, []), (OwnHead, [])],
+)
+def test_who_shares_a_weight_otherwise_stays_in_float(
+    build: Callable[[], nn.Module], exclude: list[str]
+) -> None:
+    compressor = started(build(), TOKENS, exclude=exclude)
+    assert {"words"} <= compressor.left_in_float.keys()
+    if build is Tied:
+        assert "head" in compressor.left_in_float
+    check_exact(compressor, TOKENS)
+
+
+def test_files_with_embeddings_in_float_load(tmp_path: Path) -> None:
+    """So they were written before."""
+    compressor = started(Tied(), TOKENS, exclude=["words", "head"])
+    want = computed(compressor.model, TOKENS, training=False)
+    selfcompress.save(compressor.model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", Tied().double())
+    assert type(loaded.get_submodule("words")) is nn.Embedding
+    torch.testing.assert_close(computed(loaded, TOKENS, training=False), want, rtol=0, atol=0)
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_a_training_on_words_shrinks_them() -> None:

@@ -276,7 +276,7 @@ def test_shared_and_computed_weights_count_once() -> None:
     size = compressor.size()
     layers = by_name(size)
     assert {name: layers[name].weights for name in counts} == counts
-    assert size.q_bits == 8 * 256 + 32 * (sum(counts.values()) - 256)
+    assert size.q_bits == 8 * (800 + 256) + 32 * (192 + recurrent)
     assert layers["head"].stored_bits == 0
     assert layers["head"].macs == 6 * 800
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
@@ -285,8 +285,9 @@ def test_shared_and_computed_weights_count_once() -> None:
     assert {n: e.channels for n, e in entries.items()} == {
         "embed": 16, "mix": 12, "step": 16, "body": 16, "head": 50,
     }  # fmt: skip
-    assert [n for n, e in entries.items() if e.quantized] == ["body"]
-    assert "1 of 5 layers are quantised, with 12 % of the weights" in str(compressor)
+    assert [n for n, e in entries.items() if e.quantized] == ["embed", "body", "head"]
+    assert entries["head"].why == "it shares its weight with embed"
+    assert "3 of 5 layers are quantised, with 48 % of the weights" in str(compressor)
 
 
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])

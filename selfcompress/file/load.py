@@ -138,16 +138,18 @@ def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
 
 def _drop_weights(model: nn.Module, header: h.Header) -> None:
     """Take the numbers out of all weights that are to be replaced: they need no formats fitted."""
+    empty: dict[Tensor | None, nn.Parameter] = {}
     for layer in header.layers:
         owner, key = layer.name, "weight"
         if owner.endswith(".in_proj") and isinstance(
             model.get_submodule(owner.removesuffix(".in_proj")), nn.MultiheadAttention
         ):
             owner, key = owner.removesuffix(".in_proj"), "in_proj_weight"
-        module = model.get_submodule(owner)
-        weight = module.get_parameter(key)
-        empty = torch.empty_like(weight, device="meta")
-        module.register_parameter(key, nn.Parameter(empty, weight.requires_grad))
+        weight = model.get_submodule(owner).get_parameter(key)
+        empty[weight] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+    for module in model.modules():  # with an embedding's weight an output layer's
+        held = module._parameters
+        held.update({name: empty[p] for name, p in held.items() if p in empty})
 
 
 def _quantize(model: nn.Module, header: h.Header) -> None:
@@ -158,11 +160,17 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
         return
     quantised = {layer.name for layer in header.layers}
     quantised |= {name.removesuffix(".in_proj") for name in quantised}  # attention holds two
+    shared = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name in quantised
+    }
     exclude = [
         name
         for name, module in model.named_modules()
         if isinstance(module, (*FLOAT_LAYERS, nn.Embedding, nn.MultiheadAttention))
         and name not in quantised
+        and module._parameters.get("weight") not in shared
     ]
     try:
         quantize_layers(model, bits=1, exclude=exclude)
