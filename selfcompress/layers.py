@@ -481,17 +481,18 @@ class OwnForward(QuantizedLayer):
         first = next((value for value in given if isinstance(value, Tensor)), None)
         if first is not None:
             self._note_samples(first)
-        shown: dict[str, Any] = {"weight": self.dense_weight()}
-        if self.grouped:
-            shown["groups"] = self.dense_groups
-        own = vars(self)
-        before = {name: own[name] for name in shown if name in own}
+        # What is shown is put where torch.compile knows it to be looked for.
+        held: dict[str, Any] = self._parameters
+        weight, groups = held["weight"], self.groups if self.grouped else 1
         try:
-            own.update(shown)
+            held["weight"] = self.dense_weight()
+            if self.grouped:
+                self.groups = self.dense_groups
             return forward(self, *args, **kwargs)
         finally:
-            del own["weight"]
-            own.update(before)
+            held["weight"] = weight
+            if self.grouped:
+                self.groups = groups
 
 
 class PlacedBatchNorm(Placed, _BatchNorm):
