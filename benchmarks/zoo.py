@@ -18,8 +18,7 @@ Columns:
     px          height and width of the input
     dtype       float64 where memory allows; float32 above 150 M parameters
     traced      yes; parts: some of it is opaque to the tracer; no: nothing can be removed
-    quantised   weights in quantised layers, of all weights of convolutions, linear layers and
-                attention projections
+    quantised   weights in quantised layers, of all weights of layers
     removable   channels that may leave the network, of all that such layers make
     conv        the same, of convolutions alone
     cut         parameters that two cuts removed
