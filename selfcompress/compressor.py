@@ -46,6 +46,7 @@ from selfcompress.look import (
 from selfcompress.norms import reestimate
 from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS
+from selfcompress.recurrent import QuantRecurrent
 from selfcompress.report import Report, make_report
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
@@ -244,7 +245,7 @@ class Compressor:
         idle = []
         for name in self.layers:
             owner = name.rpartition(".")[0]
-            if isinstance(modules[owner], QuantAttention):  # it reads its parts, and calls none
+            if isinstance(modules[owner], QuantAttention | QuantRecurrent):  # they call no parts
                 name = owner
             apart = any(not o or name.startswith(f"{o}.") for o in self.graph.untraceable)
             if not observed.counts[name] and name not in followed and not apart:

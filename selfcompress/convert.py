@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress import layers
+from selfcompress import layers, recurrent
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import (
     FLOAT_LAYERS,
@@ -20,6 +20,7 @@ from selfcompress.layers import (
     TiedLinear,
     layer_widths,
 )
+from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.size import WEIGHTED
 
 TWINS: dict[type[nn.Module], Any] = {
@@ -32,6 +33,12 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.Linear: layers.QuantLinear,
     nn.Embedding: layers.QuantEmbedding,
     nn.MultiheadAttention: QuantAttention,
+    nn.RNN: recurrent.QuantRNN,
+    nn.LSTM: recurrent.QuantLSTM,
+    nn.GRU: recurrent.QuantGRU,
+    nn.RNNCell: recurrent.QuantRNNCell,
+    nn.LSTMCell: recurrent.QuantLSTMCell,
+    nn.GRUCell: recurrent.QuantGRUCell,
     nn.BatchNorm1d: layers.PlacedBatchNorm1d,
     nn.BatchNorm2d: layers.PlacedBatchNorm2d,
     nn.BatchNorm3d: layers.PlacedBatchNorm3d,
@@ -101,7 +108,7 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
     prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
     body = {"__reduce_ex__": reduce, "own_class": own}
     kinds: tuple[type, ...] = (twin, own)
-    if _differs(own, _base_of(own), _COMPUTES):
+    if issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES):
         kinds = (OwnForward, *kinds)
     return type(prefix + own.__name__, kinds, body)
 
@@ -201,7 +208,7 @@ def quantize_layers(
             assert isinstance(module, nn.Linear)
             twins[module] = TiedLinear.from_float(module, twin)
         replacements.append((name, twins[module]))
-    if not any(isinstance(new, QuantizedLayer | QuantAttention) for new in twins.values()):
+    if not any(part for new in twins.values() for part in new.modules() if _is_quantised(part)):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
@@ -213,6 +220,10 @@ def quantize_layers(
         replace(model, name, new)
     _without_fast_paths(model)
     return left
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer)
 
 
 _SHARES = "it shares a parameter with another module"
@@ -252,9 +263,10 @@ def _why_in_float(
 ) -> str:
     if any(name == e or name.startswith(e + ".") for e in excluded):
         return "it is excluded"
-    if is_parametrized(module) or (
-        isinstance(module, FLOAT_LAYERS) and "weight" not in module._parameters
-    ):
+    expected = ["weight"] if isinstance(module, FLOAT_LAYERS) else []
+    if isinstance(module, RECURRENT):
+        expected = matrices_of(module)
+    if is_parametrized(module) or not module._parameters.keys() >= set(expected):
         return "its weight is computed from other parameters"
     if twin is None:
         if isinstance(module, tuple(TWINS)):

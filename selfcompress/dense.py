@@ -20,6 +20,7 @@ from selfcompress.layers import (
     place,
 )
 from selfcompress.look import detached_copy, without_compile
+from selfcompress.recurrent import QuantRecurrent
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 
@@ -39,8 +40,12 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     model = detached_copy(without_compile(model))
     tied = {}
-    attentions = {n for n, m in model.named_modules() if isinstance(m, QuantAttention)}
-    parts = {f"{n}.{part}" for n in attentions for part in ("in_proj", "out_proj")}
+    parts = {
+        f"{name}.{part}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantAttention | QuantRecurrent)
+        for part in module._modules
+    }
     made: dict[nn.Module, nn.Module] = {}  # a layer may have several names
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module not in made and name not in parts:
@@ -66,6 +71,8 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
     """What computes the same as `module` without selfcompress; None for what needs no change."""
     if isinstance(module, QuantAttention):
         return module.to_float()
+    if isinstance(module, QuantRecurrent):
+        return module.to_float(_kind_of(type(module)))
     if isinstance(module, PlacedBatchNorm):
         return _norm(module)
     if isinstance(module, TiedLinear):

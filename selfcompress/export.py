@@ -150,7 +150,8 @@ def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
             at = f"{name}.core.weight"
             places, width = layer.slots, layer.groups * layer.group_width
         elif at not in parameters:
-            at = f"{name}_weight"  # of an attention: in_proj_weight
+            # Of an attention in_proj_weight; of a recurrent layer the part has the weight's name.
+            at = f"{name}_weight" if f"{name}_weight" in parameters else name
         steps = layer.exponent.new_ones(width).index_copy(0, places, torch.exp2(layer.exponent))
         weight = parameters[at]
         column = [-1 if dim == layer.row_dim else 1 for dim in range(weight.dim())]

@@ -1,11 +1,13 @@
 """Watch one run of a model: which modules run, how often, with what, and whose weights are read."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -13,6 +15,7 @@ from selfcompress.attention import QuantAttention
 from selfcompress.layers import FLOAT_LAYERS, OwnForward, TiedLinear, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 from selfcompress.ops import PRODUCTS
+from selfcompress.recurrent import RECURRENT, QuantRecurrent
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Observed:
         resized: names of modules that are called with tensors of several sizes.
         read_elsewhere: names of modules whose parameters or buffers are read while they are not
             running.
-        rewritten: names of layers whose weight is another after they have run.
+        rewritten: names of layers of users' classes that have other parameters after they have run.
         bypassed: names of modules in whose place one is called that they have replaced.
     """
 
@@ -69,7 +72,7 @@ class _Watch(TorchFunctionMode):
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.hooks: list[Any] = []
-        self.weights: dict[nn.Module, tuple[int, Tensor]] = {}  # of users' layers that run
+        self.held: dict[nn.Module, _Held] = {}  # what users' layers had as they were called
         for module, name in self.names.items():
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.dim():  # a single number has no channels
@@ -90,12 +93,11 @@ class _Watch(TorchFunctionMode):
             }
             return
         self.seen.counts[name] += 1
-        weight = module._parameters.get("weight")
-        if _is_users(module) and weight is not None:
-            self.weights[module] = weight.data_ptr(), weight.detach().clone()
-        shapes = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+        if _is_users(module):
+            self.held[module] = _held(module)
+        shapes = _mapped(lambda t: t.detach().to("meta"), (args, kwargs))
         if name not in self.seen.arguments:
-            kept = pytree.tree_map(lambda leaf: copied(leaf, self.model), shapes)
+            kept = pytree.tree_map(lambda leaf: copied(leaf, self.model), shapes, is_leaf=_packed)
             self.seen.arguments[name] = kept
             return
         first = self.seen.arguments[name]
@@ -106,10 +108,9 @@ class _Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names.get(module)
-        if module in self.weights:
-            place, before = self.weights.pop(module)
-            weight = module._parameters.get("weight")
-            if weight is None or weight.data_ptr() != place or not torch.equal(weight, before):
+        if module in self.held:
+            before, now = self.held.pop(module), _held(module)
+            if before.keys() != now.keys() or not all(map(_same, before.values(), now.values())):
                 self.seen.rewritten.add(self.names[module])
         self.running.pop()
         if name is None or output is None:  # it has raised an error
@@ -121,6 +122,12 @@ class _Watch(TorchFunctionMode):
             self.seen.applications[f"{name}.out_proj"] += steps[0]
             for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
                 self.seen.applications[part] += sum(steps) // 3
+        elif isinstance(module, RECURRENT):
+            made = output[0] if isinstance(output, tuple) else output  # or packed sequences' data
+            made = made[0] if isinstance(made, tuple) else made
+            parts = module.parts() if isinstance(module, QuantRecurrent) else ()
+            for part in (name, *(f"{name}.{part}" for part in parts)):
+                self.seen.applications[part] += made.numel() // made.shape[-1]
         elif isinstance(module, FLOAT_LAYERS) and not isinstance(module, OwnForward):
             read = next(iter((*args, *kwargs.values())), None)
             self._count_applications(name, module, read, output)
@@ -164,9 +171,36 @@ class _Watch(TorchFunctionMode):
         return result
 
 
+_Held = dict[str, tuple[nn.Parameter, int, Tensor]]
+
+
 def _is_users(module: nn.Module) -> bool:
     """Whether a module is a layer of a user's class."""
-    return isinstance(module, FLOAT_LAYERS) and type(module) not in FLOAT_LAYERS
+    layer = isinstance(module, (*FLOAT_LAYERS, *RECURRENT, nn.Embedding))
+    return layer and not type(module).__module__.startswith("torch.nn.")
+
+
+def _held(module: nn.Module) -> _Held:
+    """Its parameters by name, where they lie in memory, and a copy of what is in them."""
+    return {
+        name: (p, p.data_ptr(), p.detach().clone())
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+
+
+def _same(before: tuple[nn.Parameter, int, Tensor], now: tuple[nn.Parameter, int, Tensor]) -> bool:
+    return before[0] is now[0] and before[1] == now[1] and torch.equal(before[2], now[2])
+
+
+def _packed(value: Any) -> bool:
+    """Whether it is sentences of several lengths, which cannot be made of anything but those."""
+    return isinstance(value, PackedSequence)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`tree` with `function` of all tensors, but for those of packed sequences."""
+    return pytree.tree_map_only(Tensor, function, tree, is_leaf=_packed)
 
 
 def _signature(arguments: Any) -> str:
@@ -177,7 +211,7 @@ def _signature(arguments: Any) -> str:
             return f"{leaf.dim()} {leaf.dtype}"
         return type(leaf).__name__ if hasattr(leaf, "__dict__") else repr(leaf)
 
-    return repr(pytree.tree_map(kind, arguments))
+    return repr(pytree.tree_map(kind, arguments, is_leaf=_packed))
 
 
 def _sizes(arguments: Any) -> list[torch.Size]:
@@ -186,4 +220,4 @@ def _sizes(arguments: Any) -> list[torch.Size]:
 
 def zeros_like_observed(observed: Any, device: torch.device) -> Any:
     """Observed arguments again, zeros in place of the tensors."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), observed)
+    return _mapped(lambda t: torch.zeros_like(t, device=device), observed)

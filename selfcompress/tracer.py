@@ -19,6 +19,7 @@ from selfcompress.attention import QuantAttention
 from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer, TiedLinear
 from selfcompress.look import copied, kept_modes, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
+from selfcompress.recurrent import QuantRecurrent
 from selfcompress.text import first_line
 from selfcompress.widths import Read
 
@@ -57,7 +58,8 @@ class _Known:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is one of those that have taken the place of torch's."""
-    return isinstance(module, QuantizedLayer | PlacedBatchNorm | QuantAttention | TiedLinear)
+    ours = QuantizedLayer | PlacedBatchNorm | QuantAttention | QuantRecurrent | TiedLinear
+    return isinstance(module, ours)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from selfcompress.layers import (
     recount,
 )
 from selfcompress.look import without_compile
+from selfcompress.recurrent import RECURRENT
 from selfcompress.surgery import Wiring, rewire
 from selfcompress.text import first_line
 
@@ -145,6 +146,9 @@ def _drop_weights(model: nn.Module, header: h.Header) -> None:
             model.get_submodule(owner.removesuffix(".in_proj")), nn.MultiheadAttention
         ):
             owner, key = owner.removesuffix(".in_proj"), "in_proj_weight"
+        parent, _, name = owner.rpartition(".")
+        if isinstance(model.get_submodule(parent), RECURRENT):
+            owner, key = parent, name
         weight = model.get_submodule(owner).get_parameter(key)
         empty[weight] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
     for module in model.modules():  # with an embedding's weight an output layer's
@@ -160,6 +164,7 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
         return
     quantised = {layer.name for layer in header.layers}
     quantised |= {name.removesuffix(".in_proj") for name in quantised}  # attention holds two
+    quantised |= {name.rpartition(".")[0] for name in quantised}  # recurrent layers, theirs
     shared = {
         module.weight
         for name, module in model.named_modules()
@@ -168,7 +173,7 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
     exclude = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (*FLOAT_LAYERS, nn.Embedding, nn.MultiheadAttention))
+        if isinstance(module, (*FLOAT_LAYERS, *RECURRENT, nn.Embedding, nn.MultiheadAttention))
         and name not in quantised
         and module._parameters.get("weight") not in shared
     ]

@@ -1,0 +1,104 @@
+"""Recurrent layers with quantised weights.
+
+Rows of their matrices (gates of hidden units) lose their bits and are stored no more, but they
+compute at their full width: which channel reaches which at a later step is not followed.
+"""
+
+from typing import Any, Self
+
+from torch import nn
+
+from selfcompress.layers import QuantLinear
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def matrices_of(layer: nn.Module) -> list[str]:
+    """The names of the weights of a recurrent layer or cell."""
+    names = getattr(layer, "_flat_weights_names", ("weight_ih", "weight_hh"))
+    return [name for name in names if name.startswith("weight")]
+
+
+class QuantRecurrent(nn.Module):
+    """A recurrent layer in which `QuantLinear` layers hold the matrices, under the same names."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer that takes over the parameters of `layer`."""
+        new = object.__new__(cls)
+        vars(new).update(vars(layer))
+        for kind in ("_parameters", "_modules"):
+            vars(new)[kind] = dict(vars(layer)[kind])
+        for name in matrices_of(layer):
+            matrix = new._parameters.pop(name)
+            assert matrix is not None
+            linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+            linear.weight = matrix
+            linear.train(layer.training)
+            new._modules[name] = QuantLinear.from_float(linear, bits, integer_bits)
+        vars(new)["_flat_weights"] = vars(new)["_flat_weight_refs"] = []
+        return new
+
+    def to_float(self, kind: Any) -> nn.Module:
+        """A layer of an ordinary `kind` with the quantised weights baked in."""
+        new: nn.Module = object.__new__(kind)
+        vars(new).update(vars(self))
+        for kind in ("_parameters", "_modules"):
+            vars(new)[kind] = dict(vars(self)[kind])
+        for name, part in self.parts().items():
+            del new._modules[name]
+            new._parameters[name] = nn.Parameter(part.dense_weight())
+        first = getattr(self, "_flat_weights_names", matrices_of(self))  # in the usual order
+        held = new._parameters
+        vars(new)["_parameters"] = {name: held[name] for name in first} | held
+        if isinstance(new, nn.RNNBase):
+            new._init_flat_weights()
+        return new
+
+    def parts(self) -> dict[str, QuantLinear]:
+        """The layers that hold its matrices, by the names of these."""
+        return {n: part for n, part in self._modules.items() if isinstance(part, QuantLinear)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weights = {name: part.dense_weight() for name, part in self.parts().items()}
+        held: dict[str, Any] = self._parameters
+        try:
+            held.update(weights)  # which are looked for here before they are among modules
+            if isinstance(self, nn.RNNBase):
+                self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in weights:
+                held.pop(name, None)
+            if isinstance(self, nn.RNNBase):
+                self._flat_weights = []
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no memory of parameters to be joined."""
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: they are made for every call."""
+
+
+class QuantRNN(QuantRecurrent, nn.RNN):  # type: ignore[misc]
+    """`nn.RNN` with quantised weights."""
+
+
+class QuantLSTM(QuantRecurrent, nn.LSTM):  # type: ignore[misc]
+    """`nn.LSTM` with quantised weights."""
+
+
+class QuantGRU(QuantRecurrent, nn.GRU):  # type: ignore[misc]
+    """`nn.GRU` with quantised weights."""
+
+
+class QuantRNNCell(QuantRecurrent, nn.RNNCell):  # type: ignore[misc]
+    """`nn.RNNCell` with quantised weights."""
+
+
+class QuantLSTMCell(QuantRecurrent, nn.LSTMCell):  # type: ignore[misc]
+    """`nn.LSTMCell` with quantised weights."""
+
+
+class QuantGRUCell(QuantRecurrent, nn.GRUCell):  # type: ignore[misc]
+    """`nn.GRUCell` with quantised weights."""

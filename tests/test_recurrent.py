@@ -1,0 +1,206 @@
+"""Recurrent layers: their weights are quantised, their rows go, and they compute the same."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import check_exact, computed, reported, started
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import selfcompress
+from selfcompress import Compressor, Schedule
+from selfcompress.dense import to_dense
+from selfcompress.recurrent import QuantLSTM
+
+TOKENS = torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([6, 5, 3, 1])
+
+
+class Reader(nn.Module):
+    """Words, a recurrent layer, and what its last step says."""
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.words, self.rnn = nn.Embedding(50, 5), kind(5, 6, batch_first=True, **options)
+        with torch.no_grad():
+            width = self.rnn(torch.zeros(1, 1, 5))[0].shape[-1]
+        self.a, self.b = nn.Linear(width, 7), nn.Linear(7, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(self.rnn(self.words(tokens))[0][:, -1])))
+        return y
+
+
+class Packed(Reader):
+    """Sentences of several lengths."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = pack_padded_sequence(self.words(tokens), LENGTHS, batch_first=True)
+        out, lengths = pad_packed_sequence(self.rnn(x)[0], batch_first=True)
+        y: Tensor = self.b(torch.relu(self.a(out[torch.arange(4), lengths - 1])))
+        return y
+
+
+class Stepping(nn.Module):
+    """Calls a cell for every step."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.words, self.cell, self.head = nn.Embedding(50, 5), kind(5, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        state = None
+        for step in range(6):
+            state = self.cell(self.words(tokens[:, step]), state)
+        y: Tensor = self.head(state[0] if isinstance(state, tuple) else state)
+        return y
+
+
+class Named(nn.LSTM):
+    """A user's own class, with something behind torch's forward()."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        out, state = super().forward(x, state)
+        return 2 * out, state
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Reader(nn.LSTM),
+    "deep": lambda: Reader(nn.LSTM, num_layers=2, bidirectional=True),
+    "projected": lambda: Reader(nn.LSTM, proj_size=4),
+    "gru": lambda: Reader(nn.GRU, num_layers=2),
+    "plain, without biases": lambda: Reader(nn.RNN, bias=False),
+    "own": lambda: Reader(Named),
+    "packed": lambda: Packed(nn.GRU),
+    "lstm cell": lambda: Stepping(nn.LSTMCell),
+    "gru cell": lambda: Stepping(nn.GRUCell),
+    "plain cell": lambda: Stepping(nn.RNNCell),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_its_rows_go_and_it_computes_the_same(name: str, tmp_path: Path) -> None:
+    build = NETWORKS[name]
+    plain = build().double()
+    model = copy.deepcopy(plain)
+    compressor = started(model, TOKENS)
+    assert not compressor.left_in_float
+    layers = {n.rpartition(".")[2]: layer for n, layer in compressor.layers.items()}
+    matrices = [n for n, p in plain.named_parameters() if ".weight_" in n and p.dim() == 2]
+    assert {n.rpartition(".")[2] for n in matrices} <= layers.keys()
+    rows = len(layers[matrices[0].rpartition(".")[2]].rows)
+    check_exact(compressor, TOKENS)
+    assert len(layers[matrices[0].rpartition(".")[2]].rows) < rows
+
+    want = computed(model, TOKENS, training=False)
+    dense = to_dense(model)
+    kinds = [type(module) for module in dense.modules()]
+    assert kinds == [type(module) for module in plain.modules()]
+    assert [n for n, _ in dense.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    torch.testing.assert_close(computed(dense, TOKENS, training=False), want)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", build().double())
+    torch.testing.assert_close(computed(loaded, TOKENS, training=False), want, rtol=0, atol=0)
+    again = Compressor(build().double(), TOKENS, 0.01, bits=8)
+    again.load_state_dict(compressor.state_dict())
+    torch.testing.assert_close(computed(again.model, TOKENS, False), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_with_all_bits_it_learns_as_torchs_does(name: str) -> None:
+    plain = NETWORKS[name]().double()
+    model = copy.deepcopy(plain)
+    compressor = Compressor(model, TOKENS, 0.0, bits=16)
+    outputs = [net(TOKENS) for net in (plain, model)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
+    for out in outputs:
+        out.square().sum().backward()
+    gradients = {n: p.grad for n, p in plain.named_parameters()}
+    for layer_name, layer in compressor.layers.items():
+        want = gradients.get(layer_name, gradients.get(f"{layer_name}.weight"))
+        assert want is not None and layer.weight.grad is not None
+        inside = layer.weight.grad != 0  # saturated weights have no gradient
+        assert inside.sum() >= 0.8 * (want != 0).sum()
+        got = layer.weight.grad[inside]
+        torch.testing.assert_close(
+            got, want[inside], rtol=0.02, atol=1e-3 * float(want.abs().max())
+        )
+
+
+def test_its_macs_and_weights_are_counted() -> None:
+    compressor = started(Reader(nn.LSTM), TOKENS)
+    layers = {layer.name: layer for layer in compressor.size().layers}
+    assert layers["rnn.weight_ih_l0"].macs == 6 * 24 * 5
+    assert layers["rnn.weight_hh_l0"].macs == 6 * 24 * 6
+    assert compressor.size().q_percent == 25
+    assert "a part of rnn" in reported(compressor)["rnn.weight_hh_l0"].why
+    excluded = started(Reader(nn.LSTM), TOKENS, exclude=["rnn"])
+    assert excluded.left_in_float == {"rnn": "it is excluded"}
+    assert {n.name: n.macs for n in excluded.size().layers}["rnn"] == 6 * 24 * (5 + 6)
+
+
+def test_files_with_it_in_float_load(tmp_path: Path) -> None:
+    """So they were written before."""
+    compressor = started(Reader(nn.GRU), TOKENS, exclude=["rnn"])
+    want = computed(compressor.model, TOKENS, training=False)
+    selfcompress.save(compressor.model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", Reader(nn.GRU).double())
+    assert type(loaded.get_submodule("rnn")) is nn.GRU
+    torch.testing.assert_close(computed(loaded, TOKENS, training=False), want, rtol=0, atol=0)
+
+
+class Dropped(nn.LSTM):
+    """Computes a weight before every call, as AWD-LSTMs drop connections."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.raw = self._parameters.pop("weight_hh_l0")
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        assert self.raw is not None
+        dropped = F.dropout(self.raw, 0.0, self.training)
+        vars(self)["weight_hh_l0"] = dropped
+        self._flat_weights[1] = dropped
+        return super().forward(x, state)
+
+
+def test_one_whose_weight_is_computed_stays_in_float() -> None:
+    compressor = started(Reader(Dropped), TOKENS)
+    assert compressor.left_in_float == {"rnn": "its weight is computed from other parameters"}
+    check_exact(compressor, TOKENS)
+
+
+def test_a_training_with_it_shrinks() -> None:
+    torch.manual_seed(0)
+    model = Reader(nn.GRU)
+    tokens = torch.randint(50, (256, 6))
+    labels = (tokens < 10).sum(1).clamp(max=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    compressor = Compressor(model, tokens[:8], 0.1, bits=8, schedule=Schedule(300))
+    for _ in range(300):
+        loss = F.cross_entropy(model(tokens), labels) + compressor.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    compressor.finish([tokens], optimizer)
+    assert compressor.size().stored_percent < 25
+    assert len(compressor.layers["rnn.weight_hh_l0"].rows) < 18
+    assert (model(tokens).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_it_is_copied_and_compiled() -> None:
+    model = Reader(nn.LSTM)
+    Compressor(model, TOKENS, 0.0, bits=8)
+    copied = copy.deepcopy(model)
+    assert isinstance(copied.rnn, QuantLSTM)
+    torch.testing.assert_close(copied(TOKENS), model(TOKENS), rtol=0, atol=0)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
