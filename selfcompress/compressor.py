@@ -64,9 +64,9 @@ class Compressor:
     """Quantises a model in place and shrinks it while somebody else's loop trains it.
 
     Args:
-        model: the network; its convolutions, linear layers, embeddings and attention are replaced
-            by quantised twins that hold the same parameter objects. It may be trained already:
-            with `bits=8` it starts as good as it was.
+        model: the network; its convolutions, linear and recurrent layers, embeddings and attention
+            are replaced by quantised twins that hold the same parameter objects. It may be trained
+            already: with `bits=8` it starts as good as it was.
         example_input: a batch the model accepts, on its device, to trace it and to check cuts
             with; a few real images serve best. A tuple holds several positional arguments. By the
             size of the batch, of more than one, layers that see no samples are told apart.

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from selfcompress import layers, recurrent
 from selfcompress.attention import QuantAttention
 from selfcompress.layers import (
+    EMBEDDINGS,
     FLOAT_LAYERS,
     OwnForward,
     QuantEmbedding,
@@ -32,6 +33,7 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose3d: layers.QuantConvTranspose3d,
     nn.Linear: layers.QuantLinear,
     nn.Embedding: layers.QuantEmbedding,
+    nn.EmbeddingBag: layers.QuantEmbeddingBag,
     nn.MultiheadAttention: QuantAttention,
     nn.RNN: recurrent.QuantRNN,
     nn.LSTM: recurrent.QuantLSTM,
@@ -276,9 +278,9 @@ def _why_in_float(
         return "its forward() has been replaced"
     if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
         return "it computes with complex numbers"
-    if isinstance(module, nn.Embedding) and module.sparse:
+    if isinstance(module, EMBEDDINGS) and module.sparse:
         return "its gradients are sparse"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "its forward() changes its weight"
     if isinstance(module, FLOAT_LAYERS) and not _is_plain(module):
         return "its weight is of another shape or type than torch's"

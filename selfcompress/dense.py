@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 from selfcompress.attention import QuantAttention
 from selfcompress.convert import TWINS, keep_hooks, keep_noted, replace
 from selfcompress.layers import (
+    EMBEDDINGS,
     OwnForward,
     PlacedBatchNorm,
-    QuantEmbedding,
     QuantizedLayer,
     QuantLinear,
     TiedLinear,
@@ -94,7 +94,7 @@ def _of_class(own: type[nn.Module], plain: nn.Module) -> nn.Module:
 def _layer(layer: QuantizedLayer) -> nn.Module:
     if isinstance(layer, QuantLinear):
         options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
-    elif isinstance(layer, QuantEmbedding):
+    elif isinstance(layer, EMBEDDINGS):
         options = embedding_options(layer)
     else:
         options = conv_options(layer) | {"groups": layer.dense_groups}
@@ -143,7 +143,7 @@ def _kind_of(twin: type) -> Any:
 
 def _filled(twin: type, options: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
     kind = _kind_of(twin)
-    if kind is not nn.Embedding:
+    if kind not in EMBEDDINGS:
         options["bias"] = bias is not None
     new: Any = kind(**options, device="meta")
     new.weight = nn.Parameter(weight)

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
 from selfcompress.layers import (
+    EMBEDDINGS,
     FLOAT_LAYERS,
     NORM_ENTRIES,
     OwnForward,
@@ -269,7 +270,8 @@ class _Builder:
         self, node: torch.fx.Node, name: str, inputs: list[_Value], fact: Any
     ) -> tuple[Kind, _Value]:
         module = self.modules[name]
-        if len(inputs) != 1 or not isinstance(fact, Shape):
+        lookup = isinstance(module, EMBEDDINGS)
+        if (len(inputs) != 1 and not lookup) or not isinstance(fact, Shape):
             raise _CannotFollowError("reads something other than one tensor")
         if name in self.read | self.read_elsewhere or any(
             id(p) in self.shared for p in module.parameters(False)
@@ -294,7 +296,7 @@ class _Builder:
             raise _CannotFollowError(
                 "is a grouped layer left in float, or of a type that is not known"
             )
-        if isinstance(module, nn.Embedding):
+        if lookup:
             inputs = [self._whatever(node, inputs)]
             source = np.zeros(widths[0], np.int64)
         else:
@@ -367,6 +369,9 @@ class _Builder:
             raise _CannotFollowError("computes with its weight or bias in a way of its own too")
         if product.groups != (layer.groups if hasattr(layer, "groups") else 1):
             raise _CannotFollowError("computes with another number of groups than it has")
+        if isinstance(layer, EMBEDDINGS):  # what bags hold where, and how much of it
+            others = [n for n in node.all_input_nodes if n is not product.weight]
+            return [value for n in others for value in self._tensors(n)]
         values = self._tensors(product.input)
         if len(values) != 1:
             raise _CannotFollowError("reads something other than one tensor")

@@ -130,7 +130,7 @@ class QuantizedLayer(Placed):
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
-        if not isinstance(layer, nn.Embedding):
+        if not isinstance(layer, EMBEDDINGS):
             self.bias = layer.bias  # type: ignore[assignment]
         # In the middle of the depths that round up to `bits`, so that neither direction is a step.
         start = bits - 0.5 if integer_bits else bits
@@ -495,6 +495,24 @@ class OwnForward(QuantizedLayer):
                 self.groups = groups
 
 
+class QuantEmbeddingBag(OwnForward, nn.EmbeddingBag):  # type: ignore[misc]
+    """`nn.EmbeddingBag` with a bit depth and an exponent per dimension of its vectors, its rows."""
+
+    row_dim = 1
+    fan_in_dim = 0
+    own_class = nn.EmbeddingBag
+
+    @classmethod
+    def from_float(cls, layer: nn.EmbeddingBag, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer that takes over the weight of `layer`."""
+        new = cls(**embedding_options(layer), device="meta")
+        new.register_parameter("bias", None)
+        return new.adopt(layer, bits, integer_bits)
+
+    def _in_front(self, shape: torch.Size) -> torch.Size:
+        return shape  # of indices
+
+
 class PlacedBatchNorm(Placed, _BatchNorm):
     """A batch norm over some channels of its input, placed among zeros in its output.
 
@@ -595,13 +613,15 @@ FLOAT_LAYERS = (
     nn.Linear,
 )  # fmt: skip
 """The types of layers that multiply with a weight."""
+EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
+"""Those that look vectors up in it."""
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
     """Channels of the input and the output of a layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, EMBEDDINGS):
         return layer.num_embeddings, layer.embedding_dim
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
 
@@ -620,9 +640,11 @@ def conv_options(layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
-def embedding_options(layer: nn.Embedding) -> dict[str, Any]:
+def embedding_options(layer: nn.Module) -> dict[str, Any]:
     """The constructor's arguments of an embedding like `layer`."""
-    names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
+    names = ["num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"]
+    if isinstance(layer, nn.EmbeddingBag):
+        names += ["mode", "include_last_offset"]
     return {name: getattr(layer, name) for name in names}
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import FLOAT_LAYERS, OwnForward, TiedLinear, layer_widths
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, TiedLinear, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 from selfcompress.ops import PRODUCTS
 from selfcompress.recurrent import RECURRENT, QuantRecurrent
@@ -176,7 +176,7 @@ _Held = dict[str, tuple[nn.Parameter, int, Tensor]]
 
 def _is_users(module: nn.Module) -> bool:
     """Whether a module is a layer of a user's class."""
-    layer = isinstance(module, (*FLOAT_LAYERS, *RECURRENT, nn.Embedding))
+    layer = isinstance(module, (*FLOAT_LAYERS, *EMBEDDINGS, *RECURRENT))
     return layer and not type(module).__module__.startswith("torch.nn.")
 
 

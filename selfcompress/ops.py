@@ -152,7 +152,7 @@ class Product:
 
 def product_of(node: torch.fx.Node) -> Product | None:
     """What a node is given that calls what a layer computes with, as a function; else None."""
-    lookup = node.target is F.embedding
+    lookup = node.target in (F.embedding, F.embedding_bag)
     if node.op != "call_function" or not (lookup or node.target in PRODUCTS):
         return None
 

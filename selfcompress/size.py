@@ -7,7 +7,8 @@ with I the input channels the layer has now and b_i its integer bit depths (frac
 `integer_bits=False`), plus 32 bits for every weight in float. N, the number it is divided by to
 give Q, counts the weights of the *starting* network, quantised or not: those of convolutions,
 linear layers, attention, embeddings and recurrent layers. `float_bits` is 32·N. MACs are those of
-convolutions, linear layers and attention's projections, as often as they run on the example.
+convolutions, linear and recurrent layers and attention's projections, as often as they run on the
+example.
 
 *Stored bits* is all that running the network needs, at the width it is stored in:
 

@@ -26,6 +26,7 @@ from torch.optim import (
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import (
+    EMBEDDINGS,
     FLOAT_LAYERS,
     NORM_ENTRIES,
     PlacedBatchNorm,
@@ -201,7 +202,7 @@ class _Planner:
             self._keep(f"{name}.{tensor}", 0, rows)
         self._keep(f"{name}.weight", module.row_dim, rows)
         self._keep(f"{name}.bias", 0, outs)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, EMBEDDINGS):
             self.plan.wiring[name] = Wiring(*widths, placed)
             return
         columns = module.columns.numpy(force=True)
@@ -331,7 +332,7 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         module.in_channels, module.out_channels = wiring.in_width, wiring.out_width
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = wiring.in_width, wiring.out_width
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, EMBEDDINGS):
         module.embedding_dim = wiring.out_width
     elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)

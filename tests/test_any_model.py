@@ -533,8 +533,8 @@ class TiedLayers(nn.Module):
         return y
 
 
-def test_tied_weights_stay_tied_and_in_float() -> None:
-    compressor = started(Tied(), TOKENS)
+def test_tied_weights_stay_tied() -> None:
+    compressor = started(Tied(), TOKENS, exclude="embedding")
     entries = reported(compressor)
     assert not entries["out"].quantized
     assert "shares a parameter" in entries["out"].why

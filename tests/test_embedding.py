@@ -193,6 +193,40 @@ def test_what_cannot_be_quantised_stays_in_float(options: dict[str, Any], why: s
     check_exact(compressor, TOKENS)
 
 
+class Bags(nn.Module):
+    """Sums of words, of which each may count as much as something else says."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(50, 8, mode=mode, padding_idx=0)
+        self.hidden, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.amounts = nn.Linear(1, 6) if mode == "sum" else None  # the others take none
+
+    def forward(self, tokens: Tensor, amounts: Tensor) -> Tensor:
+        much = None if self.amounts is None else self.amounts(amounts)
+        x = self.bags(tokens, per_sample_weights=much)
+        y: Tensor = self.head(torch.relu(self.hidden(x)))
+        return y
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_words_lose_dimensions_as_well(mode: str, tmp_path: Path) -> None:
+    x = TOKENS, torch.randn(4, 1, dtype=torch.float64)
+    compressor = started(Bags(mode), x)
+    report = reported(compressor)
+    assert report["bags"].removable == 8 and report["hidden"].removable == 6
+    check_exact(compressor, x)
+    model = compressor.model
+    assert len(compressor.layers["bags"].rows) < 8
+    want = computed(model, x, training=False)
+    dense = to_dense(model)
+    assert type(dense.bags) is nn.EmbeddingBag and dense.bags.mode == mode
+    torch.testing.assert_close(computed(dense, x, training=False), want)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", Bags(mode).double())
+    torch.testing.assert_close(computed(loaded, x, training=False), want, rtol=0, atol=0)
+
+
 # --- an output layer with the same weight ---------------------------------------------------------
 
 

@@ -271,23 +271,29 @@ def test_shared_and_computed_weights_count_once() -> None:
     model = Tied()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     compressor = Compressor(model, torch.randint(50, (4, 6)), 0.0, bits=8)
-    counts = {"embed": 800, "mix": 192, "step": recurrent, "body": 256, "head": 0}
+    gates = {
+        f"step.weight_{kind}_l0{way}": 3 * 8 * reads
+        for way in ("", "_reverse")
+        for kind, reads in (("ih", 12), ("hh", 8))
+    }
+    counts = {"embed": 800, "mix": 192, **gates, "body": 256, "head": 0}
+    assert sum(gates.values()) == recurrent
     assert compressor.starting_weights == sum(counts.values())
     size = compressor.size()
     layers = by_name(size)
     assert {name: layers[name].weights for name in counts} == counts
-    assert size.q_bits == 8 * (800 + 256) + 32 * (192 + recurrent)
+    assert size.q_bits == 8 * (800 + 256 + recurrent) + 32 * 192
     assert layers["head"].stored_bits == 0
     assert layers["head"].macs == 6 * 800
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     entries = {entry.name: entry for entry in compressor.report().layers}
     assert {n: e.weights for n, e in entries.items()} == counts
     assert {n: e.channels for n, e in entries.items()} == {
-        "embed": 16, "mix": 12, "step": 16, "body": 16, "head": 50,
+        "embed": 16, "mix": 12, **dict.fromkeys(gates, 24), "body": 16, "head": 50,
     }  # fmt: skip
-    assert [n for n, e in entries.items() if e.quantized] == ["embed", "body", "head"]
+    assert [n for n, e in entries.items() if e.quantized] == ["embed", *gates, "body", "head"]
     assert entries["head"].why == "it shares its weight with embed"
-    assert "3 of 5 layers are quantised, with 48 % of the weights" in str(compressor)
+    assert "7 of 8 layers are quantised, with 91 % of the weights" in str(compressor)
 
 
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])

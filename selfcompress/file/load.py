@@ -14,6 +14,7 @@ from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
 from selfcompress.file.write import DTYPES, LAYOUTS, is_stored
 from selfcompress.layers import (
+    EMBEDDINGS,
     FLOAT_LAYERS,
     NORM_ENTRIES,
     Placed,
@@ -173,7 +174,7 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
     exclude = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (*FLOAT_LAYERS, *RECURRENT, nn.Embedding, nn.MultiheadAttention))
+        if isinstance(module, (*FLOAT_LAYERS, *EMBEDDINGS, *RECURRENT, nn.MultiheadAttention))
         and name not in quantised
         and module._parameters.get("weight") not in shared
     ]
