@@ -22,7 +22,7 @@ from selfcompress.layers import (
     layer_widths,
 )
 from selfcompress.recurrent import RECURRENT, matrices_of
-from selfcompress.size import WEIGHTED
+from selfcompress.size import WEIGHTED, count_weights
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Conv1d: layers.QuantConv1d,
@@ -87,16 +87,47 @@ def _of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
     own = type(module)
     if own in TWINS:
         return twin
-    needed = {*vars(twin), *twin._parameters, *twin._buffers, "slots", "group_width", "at_start"}
-    needed -= {*vars(module), *module._parameters, *module._buffers}
-    if any(name in vars(kind) for kind in _own_classes(own) for name in needed):
+    kinds: tuple[Any, Any] = type(twin), own
+    theirs = names_of_user(module).union(*map(vars, _own_classes(own)))
+    if theirs & _names_of_ours(kinds[0]):
         return None
     try:
-        kinds: tuple[Any, Any] = type(twin), own
         twin.__class__ = _combined(*kinds)
     except TypeError:  # with __slots__, say
         return None
     return twin
+
+
+@functools.cache
+def _names_of_ours(twin: Hashable) -> frozenset[str]:
+    """The names that a twin's class has beside torch's, where a user's would be in the way."""
+    assert isinstance(twin, type)
+    ours = [kind for kind in twin.__mro__ if kind.__module__.startswith("selfcompress.")]
+    torchs = next(set(dir(kind)) for kind in twin.__mro__ if kind in TWINS)
+    names = {
+        name for kind in ours for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
+    }
+    return frozenset(names | {"own_class"}) - torchs - {"weight", "bias", "groups", "__module__"}
+
+
+@functools.cache
+def _names_of_torch(base: Hashable) -> frozenset[str]:
+    """The names that an object of torch's own type holds something under."""
+    assert isinstance(base, type)
+    sizes = 2
+    if issubclass(base, _BatchNorm | nn.modules.conv._ConvNd):
+        sizes = 1 if issubclass(base, _BatchNorm) else 3
+    plain = base(*[1] * sizes, device="meta")
+    return frozenset(name for held in _held(plain) for name in held)
+
+
+def names_of_user(module: nn.Module) -> set[str]:
+    """What a user has put on a layer or batch norm, or on what has taken its place."""
+    kind: Any = type(module)
+    names = {name for held in _held(module) for name in held} - _names_of_torch(_base_of(kind))
+    names -= {*getattr(module, "_flat_weights_names", ())}  # of as many layers as it has
+    twin = issubclass(kind, (*TWINS.values(), TiedLinear))
+    return names - _names_of_ours(kind) if twin else names
 
 
 @functools.cache
@@ -143,7 +174,7 @@ def quantize_layers(
         rewritten: names of layers whose forward() changes their weight.
 
     Returns:
-        name → why, for every convolution and linear layer that was left in float.
+        name → why, for every module with weights that was left in float.
 
     Raises:
         ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
@@ -197,6 +228,8 @@ def quantize_layers(
                     continue
                 twins[module] = layer
             else:
+                if name not in left and count_weights(module, set()):
+                    left[name] = "its parameters are of no known layer"
                 continue
         if isinstance(module, nn.MultiheadAttention):
             attentions.add(name)
@@ -214,10 +247,7 @@ def quantize_layers(
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
-        # A name that the twin needs is the twin's.
-        noted = [key for held in _held(old) for key in held if not hasattr(new, key)]
-        keep_noted(old, new, noted)
-        vars(new)["noted_by_user"] = tuple(noted)
+        keep_noted(old, new, names_of_user(old))
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
@@ -283,7 +313,7 @@ def _why_in_float(
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "its forward() changes its weight"
     if isinstance(module, FLOAT_LAYERS) and not _is_plain(module):
-        return "its weight is of another shape or type than torch's"
+        return "its weight or bias is of another shape or type than torch's"
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
         return "it is a grouped transposed convolution"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
@@ -302,6 +332,7 @@ def _is_plain(layer: nn.Module) -> bool:
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     return (
         weight is not None
+        and "bias" in layer._parameters
         and list(weight.shape) == shape
         and all(p.is_floating_point() for p in (weight, bias) if p is not None)
         and (bias is None or list(bias.shape) == [outs])

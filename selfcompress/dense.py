@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from selfcompress.attention import QuantAttention
-from selfcompress.convert import TWINS, keep_hooks, keep_noted, replace
+from selfcompress.convert import TWINS, keep_hooks, keep_noted, names_of_user, replace
 from selfcompress.layers import (
     EMBEDDINGS,
     OwnForward,
@@ -56,7 +56,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             if own is not None and type(new) in _KINDS.values():
                 new = _of_class(own, new)
             keep_hooks(module, new)
-            keep_noted(module, new, getattr(module, "noted_by_user", ()))
+            keep_noted(module, new, names_of_user(module))
             made[module] = new.train(module.training)
             if isinstance(module, TiedLinear):
                 tied[new] = module.embedding

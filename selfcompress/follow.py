@@ -6,6 +6,7 @@ each one goes; what is not understood has its ids frozen.
 """
 
 import inspect
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from selfcompress.ops import (
     may_alias,
     product_of,
     reads_sizes,
+    reads_type,
     worked_on,
 )
 from selfcompress.trace import Part, Trace, trace
@@ -129,6 +131,7 @@ class _Builder:
         self.calls: Counter[str] = Counter()
         self.own_norms: Counter[str] = Counter()  # batch norms of users' classes → followed calls
         self.read: set[str] = set()  # modules whose tensors are read by other modules
+        self.asked: set[str] = set()  # those whose width, statistics or groups forward() reads
         self.spoiled: dict[str, str] = {}  # layers of which one call could not be followed → why
         owners = Counter(
             id(t)
@@ -148,6 +151,7 @@ class _Builder:
         _redirect_in_place(part, self._module)
         hazards = _alias_hazards(part, self._module)
         self.read |= part.read
+        self.asked |= part.read
         for node in part.nodes:
             if node.op == "call_module":
                 self.calls[self._target(node)] += 1
@@ -273,6 +277,8 @@ class _Builder:
         lookup = isinstance(module, EMBEDDINGS)
         if (len(inputs) != 1 and not lookup) or not isinstance(fact, Shape):
             raise _CannotFollowError("reads something other than one tensor")
+        if name in self.asked:
+            raise _CannotFollowError("is asked for its width, its statistics or its groups")
         if name in self.read | self.read_elsewhere or any(
             id(p) in self.shared for p in module.parameters(False)
         ):
@@ -365,9 +371,17 @@ class _Builder:
             given = self._target(given) if whole else "?"
         if (given or "") != bias:
             raise _CannotFollowError("adds something else than its bias")
-        if not all(map(_is_only_multiplied, filter(None, (product.weight, product.bias)))):
-            raise _CannotFollowError("computes with its weight or bias in a way of its own too")
-        if product.groups != (layer.groups if hasattr(layer, "groups") else 1):
+        read = [tensor for tensor in (product.weight, product.bias) if tensor is not None]
+        if not all(_is_only_multiplied(t, len(self.facts[t].sizes)) for t in read):
+            raise _CannotFollowError(
+                "computes with its weight or bias, or with their sizes, in a way of its own too"
+            )
+        if not isinstance(layer, product.layer):
+            raise _CannotFollowError("computes as another kind of layer")
+        grouped = isinstance(layer, QuantizedLayer) and layer.grouped
+        if grouped and getattr(product.groups, "name", "") != "groups":
+            raise _CannotFollowError("does not take its number of groups from .groups")
+        if not grouped and product.groups != 1:
             raise _CannotFollowError("computes with another number of groups than it has")
         if isinstance(layer, EMBEDDINGS):  # what bags hold where, and how much of it
             others = [n for n in node.all_input_nodes if n is not product.weight]
@@ -653,10 +667,12 @@ class _Builder:
         for name in self.spoiled.keys() & self.made.keys():
             for ids in self.made[name]:
                 self._freeze(ids, f"{name}, in one of its calls, {self.spoiled[name]}")
-        graph.nodes = [
-            replace(node, kind=Kind.OPAQUE) if node.module in self.spoiled else node
-            for node in graph.nodes
-        ]
+        for index, node in enumerate(graph.nodes):
+            if node.module in self.spoiled:
+                graph.nodes[index] = replace(node, kind=Kind.OPAQUE)
+                if node.name in graph.ids:  # as of any that is not understood
+                    nowhere = np.zeros(len(graph.ids[node.name]), np.int64)
+                    graph.sources[node.name] = (nowhere,) * len(node.inputs)
         graph.untraceable = self.untraceable
         a = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in self.unions)])
         b = np.concatenate([np.zeros(0, np.int64), *(b for _, b in self.unions)])
@@ -750,14 +766,34 @@ def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
     return table
 
 
-def _is_only_multiplied(tensor: torch.fx.Node) -> bool:
-    """Whether a tensor of the model is read as weight and bias of products alone."""
+def _is_only_multiplied(tensor: torch.fx.Node, rank: int) -> bool:
+    """Whether a tensor of the model is read as weight and bias of products alone.
+
+    Its sizes may be read but for how many channels there are: those of a kernel, that is.
+    """
     return all(
-        reads_sizes(user)
-        or (user.target in CASTS and _is_only_multiplied(user))
+        reads_type(user)
+        or _reads_kernel(user, rank)
+        or (user.target in CASTS and _is_only_multiplied(user, rank))
         or ((product := product_of(user)) is not None and product.input is not tensor)
         for user in tensor.users
     )
+
+
+def _reads_kernel(node: torch.fx.Node, rank: int) -> bool:
+    """Whether a node reads sizes of a weight of `rank` dimensions, and none of the first two."""
+    if node.target in ("dim", "ndimension") or (node.target is getattr and node.args[1] == "ndim"):
+        return True
+    kernel = set(range(2, rank))
+    if node.target == "size" and len(node.args) > 1:
+        return {node.args[1] % rank} <= kernel  # type: ignore[operator]
+    if node.target != "size" and not (node.target is getattr and node.args[1] == "shape"):
+        return False
+    picked = [
+        range(rank)[user.args[1]] if user.target is operator.getitem else range(rank)  # type: ignore[index]
+        for user in node.users
+    ]
+    return all({*([dims] if isinstance(dims, int) else dims)} <= kernel for dims in picked)
 
 
 def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:

@@ -350,7 +350,7 @@ class _QuantConvTranspose(_QuantConv):
 
     row_dim = 1
     fan_in_dim = 0
-    conv: Any  # F.conv_transpose1d, 2d or 3d
+    _function: Any  # F.conv_transpose1d, 2d or 3d
 
     def compute(  # type: ignore[override]
         self,
@@ -362,7 +362,7 @@ class _QuantConvTranspose(_QuantConv):
         space = -1 - self.channel_dim
         shape = self.stride, self.padding, self.kernel_size
         extra = self._output_padding(x, output_size, *shape, space, self.dilation)  # type: ignore[operator]
-        out: Tensor = type(self).conv(
+        out: Tensor = type(self)._function(
             x, weight, bias, self.stride, self.padding, extra, 1, self.dilation
         )
         return out
@@ -372,21 +372,21 @@ class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ig
     """`nn.ConvTranspose1d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -2
-    conv = staticmethod(F.conv_transpose1d)
+    _function = staticmethod(F.conv_transpose1d)
 
 
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
     """`nn.ConvTranspose2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
-    conv = staticmethod(F.conv_transpose2d)
+    _function = staticmethod(F.conv_transpose2d)
 
 
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
     """`nn.ConvTranspose3d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -4
-    conv = staticmethod(F.conv_transpose3d)
+    _function = staticmethod(F.conv_transpose3d)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
@@ -419,7 +419,8 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
         return shape  # of indices
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.rows.numel() or input.numel() >= self.num_embeddings:
+        few = input.numel() < self.num_embeddings and not self.scale_grad_by_freq
+        if not few or not self.rows.numel():
             return super().forward(input)
         # Fewer vectors are read than there are: quantise those alone.
         self._note_samples(input)
@@ -428,6 +429,8 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
         bit_depth, exponent = self.bit_depth.detach(), self.exponent
         rows = fake_quantize(rows, bit_depth, exponent, integer_bits=self.integer_bits)
         read = rows.t().reshape(read.shape)
+        if self.padding_idx is not None:  # which teaches nobody
+            read = torch.where((input == self.padding_idx)[..., None], read.detach(), read)
         whole = len(self.rows) == self.out_width
         return read if whole else place(read, self.rows, self.out_width, self.channel_dim)
 
@@ -462,6 +465,10 @@ class TiedLinear(nn.Linear):
         return self.embedding.dense_weight()
 
 
+def _is_followed(value: Any) -> bool:
+    return isinstance(value, torch.fx.Proxy) and hasattr(value.tracer, "shows_parameters")
+
+
 class OwnForward(QuantizedLayer):
     """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
 
@@ -472,11 +479,13 @@ class OwnForward(QuantizedLayer):
     """
 
     own_class: type[nn.Module]
+    _shows = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward: Any = self.own_class.forward
         given = (*args, *kwargs.values())
-        if any(isinstance(value, torch.fx.Proxy) for value in given):  # with the parameter, then
+        # Our tracer is to see the parameter; and what calls itself is shown the weight already.
+        if self._shows or any(_is_followed(value) for value in given):
             return forward(self, *args, **kwargs)
         first = next((value for value in given if isinstance(value, Tensor)), None)
         if first is not None:
@@ -485,12 +494,12 @@ class OwnForward(QuantizedLayer):
         held: dict[str, Any] = self._parameters
         weight, groups = held["weight"], self.groups if self.grouped else 1
         try:
-            held["weight"] = self.dense_weight()
+            self._shows, held["weight"] = True, self.dense_weight()
             if self.grouped:
                 self.groups = self.dense_groups
             return forward(self, *args, **kwargs)
         finally:
-            held["weight"] = weight
+            self._shows, held["weight"] = False, weight
             if self.grouped:
                 self.groups = groups
 

@@ -1,5 +1,6 @@
 """Watch one run of a model: which modules run, how often, with what, and whose weights are read."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,9 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inside = self.running[-1] if self.running else None
+        if inside in self.held and _changes(func):
+            own = [p for p in inside.parameters(recurse=False) if args and p is args[0]]
+            self.seen.rewritten |= {self.names[inside]} if own else set()
         if func in PRODUCTS and isinstance(inside, OwnForward) and inside in self.names:
             read = next(iter((*args, *kwargs.values())))
             self._count_applications(self.names[inside], inside, read, result)
@@ -191,6 +195,15 @@ def _held(module: nn.Module) -> _Held:
 
 def _same(before: tuple[nn.Parameter, int, Tensor], now: tuple[nn.Parameter, int, Tensor]) -> bool:
     return before[0] is now[0] and before[1] == now[1] and torch.equal(before[2], now[2])
+
+
+def _changes(function: Any) -> bool:
+    """Whether a function changes its first argument, or hands out what such a change slips past."""
+    name = str(getattr(function, "__name__", ""))
+    if name == "__get__":
+        return getattr(function.__self__, "__name__", "") == "data"
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or bool(re.fullmatch("__i[a-z]+__", name))
 
 
 def _packed(value: Any) -> bool:

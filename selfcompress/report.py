@@ -46,7 +46,8 @@ class Report:
         for layer in self.layers:
             bits = "learned" if layer.quantized else "float"
             count = f"{layer.removable:,} of {layer.channels:,}"
-            rows.append((layer.name, layer.kind, bits, count, layer.why))
+            name = layer.name or "(the model's own)"
+            rows.append((name, layer.kind, bits, count, layer.why))
         lines = aligned(rows, numbers=False)
         quantized = [layer for layer in self.layers if layer.quantized]
         total, removable = (
@@ -81,7 +82,7 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
         if isinstance(module, TiedLinear):
             why = f"it shares its weight with {names[module.embedding]}"
         elif quantized and name not in graph.origin:
-            why = "its rows stay too, as its weight is read past its own forward()"
+            why = f"its rows stay too: {why}"
         if name in left_in_float:
             node = any(node.module == name for node in graph.nodes)
             why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")

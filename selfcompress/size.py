@@ -6,7 +6,8 @@ Three sizes are kept apart and named apart:
 with I the input channels the layer has now and b_i its integer bit depths (fractional ones where
 `integer_bits=False`), plus 32 bits for every weight in float. N, the number it is divided by to
 give Q, counts the weights of the *starting* network, quantised or not: those of convolutions,
-linear layers, attention, embeddings and recurrent layers. `float_bits` is 32·N. MACs are those of
+linear layers, attention, embeddings and recurrent layers, and all other parameters that are longer
+than one in two dimensions. `float_bits` is 32·N. MACs are those of
 convolutions, linear and recurrent layers and attention's projections, as often as they run on the
 example.
 
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from selfcompress.channels import ChannelGraph
 from selfcompress.layers import (
@@ -56,7 +57,7 @@ WEIGHTED = (
     *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
     nn.RNNCellBase,
 )  # fmt: skip
-"""The types of modules whose weights are counted; parameters of others are but stored."""
+"""The types of modules whose weights are known by their types."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,14 @@ def count_weights(module: nn.Module, seen: set[Tensor]) -> int:
 
 @torch.no_grad()
 def _weights(module: nn.Module) -> list[Tensor]:
-    """A module's weights: tensors of at least two dimensions, if need be computed from others."""
-    if not isinstance(module, WEIGHTED):
+    """A module's weights: tensors of at least two dimensions, if need be computed from others.
+
+    Of types that are not known these are the parameters that are longer than one in two dimensions.
+    """
+    if isinstance(module, ParametrizationList):  # what it holds makes the weight of another
         return []
+    if not isinstance(module, WEIGHTED):
+        return [p for p in module.parameters(recurse=False) if _is_matrix(p)]
     found: list[Tensor] = list(module.parameters(recurse=False))
     if is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)
@@ -176,6 +182,10 @@ def _weights(module: nn.Module) -> list[Tensor]:
             module.eval()  # in training a spectral norm changes when it is looked at
             found += [getattr(module, name) for name in module.parametrizations]
     return [tensor for tensor in found if tensor.dim() > 1]
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return sum(size > 1 for size in tensor.shape) > 1
 
 
 def output_channels(module: nn.Module) -> int:
@@ -265,7 +275,7 @@ def _measure_module(
         own = {module.weight, module.bias, module.bit_depth, module.exponent}
         others: list[Tensor] = [p for p in _new(module, seen) if p not in own]
         stored += sum(_as_held(t, half) for t in (*others, *module.buffers(recurse=False)))
-        in_float = sum(p.numel() for p in others if p.dim() > 1)
+        in_float = sum(p.numel() for p in others if _is_matrix(p))
         return LayerSize(
             name=name,
             channels=live,

@@ -86,10 +86,13 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
         observed: a run of the model on `example_input`.
     """
     result = Trace()
-    pending = [""]
+    pending, seen = [""], set[str]()
     with undisturbed(model, example_input), _without_fast_path():
         while pending:
             name = pending.pop()
+            if name in seen:  # what failed inside of what failed is named by both
+                continue
+            seen.add(name)
             module = model.get_submodule(name)
             if name and (is_ours(module) or not has_layers(module)):
                 continue  # nothing inside to follow; of the float baseline the MACs are wanted

@@ -156,6 +156,7 @@ class Tracer(torch.fx.Tracer):
     """
 
     proxy_buffer_attributes = True
+    shows_parameters = True  # of users' layers, not the quantised weight
 
     def __init__(
         self,
@@ -286,10 +287,11 @@ class Tracer(torch.fx.Tracer):
 
     def _hold_buffers(self, node: torch.fx.Node) -> None:
         """Keep the channels of the buffers that a number was read out of."""
-        pending = [node]
+        pending, seen = [node], {node}
         while pending:
             node = pending.pop()
-            pending += node.all_input_nodes
+            pending += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
             if node.op == "get_attr":
                 self.watched[node] = "forward() reads numbers out of it"
 

@@ -23,8 +23,14 @@ _OF_NORMS = ("num_features", "running_mean", "running_var")
 _OF_GROUPS = ("groups",)  # which go as the last row of a group goes
 
 
-class _Width(int):
-    """A number that can be told from others that are as large."""
+class Width(int):
+    """A number that can be told from others that are as large.
+
+    Attributes:
+        name: of the attribute that it is the value of.
+    """
+
+    name = ""
 
 
 class Read(NamedTuple):
@@ -65,7 +71,9 @@ def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
 def _noted(name: str, reads: list[Read]) -> Any:
     def get(layer: nn.Module) -> Any:
         value = (vars(layer) | layer._buffers)[name]
-        value = _Width(value) if isinstance(value, int) else value
+        if isinstance(value, int):
+            value = Width(value)
+            value.name = name
         reads.append(Read(layer, name, value))
         return value
 

@@ -139,7 +139,7 @@ def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
         (Switched, "changes more than how it computes"),
         (Tagged, "changes more than how it computes"),
         (Rescaled, "its forward() changes its weight"),
-        (Packed, "its weight is of another shape or type"),
+        (Packed, "its weight or bias is of another shape or type"),
         (with_made_bias, "its weight is computed from other parameters"),
     ],
 )
@@ -368,8 +368,14 @@ class ByWidth(nn.Linear):
     [
         (Standardised(6, 6, 1), "computes with its weight in a way of its own"),
         (Standardised(6, 6, 1, groups=3), "computes with its weight in a way of its own"),
-        (Regularised(6, 5), "computes with its weight or bias in a way of its own too"),
-        (BiasTwice(6, 5), "computes with its weight or bias in a way of its own too"),
+        (
+            Regularised(6, 5),
+            "computes with its weight or bias, or with their sizes, in a way of its own",
+        ),
+        (
+            BiasTwice(6, 5),
+            "computes with its weight or bias, or with their sizes, in a way of its own",
+        ),
         (WithoutBias(6, 5), "adds something else than its bias"),
         (ByValues(6, 5), "cannot be traced"),
     ],
