@@ -32,7 +32,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.idle import IdleRows
-from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.layers import OwnForward, QuantizedLayer, quantized_layers
 from selfcompress.lingering import LingeringBiases, clear_lingering
 from selfcompress.liveness import analyse, settle_statistics
 from selfcompress.look import (
@@ -170,7 +170,7 @@ class Compressor:
             rewritten=observed.rewritten,
         )
         self.layers = quantized_layers(model)
-        observed = observe(model, example_input)
+        observed = _observe_quantised(model, example_input)
         if observed.bypassed:
             raise ValueError(
                 f"{min(observed.bypassed)} is called past the model, from a list or as "
@@ -728,6 +728,20 @@ def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
             kept *= len(indices) / parameter.shape[dim]
         before, after = before + size, after + round(size * kept)
     return after <= (1 - _WORTH_RECOMPILING) * before
+
+
+def _observe_quantised(model: nn.Module, example_input: Inputs) -> Observed:
+    """Run the model once its layers are quantised, which those of users' classes may not bear."""
+    own = [n for n, layer in quantized_layers(model).items() if isinstance(layer, OwnForward)]
+    try:
+        return observe(model, example_input)
+    except Exception as error:  # whatever a user's forward() does
+        if not own:
+            raise
+        raise ValueError(
+            f"with quantised layers the model does not run: {first_line(error)}; build it anew and "
+            f"exclude those of your own classes ({', '.join(own[:3])}{' …' if own[3:] else ''})"
+        ) from error
 
 
 def _observe(model: nn.Module, example_input: Inputs) -> Observed:

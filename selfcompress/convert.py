@@ -247,7 +247,8 @@ def quantize_layers(
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
-        keep_noted(old, new, names_of_user(old))
+        kind: Any = type(new)
+        keep_noted(old, new, names_of_user(old) - _names_of_ours(kind))
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)

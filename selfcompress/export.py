@@ -141,7 +141,7 @@ class _Weight:
 @torch.no_grad()
 def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
     """The quantised weights by their names in the dense copy."""
-    parameters = dict(dense.named_parameters())
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
     found = {}
     for name, layer in quantized_layers(model).items():
         places, width = layer.rows, layer.out_width
@@ -178,6 +178,8 @@ def _quantise(graph: "GraphProto", weights: dict[str, _Weight]) -> None:
 
     # The exporter renames weights that it turns round for a matrix product.
     turned = {w.dense.T.tobytes(): w.transposed for w in weights.values() if w.dense.ndim == 2}
+    # Or calls them as a layer that shares them.
+    turned |= {w.dense.tobytes(): w for w in weights.values()}
     nodes = []
     for initializer in list(graph.initializer):
         values = numpy_helper.to_array(initializer)

@@ -108,6 +108,9 @@ class _Value:
         return self.layout.shape
 
 
+_ASKED = "is asked for its width, its statistics or its groups"
+
+
 class _CannotFollowError(Exception):
     """The operation cannot be followed, for this reason."""
 
@@ -278,7 +281,7 @@ class _Builder:
         if (len(inputs) != 1 and not lookup) or not isinstance(fact, Shape):
             raise _CannotFollowError("reads something other than one tensor")
         if name in self.asked:
-            raise _CannotFollowError("is asked for its width, its statistics or its groups")
+            raise _CannotFollowError(_ASKED)
         if name in self.read | self.read_elsewhere or any(
             id(p) in self.shared for p in module.parameters(False)
         ):
@@ -660,7 +663,8 @@ class _Builder:
         self._freeze_unread()
         for name, module in self.modules.items():
             if isinstance(module, OwnForward) and self.calls[name] and name not in self.made:
-                self.spoiled.setdefault(name, "computes with its weight in a way of its own")
+                own = "computes with its weight in a way of its own"
+                self.spoiled.setdefault(name, _ASKED if name in self.asked else own)
         for name, followed in self.own_norms.items():
             if self.observed_calls[name] not in (0, followed):
                 self.spoiled.setdefault(name, "is also called by code that cannot be traced")

@@ -77,6 +77,25 @@ def test_few_and_many_indices_read_the_same(dead: list[int]) -> None:
     assert not results[0][0][1].any()  # padding learns nothing
 
 
+@pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
+def test_few_and_many_indices_teach_the_same(options: dict[str, Any]) -> None:
+    """Also where the vector for padding is not zero, as in one that was trained elsewhere."""
+    torch.manual_seed(0)
+    plain = nn.Embedding(9, 4, **options).double()
+    with torch.no_grad():
+        plain.weight.normal_()
+    layer = QuantEmbedding.from_float(plain, 3, True)
+    indices = torch.tensor([[0, 1, 1], [3, 0, 7]])
+    factors = torch.arange(24.0, dtype=torch.float64).view(2, 3, 4)
+    few = torch.autograd.grad((layer(indices) * factors).sum(), [layer.weight, layer.exponent])
+    looked_up = F.embedding(
+        indices, layer.quantized_weight(), plain.padding_idx, None, 2.0, plain.scale_grad_by_freq
+    )
+    many = torch.autograd.grad((looked_up * factors).sum(), [layer.weight, layer.exponent])
+    for a, b in zip(few, many, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dead", [[0, 3], list(range(12))])
 def test_rows_that_are_cut_leave_zeros_where_the_dimension_stays(dead: list[int]) -> None:
     model = nn.Sequential(nn.Embedding(50, 12), nn.LayerNorm(12), nn.Linear(12, 3)).double()

@@ -111,6 +111,35 @@ def test_attention_keeps_its_integers(tmp_path: Path) -> None:
         torch.testing.assert_close(run(tmp_path / "net.onnx", x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_weight_that_is_shared_keeps_its_integers(head_first: bool, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            if head_first:
+                self.head = nn.Linear(8, 50)
+            self.words, self.inner = nn.Embedding(50, 8), nn.Linear(8, 8)
+            if not head_first:
+                self.head = nn.Linear(8, 50)
+            self.head.weight = self.words.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.head(torch.relu(self.inner(self.words(tokens))))
+            return y
+
+    model = Model().eval()
+    quantize_layers(model, bits=4)
+    tokens = torch.randint(50, (3, 6))
+    export_onnx(model, tokens, tmp_path / "net.onnx")
+    floats = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.data_type == 1]
+    assert max(np.prod(t.dims) for t in floats) == 50  # no matrix
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    (logits,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    with torch.no_grad():
+        want = model(tokens)
+    torch.testing.assert_close(torch.from_numpy(logits), want, rtol=0.02, atol=0.02)
+
+
 def test_a_float_model_exports_too(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     x = torch.randn(2, 4)

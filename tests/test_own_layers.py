@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from exact import check_exact, computed, images, reported, started
 from networks import block, kill
@@ -112,6 +113,66 @@ class Packed(nn.Linear):
         return F.linear(input.transpose(1, 3), weight, self.bias).transpose(1, 3)
 
 
+class Renewed(nn.Conv2d):
+    """Masks its weight, which is masked already, without a gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(torch.ones_like(self.weight))
+        return super().forward(input)
+
+
+class Refilled(nn.Conv2d):
+    """The same past torch's eyes, as PixelCNNs do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data *= torch.ones_like(self.weight)
+        return super().forward(input)
+
+
+class WithoutAny(nn.Conv2d):
+    """Has no bias any more, not even None."""
+
+    def __init__(self, ins: int, outs: int, size: int) -> None:
+        super().__init__(ins, outs, size)
+        del self.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight)
+
+
+class WithCompute(nn.Conv2d):
+    """Has a method of a name that a quantised layer needs."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute(input)
+
+
+class WithFanIn(nn.Conv2d):
+    """Has an attribute of such a name."""
+
+    def __init__(self, ins: int, outs: int, size: int) -> None:
+        super().__init__(ins, outs, size)
+        self.fan_in = 3.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / self.fan_in
+
+
+class WithExponent(nn.Conv2d):
+    """Has a parameter of such a name."""
+
+    def __init__(self, ins: int, outs: int, size: int) -> None:
+        super().__init__(ins, outs, size)
+        self.exponent = nn.Parameter(torch.ones(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.exponent
+
+
 class Tagged(nn.Conv2d):
     tags: dict[str, str] = {}  # noqa: RUF012
 
@@ -139,6 +200,12 @@ def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
         (Switched, "changes more than how it computes"),
         (Tagged, "changes more than how it computes"),
         (Rescaled, "its forward() changes its weight"),
+        (Renewed, "its forward() changes its weight"),
+        (Refilled, "its forward() changes its weight"),
+        (WithoutAny, "its weight or bias is of another shape or type"),
+        (WithCompute, "has what a quantised layer needs"),
+        (WithFanIn, "has what a quantised layer needs"),
+        (WithExponent, "has what a quantised layer needs"),
         (Packed, "its weight or bias is of another shape or type"),
         (with_made_bias, "its weight is computed from other parameters"),
     ],
@@ -192,8 +259,8 @@ class Same(nn.Conv2d):
     """Pads by the size of the image, and calls the function, as timm's Conv2dSame does."""
 
     def forward(self, input: Tensor) -> Tensor:
-        size, step = input.shape[-1], self.stride[0]
-        pad = max((-(-size // step) - 1) * step + self.kernel_size[0] - size, 0)
+        size, step, kernel = input.shape[-1], self.stride[0], self.weight.shape[-2:]
+        pad = max((-(-size // step) - 1) * step + kernel[0] - size, 0)
         input = F.pad(input, [pad // 2, pad - pad // 2] * 2)
         return F.conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
@@ -348,6 +415,27 @@ class ByValues(nn.Linear):
         return super().forward(input) if input.sum() > 0 else super().forward(-input)
 
 
+class TwoProducts(nn.Linear):
+    """Only one of its products is that of a layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) - F.linear(input.abs(), self.weight)
+
+
+class Backwards(nn.Conv2d):
+    """Computes as another kind of layer, as tied decoders do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv_transpose2d(input, self.weight, self.bias)
+
+
+class ByChannels(nn.Conv2d):
+    """Takes its number of groups for its number of channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, self.bias, groups=self.in_channels)
+
+
 class OneGroup(nn.Conv2d):
     """Takes its groups for one."""
 
@@ -378,6 +466,9 @@ class ByWidth(nn.Linear):
         ),
         (WithoutBias(6, 5), "adds something else than its bias"),
         (ByValues(6, 5), "cannot be traced"),
+        (TwoProducts(6, 5), "adds something else than its bias"),
+        (Backwards(6, 6, 1), "computes as another kind of layer"),
+        (ByChannels(6, 6, 1, groups=6), "does not take its number of groups from .groups"),
     ],
 )
 def test_what_cannot_be_followed_keeps_its_channels_but_not_its_rows(
@@ -402,7 +493,8 @@ def test_what_cannot_be_followed_keeps_its_channels_but_not_its_rows(
 def test_one_that_counts_its_groups_keeps_its_rows() -> None:
     layer = OneGroup(6, 6, 1, groups=3)
     compressor = started(nn.Sequential(nn.Conv2d(3, 6, 1), layer, nn.Conv2d(6, 2, 1)), images())
-    assert "its rows stay too" in reported(compressor)["1"].why
+    why = "its rows stay too: 1 is asked for its width, its statistics or its groups"
+    assert reported(compressor)["1"].why == why
     check_exact(compressor, images(), shrinks=False)
     assert len(compressor.layers["1"].rows) == 6
 
@@ -484,3 +576,136 @@ def test_a_training_with_it_is_compiled() -> None:
     compressor.cut()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+SIZES: dict[str, Callable[[nn.Linear], Any]] = {
+    "shape": lambda layer: layer.weight.shape[1],
+    "size": lambda layer: layer.weight.size(1),
+    "sizes": lambda layer: layer.weight.size()[0],
+    "all": lambda layer: sum(layer.weight.shape),
+    "numel": lambda layer: layer.weight.numel(),
+    "len": lambda layer: len(layer.bias),
+}
+
+
+class BySize(nn.Linear):
+    """Scales by a size of its weight or bias."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(6, 5)
+        self.what = what
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = super().forward(input) / SIZES[self.what](self)
+        return y
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_one_that_computes_with_sizes_of_its_weight_keeps_its_channels(what: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), BySize(what), nn.ReLU(), nn.Linear(5, 2))
+    compressor = started(model, images(4, 3))
+    report = reported(compressor)
+    assert report["0"].removable == report["2"].removable == 0
+    assert "or with their sizes" in report["2"].why
+    check_exact(compressor, images(4, 3))
+
+
+class Pieces(nn.Linear):
+    """Calls itself for pieces of what it is given."""
+
+    def forward(self, input: Tensor, whole: bool = True) -> Tensor:
+        if whole:
+            return torch.cat([self.forward(piece, False) for piece in input.split(2)])
+        return super().forward(input)
+
+
+class Held(nn.Linear):
+    """Finds its weight elsewhere."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = dict(self.named_parameters())["weight"]
+        return F.linear(input, weight, self._parameters["bias"])
+
+
+class Act(nn.Linear):
+    """Has an activation where its class has none, and a scale that may be set later."""
+
+    act: Callable[[Tensor], Tensor] | None = None
+    scale = 1.0
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__(ins, outs)
+        self.act = torch.sin
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = self.scale * super().forward(input)
+        return out if self.act is None else self.act(out)
+
+
+class UpBlock(nn.ConvTranspose2d):
+    """Has a convolution of its own behind it."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__(ins, outs, 2, stride=2)
+        self.conv = nn.Conv2d(outs, outs, 3)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        y: Tensor = self.conv(torch.relu(super().forward(input, output_size)))
+        return y
+
+
+@pytest.mark.parametrize("layer", [Pieces(6, 6), Held(6, 6), Act(6, 6), UpBlock(6, 6)])
+def test_users_ways_that_work(layer: nn.Module, tmp_path: Path) -> None:
+    conv = isinstance(layer, nn.ConvTranspose2d)
+    ends: list[nn.Module] = [nn.Linear(3, 6), nn.Linear(6, 2)]
+    if conv:
+        ends = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)]
+    x = images(4, 3, 5, 5) if conv else images(4, 3)
+    model = nn.Sequential(ends[0], nn.ReLU(), layer, nn.ReLU(), ends[1]).double()
+    fresh = copy.deepcopy(model)
+    plain = computed(model, x, training=False)
+    compressor = started(model, x, bits=16)
+    for got, want in zip(computed(model, x, training=False), plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.01)
+    check_exact(compressor, x)
+    want_now = computed(model, x, training=False)
+    torch.testing.assert_close(computed(to_dense(model), x, training=False), want_now)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", fresh)
+    torch.testing.assert_close(computed(loaded, x, training=False), want_now, rtol=0, atol=0)
+
+
+def test_what_is_set_on_a_layer_later_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), Act(6, 2))
+    started(model, images(4, 3))
+    layer: Any = model[1]
+    layer.scale, layer.act = 3.0, torch.cos
+    dense = to_dense(model)
+    torch.testing.assert_close(
+        computed(dense, images(4, 3), False), computed(model, images(4, 3), False)
+    )
+
+
+def test_a_trace_of_the_users_own_does_not_miss_the_quantiser() -> None:
+    model = nn.Sequential(Doubled(3, 6), Doubled(6, 2))
+    started(model, images(4, 3), bits=2)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+
+
+class Recursive(nn.Linear):
+    """Asks for its own class, which is another one for what takes its place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = super(self.__class__, self).forward(input)
+        return y
+
+
+def test_a_class_that_does_not_bear_it_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), Recursive(6, 2)).double()
+    with pytest.raises(
+        ValueError, match=r"does not run: .*exclude those of your own classes \(1\)"
+    ):
+        Compressor(model, images(4, 3), 0.01)
+    again = nn.Sequential(nn.Linear(3, 6), Recursive(6, 2)).double()
+    Compressor(again, images(4, 3), 0.01, exclude=["1"])

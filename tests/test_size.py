@@ -296,6 +296,29 @@ def test_shared_and_computed_weights_count_once() -> None:
     assert "7 of 8 layers are quantised, with 91 % of the weights" in str(compressor)
 
 
+class Unknown(nn.Module):
+    """A layer of a user's own, with a parameter that is as good as a vector beside its matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 6))
+        self.scale, self.shift = nn.Parameter(torch.ones(1, 6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix * self.scale + self.shift
+
+
+def test_weights_of_unknown_layers_count_in_float() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), Unknown(), nn.Linear(6, 2))
+    compressor = Compressor(model, torch.randn(3, 4), 0.0, bits=8)
+    assert compressor.starting_weights == 32 + 48 + 12
+    size = compressor.size()
+    assert size.q_bits == 8 * (32 + 12) + 32 * 48
+    assert by_name(size)["1"].weights == 48
+    assert compressor.left_in_float == {"1": "its parameters are of no known layer"}
+    assert "2 of 3 layers are quantised, with 48 % of the weights" in str(compressor)
+
+
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:

@@ -585,9 +585,18 @@ class ReadsBuffer(Two):
         return self.use(x, self.get_buffer("numbers"))
 
 
+def doubled(x: Tensor, numbers: Tensor) -> Tensor:
+    """By many more ways from the buffer to the number than can be walked."""
+    total = numbers
+    for _ in range(40):
+        total = total + total
+    return x * (int(total[0]) > 0)
+
+
 @pytest.mark.parametrize(
     ("numbers", "between"),
     [
+        (torch.tensor([1, 1]), doubled),
         (torch.tensor([-0.5, 1.5]), lambda x, n: x.clamp(float(n[0]), float(n[1]))),
         (torch.tensor([3, 3]), lambda x, n: F.avg_pool2d(x, int(n[0]), 1)),
         (torch.tensor([4, 4]), lambda x, n: F.adaptive_avg_pool2d(x, (int(n[0]), int(n[1])))),
@@ -615,6 +624,43 @@ def test_a_buffer_that_numbers_are_read_of_is_not_cut() -> None:
     compressor.cut()
     assert model.get_buffer("numbers").shape == (6,)
     torch.testing.assert_close(outputs(model, X), before)
+
+
+class Outside(nn.Module):
+    """Cannot be traced, and neither can a part of a part of it."""
+
+    class Middle(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.last = inner, nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.inner(x) if x.sum() < 1e9 else x)
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        two = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+        self.middle = self.Middle(self.Middle(two))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.middle(x)
+        return y
+
+
+def test_what_fails_inside_of_what_fails_is_traced_once() -> None:
+    model = Outside().double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    names = [node.name for node in compressor.graph.nodes]
+    assert len(names) == len(set(names))
+    inner = "middle.inner.inner.0"
+    assert {e.name: e.removable for e in compressor.report().layers}[inner] == 6
+    kill(model, inner, [1, 4])
+    nn.init.zeros_(model.get_parameter(f"{inner}.bias"))
+    before = outputs(model, X)
+    compressor.cut()
+    torch.testing.assert_close(outputs(model, X), before, rtol=0, atol=1e-12)
+    assert compressor.layers[inner].out_width == 4
 
 
 class Notes(Two):
