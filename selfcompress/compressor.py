@@ -201,17 +201,20 @@ class Compressor:
         assert self.schedule is not None
         self.schedule = dataclasses.replace(self.schedule, rise=False)  # it rises by the path
         try:
-            start, least = self.size(), self._stored_bits(self.smallest())
+            start = self.size()
+            smallest = measure(self.smallest(), None, self.starting_weights)
         except TypeError as error:
             raise ValueError(
                 f"stored_percent needs a model that copy.deepcopy can copy, which failed: {error}"
             ) from error
-        target = stored_percent / 100 * start.float_bits
+        target, least = stored_percent / 100 * start.float_bits, smallest.stored_bits
         if target < least:
+            largest = max(smallest.layers, key=lambda layer: layer.stored_bits)
             raise ValueError(
                 f"stored_percent={stored_percent:g} is less than the network can have: what is in "
                 "float or frozen and the rows that have to stay store "
-                f"{100 * least / start.float_bits:.3g} % (freeze later what you will thaw)"
+                f"{100 * least / start.float_bits:.3g} %, {largest.name or 'the model itself'} most "
+                "of it (layers that you will thaw: freeze them after making the Compressor)"
             )
         if target >= start.stored_bits:
             warnings.warn(
@@ -750,4 +753,6 @@ def _observe(model: nn.Module, example_input: Inputs) -> Observed:
         return observe(model, example_input)
     except Exception as error:  # whatever the user's forward() does
         reason = first_line(error)
+        if isinstance(example_input, dict):
+            reason += " (a dict is one argument: give a tuple of forward()'s arguments, in order)"
         raise ValueError(f"the model does not accept example_input: {reason}") from error
