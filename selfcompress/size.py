@@ -189,7 +189,9 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def output_channels(module: nn.Module) -> int:
-    """Channels of the output tensor of a module of the `WEIGHTED` types."""
+    """Channels of the output tensor of a module of the `WEIGHTED` types; of others 0."""
+    if not isinstance(module, WEIGHTED):
+        return 0
     if isinstance(module, FLOAT_LAYERS):
         return layer_widths(module)[1]
     # A recurrent layer outputs its hidden state, if need be projected.

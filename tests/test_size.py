@@ -303,6 +303,7 @@ class Unknown(nn.Module):
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(8, 6))
         self.scale, self.shift = nn.Parameter(torch.ones(1, 6)), nn.Parameter(torch.zeros(6))
+        self.embed_dim = [8, 6]  # whatever that is
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix * self.scale + self.shift
@@ -315,6 +316,7 @@ def test_weights_of_unknown_layers_count_in_float() -> None:
     size = compressor.size()
     assert size.q_bits == 8 * (32 + 12) + 32 * 48
     assert by_name(size)["1"].weights == 48
+    assert [entry.channels for entry in compressor.report().layers] == [8, 0, 2]
     assert compressor.left_in_float == {"1": "its parameters are of no known layer"}
     assert "2 of 3 layers are quantised, with 48 % of the weights" in str(compressor)
 
