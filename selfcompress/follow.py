@@ -384,8 +384,6 @@ class _Builder:
         grouped = isinstance(layer, QuantizedLayer) and layer.grouped
         if grouped and getattr(product.groups, "name", "") != "groups":
             raise _CannotFollowError("does not take its number of groups from .groups")
-        if not grouped and product.groups != 1:
-            raise _CannotFollowError("computes with another number of groups than it has")
         if isinstance(layer, EMBEDDINGS):  # what bags hold where, and how much of it
             others = [n for n in node.all_input_nodes if n is not product.weight]
             return [value for n in others for value in self._tensors(n)]

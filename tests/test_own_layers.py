@@ -568,6 +568,24 @@ def test_it_may_be_in_a_part_of_a_model_that_cannot_be_traced() -> None:
     check_exact(compressor, images(4, 3))
 
 
+def test_it_may_be_in_a_part_that_fails_after_it() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Mixed(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            return x if x.sum() < 1e9 else -x
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), Mixed(5, 6), Part(), nn.Linear(6, 2))
+    compressor = started(model, images(4, 3))
+    report = reported(compressor)
+    assert report["0"].removable == 5
+    assert report["2"].removable == report["3.inner"].removable == 0
+    check_exact(compressor, images(4, 3))
+
+
 def test_a_training_with_it_is_compiled() -> None:
     model = nn.Sequential(Causal(3, 6, 3), nn.ReLU(), Causal(6, 2, 2)).double()
     x = images(4, 3, 9)

@@ -589,7 +589,7 @@ def doubled(x: Tensor, numbers: Tensor) -> Tensor:
     """By many more ways from the buffer to the number than can be walked."""
     total = numbers
     for _ in range(40):
-        total = total + total
+        total = total * 2 - total
     return x * (int(total[0]) > 0)
 
 
@@ -635,7 +635,8 @@ class Outside(nn.Module):
             self.inner, self.last = inner, nn.Conv2d(2, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.last(self.inner(x) if x.sum() < 1e9 else x)
+            x = self.inner(x)
+            y: Tensor = self.last(x if x.sum() < 1e9 else -x)
             return y
 
     def __init__(self) -> None:
