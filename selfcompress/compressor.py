@@ -209,12 +209,12 @@ class Compressor:
             ) from error
         target, least = stored_percent / 100 * start.float_bits, smallest.stored_bits
         if target < least:
-            largest = max(smallest.layers, key=lambda layer: layer.stored_bits)
+            largest = max(smallest.layers, key=lambda layer: layer.stored_bits).name
             raise ValueError(
                 f"stored_percent={stored_percent:g} is less than the network can have: what is in "
                 "float or frozen and the rows that have to stay store "
-                f"{100 * least / start.float_bits:.3g} %, {largest.name or 'the model itself'} most "
-                "of it (layers that you will thaw: freeze them after making the Compressor)"
+                f"{100 * least / start.float_bits:.3g} %, most of it in {largest or 'the model'}. "
+                "Layers that you will thaw: freeze them after making the Compressor"
             )
         if target >= start.stored_bits:
             warnings.warn(

@@ -130,6 +130,14 @@ class Refilled(nn.Conv2d):
         return super().forward(input)
 
 
+class Replaced(nn.Conv2d):
+    """Makes itself a new weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight = nn.Parameter(self.weight.detach().clone())
+        return super().forward(input)
+
+
 class WithoutAny(nn.Conv2d):
     """Has no bias any more, not even None."""
 
@@ -202,6 +210,7 @@ def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
         (Rescaled, "its forward() changes its weight"),
         (Renewed, "its forward() changes its weight"),
         (Refilled, "its forward() changes its weight"),
+        (Replaced, "its forward() changes its weight"),
         (WithoutAny, "its weight or bias is of another shape or type"),
         (WithCompute, "has what a quantised layer needs"),
         (WithFanIn, "has what a quantised layer needs"),
@@ -583,6 +592,7 @@ def test_it_may_be_in_a_part_that_fails_after_it() -> None:
     report = reported(compressor)
     assert report["0"].removable == 5
     assert report["2"].removable == report["3.inner"].removable == 0
+    assert "3.forward(), which torch.fx cannot trace" in report["3.inner"].why
     check_exact(compressor, images(4, 3))
 
 
