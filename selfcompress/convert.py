@@ -1,21 +1,16 @@
 """Put quantised layers into a model."""
 
-import functools
-import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress import layers, recurrent
-from selfcompress.attention import QuantAttention
 from selfcompress.layers import (
     EMBEDDINGS,
     FLOAT_LAYERS,
-    OwnForward,
     QuantEmbedding,
     QuantizedLayer,
     TiedLinear,
@@ -23,132 +18,15 @@ from selfcompress.layers import (
 )
 from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.size import WEIGHTED, count_weights
-
-TWINS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: layers.QuantConv1d,
-    nn.Conv2d: layers.QuantConv2d,
-    nn.Conv3d: layers.QuantConv3d,
-    nn.ConvTranspose1d: layers.QuantConvTranspose1d,
-    nn.ConvTranspose2d: layers.QuantConvTranspose2d,
-    nn.ConvTranspose3d: layers.QuantConvTranspose3d,
-    nn.Linear: layers.QuantLinear,
-    nn.Embedding: layers.QuantEmbedding,
-    nn.EmbeddingBag: layers.QuantEmbeddingBag,
-    nn.MultiheadAttention: QuantAttention,
-    nn.RNN: recurrent.QuantRNN,
-    nn.LSTM: recurrent.QuantLSTM,
-    nn.GRU: recurrent.QuantGRU,
-    nn.RNNCell: recurrent.QuantRNNCell,
-    nn.LSTMCell: recurrent.QuantLSTMCell,
-    nn.GRUCell: recurrent.QuantGRUCell,
-    nn.BatchNorm1d: layers.PlacedBatchNorm1d,
-    nn.BatchNorm2d: layers.PlacedBatchNorm2d,
-    nn.BatchNorm3d: layers.PlacedBatchNorm3d,
-}
-"""Layer type → its twin."""
-_COMPUTES = ("forward", "_conv_forward", "_output_padding")
-"""The methods that layers compute with."""
-_ASKED_OTHERWISE = ("__call__", "train", "merge_masks")
-"""What else may be called of a layer, and change what it computes."""
-
-
-def _differs(kind: type, base: type, methods: Iterable[str]) -> bool:
-    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in methods)
-
-
-def _base_of(kind: type) -> Any:
-    """The type of torch's that a user's own is a kind of; None if that has no twin."""
-    return next((known for known in kind.__mro__ if known in TWINS), None)
-
-
-def _twin_of(module: nn.Module) -> Any:
-    """The twin of a layer's type, also of a user's own; None if there is none."""
-    kind = type(module)
-    base = _base_of(kind)
-    if base is None or is_parametrized(module):
-        return None
-    if kind is not base:
-        if base is nn.MultiheadAttention or _differs(kind, base, _ASKED_OTHERWISE):
-            return None
-        if issubclass(base, _BatchNorm) and _differs(kind, base, _COMPUTES):
-            return None
-        if any("__init_subclass__" in vars(own) for own in _own_classes(kind)):
-            return None
-    return TWINS[base]
-
-
-def _own_classes(kind: type) -> list[type]:
-    """The classes of a user's own that lie in front of torch's."""
-    return list(itertools.takewhile(lambda known: known not in TWINS, kind.__mro__))
-
-
-def _of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
-    """`twin`, of the class of the user's module too; None if the two do not go together."""
-    own = type(module)
-    if own in TWINS:
-        return twin
-    kinds: tuple[Any, Any] = type(twin), own
-    theirs = names_of_user(module).union(*map(vars, _own_classes(own)))
-    if theirs & _names_of_ours(kinds[0]):
-        return None
-    try:
-        twin.__class__ = _combined(*kinds)
-    except TypeError:  # with __slots__, say
-        return None
-    return twin
-
-
-@functools.cache
-def _names_of_ours(twin: Hashable) -> frozenset[str]:
-    """The names that a twin's class has beside torch's, where a user's would be in the way."""
-    assert isinstance(twin, type)
-    ours = [kind for kind in twin.__mro__ if kind.__module__.startswith("selfcompress.")]
-    torchs = next(set(dir(kind)) for kind in twin.__mro__ if kind in TWINS)
-    names = {
-        name for kind in ours for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
-    }
-    return frozenset(names | {"own_class"}) - torchs - {"weight", "bias", "groups", "__module__"}
-
-
-@functools.cache
-def _names_of_torch(base: Hashable) -> frozenset[str]:
-    """The names that an object of torch's own type holds something under."""
-    assert isinstance(base, type)
-    sizes = 2
-    if issubclass(base, _BatchNorm | nn.modules.conv._ConvNd):
-        sizes = 1 if issubclass(base, _BatchNorm) else 3
-    plain = base(*[1] * sizes, device="meta")
-    return frozenset(name for held in _held(plain) for name in held)
-
-
-def names_of_user(module: nn.Module) -> set[str]:
-    """What a user has put on a layer or batch norm, or on what has taken its place."""
-    kind: Any = type(module)
-    names = {name for held in _held(module) for name in held} - _names_of_torch(_base_of(kind))
-    names -= {*getattr(module, "_flat_weights_names", ())}  # of as many layers as it has
-    twin = issubclass(kind, (*TWINS.values(), TiedLinear))
-    return names - _names_of_ours(kind) if twin else names
-
-
-@functools.cache
-def _combined(twin: Hashable, own: Hashable) -> Any:
-    """`twin` for a user's own type, which is still of that type, with the methods it has."""
-
-    def reduce(module: nn.Module, protocol: Any) -> Any:  # pickle finds no class that was made here
-        return _blank, (twin, own), vars(module)
-
-    assert isinstance(twin, type) and isinstance(own, type)
-    prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
-    body = {"__reduce_ex__": reduce, "own_class": own}
-    kinds: tuple[type, ...] = (twin, own)
-    if issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES):
-        kinds = (OwnForward, *kinds)
-    return type(prefix + own.__name__, kinds, body)
-
-
-def _blank(twin: Hashable, own: Hashable) -> Any:
-    kind = _combined(twin, own)
-    return object.__new__(kind)
+from selfcompress.twins import (
+    TWINS,
+    keep_hooks,
+    keep_noted,
+    names_of_ours,
+    names_of_user,
+    of_same_class,
+    twin_of,
+)
 
 
 def quantize_layers(
@@ -200,13 +78,13 @@ def quantize_layers(
                 raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
             continue
         if module not in twins:
-            twin = _twin_of(module)
+            twin = twin_of(module)
             if (
                 isinstance(module, _BatchNorm)
                 and twin is not None
                 and "forward" not in vars(module)
             ):
-                norm = _of_same_class(twin.from_float(module), module)
+                norm = of_same_class(twin.from_float(module), module)
                 if norm is None:
                     continue
                 twins[module] = norm
@@ -222,7 +100,7 @@ def quantize_layers(
                 if why:
                     left[name] = why
                     continue
-                layer = _of_same_class(twin.from_float(module, bits, integer_bits), module)
+                layer = of_same_class(twin.from_float(module, bits, integer_bits), module)
                 if layer is None:
                     left[name] = f"its class {_named(module)} has what a quantised layer needs"
                     continue
@@ -243,20 +121,17 @@ def quantize_layers(
             assert isinstance(module, nn.Linear)
             twins[module] = TiedLinear.from_float(module, twin)
         replacements.append((name, twins[module]))
-    if not any(part for new in twins.values() for part in new.modules() if _is_quantised(part)):
+    made = [part for new in twins.values() for part in new.modules()]
+    if not any(isinstance(part, QuantizedLayer) for part in made):
         raise ValueError("nothing to compress: the model has no layer to quantise")
     for old, new in twins.items():
         keep_hooks(old, new)
         kind: Any = type(new)
-        keep_noted(old, new, names_of_user(old) - _names_of_ours(kind))
+        keep_noted(old, new, names_of_user(old) - names_of_ours(kind))
     for name, new in replacements:
         replace(model, name, new)
     _without_fast_paths(model)
     return left
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLayer)
 
 
 _SHARES = "it shares a parameter with another module"
@@ -342,26 +217,6 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _named(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the user's hooks on a layer called for what replaces it."""
-    for key, value in vars(old).items():
-        if "_hook" in key:  # and whether those of backward are full
-            vars(new)[key] = value
-
-
-def keep_noted(old: nn.Module, new: nn.Module, names: Iterable[str]) -> None:
-    """Have what replaces a layer hold what the user has put on that under these `names`."""
-    for name in names:
-        for held, into in zip(_held(old), _held(new), strict=True):
-            if name in held:
-                into[name] = held[name]
-
-
-def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Its attributes, and where torch keeps its parameters, buffers and submodules."""
-    return vars(module), module._parameters, module._buffers, module._modules
 
 
 def _without_fast_paths(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from selfcompress.attention import QuantAttention
-from selfcompress.convert import TWINS, keep_hooks, keep_noted, names_of_user, replace
+from selfcompress.convert import replace
 from selfcompress.layers import (
     EMBEDDINGS,
     OwnForward,
@@ -21,6 +21,7 @@ from selfcompress.layers import (
 )
 from selfcompress.look import detached_copy, without_compile
 from selfcompress.recurrent import QuantRecurrent
+from selfcompress.twins import TWINS, keep_hooks, keep_noted, names_of_user
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 
