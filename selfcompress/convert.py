@@ -8,14 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress.layers import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    QuantEmbedding,
-    QuantizedLayer,
-    TiedLinear,
-    layer_widths,
-)
+from selfcompress.embeddings import QuantEmbedding, TiedLinear
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, layer_widths
 from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.size import WEIGHTED, count_weights
 from selfcompress.twins import (

@@ -7,15 +7,14 @@ from torch import Tensor, fx, nn
 
 from selfcompress.attention import QuantAttention
 from selfcompress.convert import replace
+from selfcompress.embeddings import TiedLinear, embedding_options
 from selfcompress.layers import (
     EMBEDDINGS,
     OwnForward,
     PlacedBatchNorm,
     QuantizedLayer,
     QuantLinear,
-    TiedLinear,
     conv_options,
-    embedding_options,
     norm_options,
     place,
 )

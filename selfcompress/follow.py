@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
+from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import (
     EMBEDDINGS,
     FLOAT_LAYERS,
@@ -32,7 +33,6 @@ from selfcompress.layers import (
     OwnForward,
     PlacedBatchNorm,
     QuantizedLayer,
-    TiedLinear,
     layer_widths,
 )
 from selfcompress.look import Inputs, batch_size

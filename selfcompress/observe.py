@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, TiedLinear, layer_widths
+from selfcompress.embeddings import TiedLinear
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 from selfcompress.ops import PRODUCTS
 from selfcompress.recurrent import RECURRENT, QuantRecurrent

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import QuantizedLayer, TiedLinear
+from selfcompress.embeddings import TiedLinear
+from selfcompress.layers import QuantizedLayer
 from selfcompress.ops import Kind
 from selfcompress.size import count_weights, output_channels
 from selfcompress.text import aligned

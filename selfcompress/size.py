@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from selfcompress.channels import ChannelGraph
+from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import (
     FLOAT_LAYERS,
     PlacedBatchNorm,
     QuantizedLayer,
-    TiedLinear,
     layer_widths,
     of_rows,
     quantized_layers,

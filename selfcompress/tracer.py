@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer, TiedLinear
+from selfcompress.embeddings import TiedLinear
+from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer
 from selfcompress.look import copied, kept_modes, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.recurrent import QuantRecurrent

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress import layers, recurrent
+from selfcompress import embeddings, layers, recurrent
 from selfcompress.attention import QuantAttention
-from selfcompress.layers import OwnForward, QuantizedLayer, TiedLinear
+from selfcompress.embeddings import TiedLinear
+from selfcompress.layers import OwnForward, QuantizedLayer
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Conv1d: layers.QuantConv1d,
@@ -25,8 +26,8 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: layers.QuantConvTranspose2d,
     nn.ConvTranspose3d: layers.QuantConvTranspose3d,
     nn.Linear: layers.QuantLinear,
-    nn.Embedding: layers.QuantEmbedding,
-    nn.EmbeddingBag: layers.QuantEmbeddingBag,
+    nn.Embedding: embeddings.QuantEmbedding,
+    nn.EmbeddingBag: embeddings.QuantEmbeddingBag,
     nn.MultiheadAttention: QuantAttention,
     nn.RNN: recurrent.QuantRNN,
     nn.LSTM: recurrent.QuantLSTM,

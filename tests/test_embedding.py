@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import selfcompress
 from selfcompress import Compressor, Schedule
 from selfcompress.dense import to_dense
-from selfcompress.layers import QuantEmbedding, quantized_layers
+from selfcompress.embeddings import QuantEmbedding
+from selfcompress.layers import quantized_layers
 
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
 

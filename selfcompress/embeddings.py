@@ -1,0 +1,99 @@
+"""Embeddings that quantise their weight, and output layers that share it."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfcompress.layers import OwnForward, QuantizedLayer, place
+from selfcompress.quantizer import fake_quantize
+
+
+class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
+    """`nn.Embedding` with a bit depth and an exponent per dimension of its vectors, its rows."""
+
+    row_dim = 1
+    fan_in_dim = 0
+
+    @classmethod
+    def from_float(cls, layer: nn.Embedding, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer that takes over the weight of `layer`."""
+        new = cls(**embedding_options(layer), device="meta")
+        new.register_parameter("bias", None)
+        return new.adopt(layer, bits, integer_bits)
+
+    def _in_front(self, shape: torch.Size) -> torch.Size:
+        return shape  # of indices
+
+    def forward(self, input: Tensor) -> Tensor:
+        few = input.numel() < self.num_embeddings and not self.scale_grad_by_freq
+        if not few or not self.rows.numel():
+            return super().forward(input)
+        # Fewer vectors are read than there are: quantise those alone.
+        self._note_samples(input)
+        read = self.compute(input, self.weight, None)
+        rows = read.reshape(-1, len(self.rows)).t()
+        bit_depth, exponent = self.bit_depth.detach(), self.exponent
+        rows = fake_quantize(rows, bit_depth, exponent, integer_bits=self.integer_bits)
+        read = rows.t().reshape(read.shape)
+        if self.padding_idx is not None:  # which teaches nobody
+            read = torch.where((input == self.padding_idx)[..., None], read.detach(), read)
+        whole = len(self.rows) == self.out_width
+        return read if whole else place(read, self.rows, self.out_width, self.channel_dim)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def _nothing(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.weight.new_zeros((*x.shape, self.out_width))
+
+
+class QuantEmbeddingBag(OwnForward, nn.EmbeddingBag):  # type: ignore[misc]
+    """`nn.EmbeddingBag` with a bit depth and an exponent per dimension of its vectors, its rows."""
+
+    row_dim = 1
+    fan_in_dim = 0
+    own_class = nn.EmbeddingBag
+
+    @classmethod
+    def from_float(cls, layer: nn.EmbeddingBag, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer that takes over the weight of `layer`."""
+        new = cls(**embedding_options(layer), device="meta")
+        new.register_parameter("bias", None)
+        return new.adopt(layer, bits, integer_bits)
+
+    def _in_front(self, shape: torch.Size) -> torch.Size:
+        return shape  # of indices
+
+
+class TiedLinear(nn.Linear):
+    """`nn.Linear` that has no weight of its own, but the quantised one of an embedding.
+
+    Attributes:
+        embedding: whose weight it is; not a submodule.
+    """
+
+    embedding: QuantEmbedding
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, embedding: QuantEmbedding) -> Self:
+        """What takes the place of `layer`, which shares its weight with an embedding."""
+        new = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        del new._parameters["weight"]
+        new._parameters["bias"] = layer.bias
+        vars(new)["embedding"] = embedding
+        return new.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(output channels, dimensions of the embedding)."""
+        return self.embedding.dense_weight()
+
+
+def embedding_options(layer: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments of an embedding like `layer`."""
+    names = ["num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"]
+    if isinstance(layer, nn.EmbeddingBag):
+        names += ["mode", "include_last_offset"]
+    return {name: getattr(layer, name) for name in names}
