@@ -19,7 +19,7 @@ from selfcompress.layers import (
     place,
 )
 from selfcompress.look import detached_copy, without_compile
-from selfcompress.recurrent import QuantRecurrent
+from selfcompress.recurrent import QuantRecurrent, matrices_of
 from selfcompress.twins import TWINS, keep_hooks, keep_noted, names_of_user
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
@@ -43,8 +43,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     parts = {
         f"{name}.{part}"
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantAttention | QuantRecurrent)
-        for part in module._modules
+        for part in _parts(module)
     }
     made: dict[nn.Module, nn.Module] = {}  # a layer may have several names
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -65,6 +64,13 @@ def to_dense(model: nn.Module) -> nn.Module:
     for layer, embedding in tied.items():
         layer.weight = made[embedding].weight
     return model
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """The names of what is there only since a module was quantised."""
+    if isinstance(module, QuantAttention):
+        return ["in_proj", "out_proj"]
+    return matrices_of(module) if isinstance(module, QuantRecurrent) else []
 
 
 def _ordinary(module: nn.Module) -> nn.Module | None:

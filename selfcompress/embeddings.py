@@ -85,6 +85,20 @@ class TiedLinear(nn.Linear):
         vars(new)["embedding"] = embedding
         return new.train(layer.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever, but for the weight: to tie it again changes nothing, another cannot be had.
+
+        Raises:
+            ValueError: it is another weight.
+        """
+        tied = vars(self).get("embedding") if name == "weight" else None
+        if tied is None:
+            super().register_parameter(name, param)
+        elif param is not tied.weight:
+            raise ValueError(
+                "this layer has the quantised weight of an embedding, and takes no other"
+            )
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(output channels, dimensions of the embedding)."""

@@ -17,7 +17,7 @@ from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
 from selfcompress.ops import PRODUCTS
-from selfcompress.recurrent import RECURRENT, QuantRecurrent
+from selfcompress.recurrent import RECURRENT, matrices_of
 
 
 @dataclass
@@ -127,8 +127,8 @@ class _Watch(TorchFunctionMode):
         elif isinstance(module, RECURRENT):
             made = output[0] if isinstance(output, tuple) else output  # or packed sequences' data
             made = made[0] if isinstance(made, tuple) else made
-            parts = module.parts() if isinstance(module, QuantRecurrent) else ()
-            for part in (name, *(f"{name}.{part}" for part in parts)):
+            # Those of a quantised one are modules.
+            for part in (name, *(f"{name}.{part}" for part in matrices_of(module))):
                 self.seen.applications[part] += made.numel() // made.shape[-1]
         elif isinstance(module, FLOAT_LAYERS) and not isinstance(module, OwnForward):
             read = next(iter((*args, *kwargs.values())), None)
@@ -165,9 +165,11 @@ class _Watch(TorchFunctionMode):
             not isinstance(result, Tensor | torch.Size)
             or getattr(func.__self__, "__name__", "") == "grad"
         )
-        if self.running and not harmless:
+        if self.running:
             for value in pytree.tree_leaves((args, kwargs)):
                 owners = self.owners.get(id(value), [])
+                if harmless:  # but of a recurrent layer, which has modules in their places then
+                    owners = [owner for owner in owners if isinstance(owner[1], RECURRENT)]
                 reader = self.running[-1]
                 if isinstance(reader, TiedLinear):
                     reader = reader.embedding

@@ -45,7 +45,7 @@ class QuantRecurrent(nn.Module):
         vars(new).update(vars(self))
         for kind in ("_parameters", "_modules"):
             vars(new)[kind] = dict(vars(self)[kind])
-        for name, part in self.parts().items():
+        for name, part in self._parts().items():
             del new._modules[name]
             new._parameters[name] = nn.Parameter(part.dense_weight())
         first = getattr(self, "_flat_weights_names", matrices_of(self))  # in the usual order
@@ -55,12 +55,13 @@ class QuantRecurrent(nn.Module):
             new._init_flat_weights()
         return new
 
-    def parts(self) -> dict[str, QuantLinear]:
+    def _parts(self) -> dict[str, QuantLinear]:
         """The layers that hold its matrices, by the names of these."""
-        return {n: part for n, part in self._modules.items() if isinstance(part, QuantLinear)}
+        found = {name: self._modules[name] for name in matrices_of(self)}
+        return {name: part for name, part in found.items() if isinstance(part, QuantLinear)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = {name: part.dense_weight() for name, part in self.parts().items()}
+        weights = {name: part.dense_weight() for name, part in self._parts().items()}
         held: dict[str, Any] = self._parameters
         try:
             held.update(weights)  # which are looked for here before they are among modules
@@ -72,6 +73,14 @@ class QuantRecurrent(nn.Module):
                 held.pop(name, None)
             if isinstance(self, nn.RNNBase):
                 self._flat_weights = []
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and biases anew, as torch does, but not the formats."""
+        assert isinstance(self.hidden_size, int)
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
+        drawn = [part.weight for part in self._parts().values()]
+        for parameter in (*drawn, *self.parameters(recurse=False)):
+            nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no memory of parameters to be joined."""

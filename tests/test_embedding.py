@@ -309,6 +309,17 @@ def test_an_output_layer_reads_the_quantised_weight_of_the_embedding(
     torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
 
 
+def test_to_tie_it_again_changes_nothing() -> None:
+    model = Tied().double()
+    compressor = Compressor(model, TOKENS, 0.0, bits=8)
+    before = model(TOKENS)
+    model.head.weight = model.words.weight
+    torch.testing.assert_close(model(TOKENS), before, rtol=0, atol=0)
+    assert "head.weight" not in model.state_dict() and len(compressor.weights()) == 7
+    with pytest.raises(ValueError, match="takes no other"):
+        model.head.weight = nn.Parameter(torch.zeros(50, 8))
+
+
 def test_both_uses_of_a_shared_weight_teach_it() -> None:
     torch.manual_seed(0)
     plain = Tied().double()

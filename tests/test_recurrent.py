@@ -177,6 +177,63 @@ def test_one_whose_weight_is_computed_stays_in_float() -> None:
     check_exact(compressor, TOKENS)
 
 
+class Gated(nn.GRU):
+    """Has layers of its own beside its matrices."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gate, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        out, state = super().forward(x, state)
+        return self.norm(out * torch.sigmoid(self.gate(out))), state
+
+
+def test_layers_inside_of_it_are_layers(tmp_path: Path) -> None:
+    model = Reader(Gated)
+    fresh = copy.deepcopy(model).double()
+    kinds = [type(module) for module in model.modules()]
+    compressor = started(model, TOKENS)
+    assert "rnn.gate" in compressor.layers and not compressor.left_in_float
+    check_exact(compressor, TOKENS)
+    dense = to_dense(model)
+    assert [type(module) for module in dense.modules()] == kinds
+    assert dense.state_dict().keys() == fresh.state_dict().keys()
+    want = computed(model, TOKENS, training=False)
+    torch.testing.assert_close(computed(dense, TOKENS, training=False), want)
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", copy.deepcopy(fresh))
+    torch.testing.assert_close(computed(loaded, TOKENS, training=False), want, rtol=0, atol=0)
+
+
+class MakesState(Stepping):
+    """Makes its first state by what its cell is like."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.cell.weight_hh
+        state = torch.zeros(len(tokens), 6, device=weight.device, dtype=weight.dtype)
+        for step in range(6):
+            state = self.cell(self.words(tokens[:, step]), state)
+        y: Tensor = self.head(state)
+        return y
+
+
+def test_one_that_is_asked_for_its_weights_stays_in_float() -> None:
+    compressor = started(MakesState(nn.GRUCell), TOKENS)
+    assert compressor.left_in_float == {"cell": "its weight is read past its own forward()"}
+    check_exact(compressor, TOKENS)
+
+
+def test_to_reset_it_leaves_the_formats() -> None:
+    model = Reader(nn.LSTM)
+    compressor = Compressor(model, TOKENS, 0.0, bits=8)
+    before = compressor.layers["rnn.weight_hh_l0"].weight.clone()
+    model.rnn.reset_parameters()
+    layer = compressor.layers["rnn.weight_hh_l0"]
+    assert (layer.bit_depth == 7.5).all()
+    assert not torch.equal(layer.weight, before) and layer.weight.abs().max() <= 6**-0.5
+
+
 def test_a_training_with_it_shrinks() -> None:
     torch.manual_seed(0)
     model = Reader(nn.GRU)

@@ -24,7 +24,7 @@ from selfcompress.layers import (
     recount,
 )
 from selfcompress.look import without_compile
-from selfcompress.recurrent import RECURRENT
+from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.surgery import Wiring, rewire
 from selfcompress.text import first_line
 
@@ -141,6 +141,7 @@ def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
 def _drop_weights(model: nn.Module, header: h.Header) -> None:
     """Take the numbers out of all weights that are to be replaced: they need no formats fitted."""
     empty: dict[Tensor | None, nn.Parameter] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for layer in header.layers:
         owner, key = layer.name, "weight"
         if owner.endswith(".in_proj") and isinstance(
@@ -148,13 +149,20 @@ def _drop_weights(model: nn.Module, header: h.Header) -> None:
         ):
             owner, key = owner.removesuffix(".in_proj"), "in_proj_weight"
         parent, _, name = owner.rpartition(".")
-        if isinstance(model.get_submodule(parent), RECURRENT):
+        if _is_matrix(modules, owner):
             owner, key = parent, name
         weight = model.get_submodule(owner).get_parameter(key)
         empty[weight] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
     for module in model.modules():  # with an embedding's weight an output layer's
         held = module._parameters
         held.update({name: empty[p] for name, p in held.items() if p in empty})
+
+
+def _is_matrix(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether it is the name of a weight of a recurrent layer among these."""
+    parent, _, last = name.rpartition(".")
+    owner = modules.get(parent)
+    return isinstance(owner, RECURRENT) and last in matrices_of(owner)
 
 
 def _quantize(model: nn.Module, header: h.Header) -> None:
@@ -165,7 +173,9 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
         return
     quantised = {layer.name for layer in header.layers}
     quantised |= {name.removesuffix(".in_proj") for name in quantised}  # attention holds two
-    quantised |= {name.rpartition(".")[0] for name in quantised}  # recurrent layers, theirs
+    # And recurrent layers theirs.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantised |= {name.rpartition(".")[0] for name in quantised if _is_matrix(modules, name)}
     shared = {
         module.weight
         for name, module in model.named_modules()
