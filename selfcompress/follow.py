@@ -129,7 +129,7 @@ class _Builder:
         self.freezes: list[tuple[np.ndarray, str]] = []
         self.result = ChannelGraph()
         self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
-        self.made_last: dict[str, _Value] = {}  # by layers
+        self.made_by: dict[str, _Value] = {}  # by layers
         self.parameters: dict[str, _Value] = {}
         self.calls: Counter[str] = Counter()
         self.own_norms: Counter[str] = Counter()  # batch norms of users' classes → followed calls
@@ -220,7 +220,7 @@ class _Builder:
         if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
             return self._layer(node, self._target(node), inputs, fact)
         if name := self._layer_of(node):
-            return self._layer(node, name, self._given(node, name), fact)
+            return self._layer(node, name, self._multiplied(node, name), fact)
         if node.target is F.batch_norm and isinstance(fact, Shape):
             return Kind.OWN_NORM, self._own_norm(node)
         if node.op == "call_method" and node.target in CASTS:
@@ -306,7 +306,7 @@ class _Builder:
                 "is a grouped layer left in float, or of a type that is not known"
             )
         if lookup:
-            inputs = [self._whatever(node, inputs)]
+            inputs = [self._indices(node, inputs)]
             source = np.zeros(widths[0], np.int64)
         else:
             source = self._along(inputs[0], axis, widths[0])
@@ -320,18 +320,18 @@ class _Builder:
         layout, numbers = Layout(fact.sizes, grid), np.arange(widths[1])
         result = _Value(self._name(node), self.made[name][1], layout, numbers)
         self._emit(node, kind, inputs, result, (source,), module=name)
-        self.made_last[name] = result
+        self.made_by[name] = result
         return kind, result
 
     def _tied(self, node: torch.fx.Node, layer: TiedLinear, inputs: list[_Value]) -> Any:
         """A linear layer that needs all dimensions of an embedding, whose weight it shares."""
         name = self.first[layer.embedding]
-        looked_up = [self.made_last[name]] if name in self.made_last else []
+        looked_up = [self.made_by[name]] if name in self.made_by else []
         if not looked_up:  # so far
             self.read.add(name)
         return self._opaque(node, inputs + looked_up, f"shares its weight with {name}")
 
-    def _whatever(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
+    def _indices(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
         """What stands for indices: nothing is known about their values, and nothing may go."""
         for value in inputs:
             self._freeze(value.ids, f"{self._label(node)} reads values out of it")
@@ -363,7 +363,7 @@ class _Builder:
         own = isinstance(self.modules[name], OwnForward) and self._is_inside(user, name)
         return own or reads_sizes(user)
 
-    def _given(self, node: torch.fx.Node, name: str) -> list[_Value]:
+    def _multiplied(self, node: torch.fx.Node, name: str) -> list[_Value]:
         """The tensor that a layer of a user's class multiplies with its weight."""
         product, layer = product_of(node), self.modules[name]
         assert product is not None
