@@ -72,6 +72,7 @@ class _Watch(TorchFunctionMode):
         self.seen = seen
         self.running: list[nn.Module] = []
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        self.known: list[Tensor] = []  # no other may get the id of one that is replaced
         self.names = {module: name for name, module in model.named_modules()}
         self.hooks: list[Any] = []
         self.held: dict[nn.Module, _Held] = {}  # what users' layers had as they were called
@@ -79,6 +80,7 @@ class _Watch(TorchFunctionMode):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.dim():  # a single number has no channels
                     self.owners.setdefault(id(tensor), []).append((name, module))
+                    self.known.append(tensor)
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # takes no such hooks, and is not looked into
             self.hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
