@@ -19,16 +19,22 @@ def matrices_of(layer: nn.Module) -> list[str]:
     return [name for name in names if name.startswith("weight")]
 
 
+def _as(kind: Any, layer: nn.Module) -> Any:
+    """An object of another `kind` with all that `layer` holds, which stays as it is."""
+    new: nn.Module = object.__new__(kind)
+    vars(new).update(vars(layer))
+    for held in ("_parameters", "_modules"):
+        vars(new)[held] = dict(vars(layer)[held])
+    return new
+
+
 class QuantRecurrent(nn.Module):
     """A recurrent layer in which `QuantLinear` layers hold the matrices, under the same names."""
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
-        new = object.__new__(cls)
-        vars(new).update(vars(layer))
-        for kind in ("_parameters", "_modules"):
-            vars(new)[kind] = dict(vars(layer)[kind])
+        new: Self = _as(cls, layer)
         for name in matrices_of(layer):
             matrix = new._parameters.pop(name)
             assert matrix is not None
@@ -41,10 +47,7 @@ class QuantRecurrent(nn.Module):
 
     def to_float(self, kind: Any) -> nn.Module:
         """A layer of an ordinary `kind` with the quantised weights baked in."""
-        new: nn.Module = object.__new__(kind)
-        vars(new).update(vars(self))
-        for kind in ("_parameters", "_modules"):
-            vars(new)[kind] = dict(vars(self)[kind])
+        new: nn.Module = _as(kind, self)
         for name, part in self._parts().items():
             del new._modules[name]
             new._parameters[name] = nn.Parameter(part.dense_weight())

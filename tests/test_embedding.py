@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import check_exact, computed, reported, started
+from exact import check_exact, computed, reported, started, trained_on_words
 from networks import kill
 from torch import Tensor, nn
 
 import selfcompress
-from selfcompress import Compressor, Schedule
+from selfcompress import Compressor
 from selfcompress.dense import to_dense
 from selfcompress.embeddings import QuantEmbedding
 from selfcompress.layers import quantized_layers
@@ -385,22 +385,10 @@ def test_files_with_embeddings_in_float_load(tmp_path: Path) -> None:
 
 
 def test_a_training_on_words_shrinks_them() -> None:
-    torch.manual_seed(0)
-    model = Sentences()
-    tokens = torch.randint(50, (256, 6))
-    labels = (tokens < 10).sum(1).clamp(max=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    compressor = Compressor(model, tokens[:8], 0.3, bits=8, schedule=Schedule(300))
-    for _ in range(300):
-        loss = F.cross_entropy(model(tokens), labels) + compressor.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        compressor.step(optimizer)
-    compressor.finish([tokens], optimizer)
+    compressor, accuracy = trained_on_words(Sentences, 0.3)
     words = compressor.layers["words"]
     assert len(words.rows) < words.out_width < 12 and compressor.size().stored_percent < 10
-    assert (model(tokens).argmax(1) == labels).float().mean() > 0.95
+    assert accuracy > 0.95
 
 
 def test_it_is_compiled() -> None:

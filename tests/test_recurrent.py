@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import check_exact, computed, reported, started
+from exact import check_exact, computed, reported, started, trained_on_words
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import selfcompress
-from selfcompress import Compressor, Schedule
+from selfcompress import Compressor
 from selfcompress.dense import to_dense
 from selfcompress.recurrent import QuantLSTM
 
@@ -235,22 +235,10 @@ def test_to_reset_it_leaves_the_formats() -> None:
 
 
 def test_a_training_with_it_shrinks() -> None:
-    torch.manual_seed(0)
-    model = Reader(nn.GRU)
-    tokens = torch.randint(50, (256, 6))
-    labels = (tokens < 10).sum(1).clamp(max=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    compressor = Compressor(model, tokens[:8], 0.1, bits=8, schedule=Schedule(300))
-    for _ in range(300):
-        loss = F.cross_entropy(model(tokens), labels) + compressor.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        compressor.step(optimizer)
-    compressor.finish([tokens], optimizer)
+    compressor, accuracy = trained_on_words(lambda: Reader(nn.GRU), 0.1)
     assert compressor.size().stored_percent < 25
     assert len(compressor.layers["rnn.weight_hh_l0"].rows) < 18
-    assert (model(tokens).argmax(1) == labels).float().mean() > 0.9
+    assert accuracy > 0.9
 
 
 def test_it_is_copied_and_compiled() -> None:
