@@ -107,14 +107,14 @@ class UniformRun(Run):
             layer.bit_depth.requires_grad_(False)
         return compressor
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        if step == round(LEARN * self.epochs * self.steps_per_epoch):
-            assert self.compressor is not None
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        assert self.compressor is not None
+        if self.compressor.steps == round(LEARN * self.epochs * self.steps_per_epoch):
             with torch.no_grad():
                 for layer in self.compressor.layers.values():
                     layer.bit_depth.fill_(self.bits - 0.5)  # the middle of those that round up
                     layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
-        return super()._step(step, images, labels)
+        return super()._step(images, labels)
 
 
 class DiffQRun(Run):
@@ -132,6 +132,7 @@ class DiffQRun(Run):
             [p for name, p in self.model.named_parameters() if name.endswith("_diffq")], lr=5e-3
         )
         self.quantizer.no_optimizer()
+        self.differentiate = self._differentiate  # DiffQ's hooks are not to be recorded
 
     def train(self) -> dict[str, Any]:
         """Train, from the start; the summary has what `Point` needs and no more."""
@@ -144,12 +145,12 @@ class DiffQRun(Run):
         self.folder.write_summary(summary)
         return summary
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         self.bits.zero_grad()
-        result = super()._step(step, images, labels)
+        told = super()._step(images, labels)
         (self.penalty * self.quantizer.model_size()).backward()
         self.bits.step()
-        return result
+        return told
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ class Timed:
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One step of training, without the augmentation of its images."""
-        self.times.append(_seconds(lambda: self.run._step(0, images, labels), images.device))
+        self.times.append(_seconds(lambda: self.run._step(images, labels), images.device))
 
     @property
     def seconds(self) -> float:

@@ -46,6 +46,7 @@ import operator
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +66,19 @@ FIT_INTERVAL = 20  # steps between two fits of the exponents
 LEAST_WANTED = -1e9  # of a row that has bits, where rows are put in order
 
 
+@dataclass
+class Collected:
+    """What the gradients of one step say of formats.
+
+    Attributes:
+        norms: by layer (rows,), √(Σ (g·w)²).
+        exponents: by exponent (rows,), its gradient.
+    """
+
+    norms: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
+    exponents: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+
 class FormatStepper:
     """Collects what every layer's rows are worth and their exponents' gradients, and steps both.
 
@@ -74,6 +88,10 @@ class FormatStepper:
         most_bits: that a row may want.
         bit_step: the largest step of a bit depth, in bits, short of changing its integer depth.
         told_apart: whether layers know which of their inputs' dimensions counts samples.
+
+    Attributes:
+        collected: since the last step. Who replays what was recorded of a step puts here what it
+            was at the recording.
     """
 
     def __init__(
@@ -101,8 +119,7 @@ class FormatStepper:
             ],
             betas=BETAS,
         )
-        self._norms: dict[QuantizedLayer, Tensor] = {}  # (rows,) √(Σ (g·w)²) of this step
-        self._collected: dict[nn.Parameter, Tensor] = {}  # gradients of exponents
+        self.collected = Collected()
         self._loss_scale: Tensor | None = None
         self._penalties = 0
         self._penalised = False  # whether a penalty has ever come back
@@ -150,23 +167,23 @@ class FormatStepper:
         return any(map(operator.and_, self._watched, self._trainable()))
 
     def _forget(self) -> None:
-        self._norms.clear()
-        self._collected.clear()
+        self.collected = Collected()
         self._loss_scale, self._penalties = None, 0
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
-        if parameter in self._collected:  # what is not finite must not spread
-            gradient = _finite(gradient) + _finite(self._collected[parameter])
-        self._collected[parameter] = gradient
+        exponents = self.collected.exponents
+        if parameter in exponents:  # what is not finite must not spread
+            gradient = _finite(gradient) + _finite(exponents[parameter])
+        exponents[parameter] = gradient
 
     @staticmethod
     def _drop(parameter: Tensor) -> None:
         parameter.grad = None
 
     def _norm_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
-        def norm(weight: Tensor) -> None:
+        def collect(weight: Tensor) -> None:
             if weight.grad is None:  # compiled, an empty weight has none
                 return
             # What batches accumulated in turn is all there by the last of them.
@@ -174,9 +191,10 @@ class FormatStepper:
             # Not flattened first: in channels_last that would be a copy.
             over_row = list(range(1, product.dim()))
             wide = torch.promote_types(product.dtype, torch.float32)
-            self._norms[layer] = torch.linalg.vector_norm(product, dim=over_row, dtype=wide).float()
+            norm = torch.linalg.vector_norm(product, dim=over_row, dtype=wide)
+            self.collected.norms[layer] = norm.float()
 
-        return norm
+        return collect
 
     @property
     def judged(self) -> bool:
@@ -217,7 +235,7 @@ class FormatStepper:
         depth = torch.cat([layer.bit_depth for layer in layers])
         before = integer_depth(depth)
         scale = depth.new_ones(()) if self._loss_scale is None else self._loss_scale
-        if self._norms:
+        if self.collected.norms:
             self._remember(self._samples() * max(1, self._penalties), scale)
             able = any(layer.bit_depth.requires_grad for layer in layers)
             if gamma > 0 and able and not self._penalised:
@@ -231,10 +249,11 @@ class FormatStepper:
                 "they are collected as loss.backward() runs",
                 stacklevel=4,
             )
-        if self._collected:
-            sizes = [len(exponent) for exponent in self._collected]
-            gradients = _finite(torch.cat(list(self._collected.values())) / scale)
-            for exponent, part in zip(self._collected, gradients.split(sizes), strict=True):
+        exponents = self.collected.exponents
+        if exponents:
+            sizes = [len(exponent) for exponent in exponents]
+            gradients = _finite(torch.cat(list(exponents.values())) / scale)
+            for exponent, part in zip(exponents, gradients.split(sizes), strict=True):
                 exponent.grad = part.to(exponent)
         if self._penalties and gamma > 0:
             depth = self._moved(depth, gamma, least_bits, least_rows)
@@ -254,7 +273,7 @@ class FormatStepper:
 
     def _samples(self) -> int:
         """The size of the batch that gradients are of."""
-        called = sorted(layer.samples for layer in self._norms if layer.samples)
+        called = sorted(layer.samples for layer in self.collected.norms if layer.samples)
         if not called:
             return 1
         # Where whose rows are tokens is not known, the fewest are samples. Else most layers see all
@@ -269,15 +288,16 @@ class FormatStepper:
         Args:
             scale: what the loss was multiplied with, a scalar.
         """
-        states = [self.adam.state[layer.bit_depth] for layer in self._norms]
-        for layer, state in zip(self._norms, states, strict=True):
+        by_layer = self.collected.norms
+        states = [self.adam.state[layer.bit_depth] for layer in by_layer]
+        for layer, state in zip(by_layer, states, strict=True):
             if not state:
                 state.update(_nothing_seen(layer))
-        norms = torch.cat(list(self._norms.values()))
+        norms = torch.cat(list(by_layer.values()))
         worth = (norms / scale).square() * (0.5 * samples)
         finite = worth.isfinite().all() & scale.isfinite()
         so_far = torch.cat([state["worth"] for state in states])
-        now = worth.to(so_far).where(finite, so_far).split([len(n) for n in self._norms.values()])
+        now = worth.to(so_far).where(finite, so_far).split([len(n) for n in by_layer.values()])
         kept = [state["worth"] for state in states]
         ends = [part.to(old) for part, old in zip(now, kept, strict=True)]
         torch._foreach_lerp_(kept, ends, 1 - self.memory)

@@ -12,14 +12,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import check_exact, images
+from exact import started as started_exactly
 from networks import Chain, Depthwise, Grouped, Residual, Transformer, kill
+from test_embedding import Sentences
+from test_own_layers import OwnLayers
+from test_recurrent import TOKENS, Reader, Stepping
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import selfcompress
+from models import build as build_model
 from selfcompress import Compressor, Schedule
 from selfcompress.formats import _given_up
 from selfcompress.quantizer import fake_quantize, fit_exponent
+from selfcompress.training.config import Config
+from selfcompress.training.data import load
+from selfcompress.training.gpu import Replay, late
+from selfcompress.training.loop import Run
+from selfcompress.training.runs import RunFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 Build = Callable[[], nn.Module]
@@ -134,6 +145,22 @@ def test_a_cut_is_exact_and_files_load_on_either(build: Build, tmp_path: Path) -
         torch.testing.assert_close(dense(x), want, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("build", "x"),
+    [
+        (lambda: Reader(nn.LSTM, num_layers=2, bidirectional=True), TOKENS),
+        (lambda: Reader(nn.GRU), TOKENS),
+        (lambda: Stepping(nn.LSTMCell), TOKENS),
+        (Sentences, TOKENS),
+        (OwnLayers, images()),
+        (Transformer, images()),
+    ],
+    ids=["lstm", "gru", "cell", "embedding", "own", "transformer"],
+)
+def test_cuts_of_other_layers_are_exact(build: Build, x: Tensor) -> None:
+    check_exact(started_exactly(build().cuda(), x.cuda()), x.cuda())
+
+
 def test_a_step_of_the_compressor_waits_for_nothing() -> None:
     compressor, optimizer = started(lambda: Residual(True), "cuda", interval=10**6)
     train(compressor, optimizer, 0, 3, "cuda")
@@ -210,3 +237,71 @@ def test_train_py_resumes_and_its_file_is_what_it_says(
     again = json.loads((run / "summary.json").read_text())
     assert again["file_bytes"] == summary["file_bytes"]
     assert again["test_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1 / 180)
+
+
+class Accumulates:
+    """Sums up batches in Python and on the GPU."""
+
+    def __init__(self, waits: bool = False) -> None:
+        self.sum, self.calls, self.waits = torch.zeros((), device="cuda"), 0, waits
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        self.sum += images.sum() + labels.sum()
+        if self.waits:
+            self.sum.item()
+        return 2 * self.sum
+
+
+def test_what_is_recorded_is_replayed_until_the_network_changes() -> None:
+    function, version = Accumulates(), [0]
+    replay = Replay(function, lambda: version[0])
+    total, told = 0.0, []
+    for i in range(12):
+        version[0] = i // 6
+        images, labels = torch.full((4,), float(i), device="cuda"), torch.ones(2, device="cuda")
+        told.append(replay(images, labels).clone())
+        total += 4 * i + 2
+        assert told[-1].item() == 2 * total
+    assert function.calls == 4  # of each version one call and one recording
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    function = Accumulates(waits=True)
+    replay = Replay(function, lambda: 0)
+    for i in range(1, 5):
+        ones = torch.ones(3, device="cuda")
+        assert replay(ones, ones).item() == 2 * 6 * i
+    assert function.calls == 4
+    assert capsys.readouterr().err.count("cannot be recorded") == 1
+
+
+def test_numbers_come_late_and_in_order() -> None:
+    tensors = [torch.tensor([float(i), -1], device="cuda") for i in range(5)]
+    made: list[int] = []
+    numbers = late(made.append(i) or tensor for i, tensor in enumerate(tensors))  # type: ignore[func-returns-value]
+    assert next(numbers) == [0, -1] and made == [0, 1]
+    assert list(numbers) == [[i, -1] for i in range(1, 5)]
+    assert list(late([])) == []
+
+
+@pytest.mark.parametrize("how", [{"gamma": 0.003}, {"float_baseline": True}])
+def test_replayed_steps_train_as_those_that_are_launched(
+    how: dict[str, Any], tmp_path: Path
+) -> None:
+    device = torch.device("cuda")
+    dataset = load("digits", tmp_path, 8, device)
+    config = Config(
+        dataset="digits", image_size=8, width=8, epochs=6, batch_size=128, precision="fp32",
+        penalty_from=0.0, bits=2, **how,
+    ).resolved("digits", 8, 8)  # fmt: skip
+    runs = [Run(config, dataset, device, RunFolder(tmp_path, {}), build_model) for _ in range(2)]
+    runs[1].differentiate = runs[1]._differentiate
+    losses = [[run._epoch(epoch)["train"]["loss"] for epoch in range(6)] for run in runs]
+    assert isinstance(runs[0].differentiate, Replay) and runs[0].differentiate._recorded
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    if runs[0].compressor and runs[1].compressor:
+        assert runs[0].compressor.cuts == runs[1].compressor.cuts > 0
+        states = [on_cpu(run.compressor.state_dict(run.optimizer)) for run in runs]  # type: ignore[union-attr]
+        for part in ("rows", "formats"):
+            close(states[0][part], states[1][part], part)

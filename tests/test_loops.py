@@ -662,10 +662,10 @@ def test_nothing_is_collected_once_formats_are_frozen() -> None:
     kill(compressor)
     compressor.freeze()
     compressor.model(X).square().mean().backward()
-    assert not compressor.formats._norms
+    assert not compressor.formats.collected.norms
     assert compressor.cut(optimizer)
     compressor.model(X).square().mean().backward()
-    assert not compressor.formats._norms
+    assert not compressor.formats.collected.norms
 
 
 def test_a_cut_wants_the_optimiser_of_the_weights() -> None:

@@ -34,10 +34,10 @@ def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next run stop, as by Ctrl-C, in the middle of `epoch` (counted from 0)."""
     whole_step = loop.Run._step
 
-    def step(self: loop.Run, number: int, *rest: Any) -> tuple[float, int]:
-        if number == epoch * self.steps_per_epoch + 2:
+    def step(self: loop.Run, *batch: torch.Tensor) -> torch.Tensor:
+        if self.scheduler.last_epoch == epoch * self.steps_per_epoch + 2:
             raise KeyboardInterrupt
-        return whole_step(self, number, *rest)
+        return whole_step(self, *batch)
 
     monkeypatch.setattr(loop.Run, "_step", step)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
+from selfcompress.formats import Collected
 from selfcompress.look import full_precision, kept_modes
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
@@ -37,6 +39,7 @@ from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.filesize import FileSize
+from selfcompress.training.gpu import Replay, late
 from selfcompress.training.memory import keep_freed
 from selfcompress.training.target import SizeControl
 
@@ -90,6 +93,21 @@ def run(
         return one.train()
 
 
+@dataclass
+class Differentiated:
+    """What was computed of one step, up to the gradients.
+
+    Attributes:
+        told: (2,) the task's loss, and the number of images that the network got right.
+        gradients: by parameter.
+        collected: what the gradients say of formats.
+    """
+
+    told: Tensor
+    gradients: dict[nn.Parameter, Tensor | None]
+    collected: Collected
+
+
 class Run:
     """One network being trained: everything that a checkpoint has to bring back."""
 
@@ -134,6 +152,9 @@ class Run:
         )
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self.control = None if config.target_size is None else self._control()
+        self.differentiate: Callable[[Tensor, Tensor], Differentiated] = self._differentiate
+        if device.type == "cuda":
+            self.differentiate = Replay(self._differentiate, self._version)
 
     def _build(self) -> nn.Module:
         """The network, after it has shown that it accepts the images."""
@@ -297,10 +318,11 @@ class Run:
             leave=False,
             disable=None,  # unless this is a terminal
         )
-        for index, (images, labels) in enumerate(bar):
-            step = epoch * self.steps_per_epoch + index
-            loss, hits = self._step(step, self.augment(images), labels)
-            total, correct = total + loss, correct + hits
+        steps = (self._step(self.augment(images), labels) for images, labels in bar)
+        for index, (loss, hits) in enumerate(late(steps)):
+            if not math.isfinite(loss):
+                raise self._diverged(loss, epoch * self.steps_per_epoch + index)
+            total, correct = total + loss, correct + int(hits)
             bar.set_postfix(loss=f"{loss:.3f}")
         seconds = time.perf_counter() - started
         started = time.perf_counter()
@@ -343,27 +365,41 @@ class Run:
             "target_kb": self.control.target / 1000,
         }
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """One step of everything: the task's loss and the number of images it got right."""
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of everything: (2,) the task's loss and the number of images it got right."""
         if self.control is not None:
             self.control.press()
+        step = self.differentiate(images, labels)
+        for parameter, gradient in step.gradients.items():
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.compressor is not None:
+            self.compressor.formats.collected = step.collected
+            # By itself, as it is not recorded: γ changes from step to step.
+            penalty = self.compressor.penalty()
+            if penalty.requires_grad:
+                penalty.backward()
+            self.compressor.step(self.optimizer)
+        return step.told
+
+    def _differentiate(self, images: Tensor, labels: Tensor) -> Differentiated:
+        """The task's loss and its gradients."""
         with self.autocast:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
         hits = (logits.argmax(1) == labels).sum()
-        # Read together, as a GPU is waited for.
-        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()
-        if not math.isfinite(value):
-            raise self._diverged(value, step)
-        if self.compressor is not None:
-            loss = loss + self.compressor.penalty()
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.compressor is not None:
-            self.compressor.step(self.optimizer)
-        return value, int(right)
+        return Differentiated(
+            torch.stack([loss.detach(), hits.to(loss)]),
+            {p: p.grad for group in self.optimizer.param_groups for p in group["params"]},
+            self.compressor.formats.collected if self.compressor else Collected(),
+        )
+
+    def _version(self) -> tuple[int, bool]:
+        """What changes whenever there are other tensors, or other gradients to be computed."""
+        return (self.compressor.cuts, self.compressor.frozen) if self.compressor else (0, False)
 
     def _diverged(self, loss: float, step: int) -> UserError:
         epoch = step // self.steps_per_epoch
