@@ -132,7 +132,8 @@ class DiffQRun(Run):
             [p for name, p in self.model.named_parameters() if name.endswith("_diffq")], lr=5e-3
         )
         self.quantizer.no_optimizer()
-        self.differentiate = self._differentiate  # DiffQ's hooks are not to be recorded
+        # DiffQ's hooks are not to be recorded.
+        self.differentiate = lambda _, *batch: self._differentiate(*batch)
 
     def train(self) -> dict[str, Any]:
         """Train, from the start; the summary has what `Point` needs and no more."""

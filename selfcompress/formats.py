@@ -47,14 +47,16 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from selfcompress.layers import QuantizedLayer, of_rows
 from selfcompress.quantizer import fit_exponent, integer_depth
+from selfcompress.replay import Replay, addresses
 
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
 TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
@@ -68,15 +70,15 @@ LEAST_WANTED = -1e9  # of a row that has bits, where rows are put in order
 
 @dataclass
 class Collected:
-    """What the gradients of one step say of formats.
+    """What the gradients of one step say of formats, by layer.
 
     Attributes:
-        norms: by layer (rows,), √(Σ (g·w)²).
-        exponents: by exponent (rows,), its gradient.
+        norms: (rows,) √(Σ (g·w)²).
+        exponents: (rows,) the gradients of the exponents.
     """
 
     norms: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
-    exponents: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    exponents: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
 
 
 class FormatStepper:
@@ -124,6 +126,7 @@ class FormatStepper:
         self._penalties = 0
         self._penalised = False  # whether a penalty has ever come back
         self._hooks: list[RemovableHandle] = []
+        self._replays = [Replay(partial(self._compute, fit)) for fit in (False, True)]
         self.watch()
 
     def watch(self) -> None:
@@ -132,7 +135,7 @@ class FormatStepper:
         self._watched = self._trainable()
         for layer in self.layers.values():
             for parameter, collect in (
-                (layer.exponent, self._collect),
+                (layer.exponent, self._gradient_of(layer)),
                 (layer.bit_depth, self._drop),
                 (layer.weight, self._norm_of(layer)),
             ):
@@ -170,13 +173,16 @@ class FormatStepper:
         self.collected = Collected()
         self._loss_scale, self._penalties = None, 0
 
-    def _collect(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        gradient, parameter.grad = parameter.grad, None
-        exponents = self.collected.exponents
-        if parameter in exponents:  # what is not finite must not spread
-            gradient = _finite(gradient) + _finite(exponents[parameter])
-        exponents[parameter] = gradient
+    def _gradient_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
+        def collect(exponent: Tensor) -> None:
+            gradient, exponent.grad = exponent.grad, None
+            assert gradient is not None
+            exponents = self.collected.exponents
+            if layer in exponents:  # what is not finite must not spread
+                gradient = _finite(gradient) + _finite(exponents[layer])
+            exponents[layer] = gradient
+
+        return collect
 
     @staticmethod
     def _drop(parameter: Tensor) -> None:
@@ -203,7 +209,9 @@ class FormatStepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `adam.state_dict()` was."""
-        self.adam.load_state_dict(state)
+        on_gpu = any(layer.bit_depth.is_cuda for layer in self.layers.values())
+        groups = [group | {"capturable": on_gpu} for group in state["param_groups"]]
+        self.adam.load_state_dict(state | {"param_groups": groups})
         for kept in self.adam.state.values():
             if "worth" in kept:  # Adam leaves its counts of steps where they were saved
                 kept["step"] = kept["step"].to(kept["worth"])
@@ -232,34 +240,80 @@ class FormatStepper:
             least_rows: that keep bits in each layer.
         """
         layers = list(self.layers.values())
-        depth = torch.cat([layer.bit_depth for layer in layers])
-        before = integer_depth(depth)
-        scale = depth.new_ones(()) if self._loss_scale is None else self._loss_scale
-        if self.collected.norms:
-            self._remember(self._samples() * max(1, self._penalties), scale)
+        collected, depth = self.collected, layers[0].bit_depth
+        moves = self._penalties > 0 and gamma > 0
+        if collected.norms:
             able = any(layer.bit_depth.requires_grad for layer in layers)
             if gamma > 0 and able and not self._penalised:
                 warnings.warn(
                     "compressor.penalty() was not in the loss: without it no channel loses bits",
                     stacklevel=4,
                 )
-        elif self._penalties and gamma > 0 and self._expected():
+        elif moves and self._expected():
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
                 stacklevel=4,
             )
-        exponents = self.collected.exponents
-        if exponents:
-            sizes = [len(exponent) for exponent in exponents]
-            gradients = _finite(torch.cat(list(exponents.values())) / scale)
-            for exponent, part in zip(exponents, gradients.split(sizes), strict=True):
-                exponent.grad = part.to(exponent)
+        samples = self._samples() * max(1, self._penalties)
+        numbers = torch.tensor([0.5 * samples, least_bits - 0.5], dtype=torch.float32, device="cpu")
+        pressure = None
         if self._penalties and gamma > 0:
-            depth = self._moved(depth, gamma, least_bits, least_rows)
+            layer_of = of_rows(layers, range(len(layers)))
+            pressure = self._prices(gamma), layer_of, of_rows(layers, least_rows)
+        for group in self.adam.param_groups:
+            group["capturable"] = depth.is_cuda
+        self._replays[fit](
+            lambda: self._version(fit),
+            collected.norms,
+            collected.exponents,
+            depth.new_ones(()) if self._loss_scale is None else self._loss_scale,
+            numbers.to(depth.device, non_blocking=True),
+            pressure,
+        )
         self._forget()
         if self._trainable() != self._watched:  # the user has frozen or thawed layers
             self.watch()
+
+    def _version(self, fit: bool) -> object:
+        """Of what a step reads and writes beside what it is given."""
+        layers = self.layers.values()
+        formats = [p for layer in layers for p in (layer.bit_depth, layer.exponent)]
+        kept = [tensor for state in self.adam.state.values() for tensor in state.values()]
+        return addresses([*formats, *kept, *(layer.weight for layer in layers if fit)])
+
+    def _compute(
+        self,
+        fit: bool,
+        norms: dict[QuantizedLayer, Tensor],
+        exponents: dict[QuantizedLayer, Tensor],
+        scale: Tensor,
+        numbers: Tensor,
+        pressure: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """All that a step computes.
+
+        Args:
+            norms, exponents: as they were collected.
+            scale: what the loss was multiplied with, a scalar.
+            numbers: (2,) half the number of samples, and the least that a bit depth is moved to.
+            pressure: (rows of all layers,) each: the price of a bit, the number of the layer, and
+                how many of its rows keep bits; None: bit depths stay.
+        """
+        layers = list(self.layers.values())
+        depth = torch.cat([layer.bit_depth for layer in layers])
+        before = integer_depth(depth)
+        half_samples, least = numbers
+        if norms:
+            self._remember(norms, half_samples, scale)
+        if exponents:
+            sizes = [len(layer.exponent) for layer in exponents]
+            gradients = _finite(torch.cat(list(exponents.values())) / scale)
+            for layer, part in zip(exponents, gradients.split(sizes), strict=True):
+                layer.exponent.grad = part.to(layer.exponent)
+        if pressure is not None:
+            price, layer_of, least_rows = pressure
+            depth = self._moved(depth, price, least, layer_of.long(), least_rows.long())
         self.adam.step()
         self.adam.zero_grad()
         sizes = [len(layer.bit_depth) for layer in layers]
@@ -280,24 +334,21 @@ class FormatStepper:
         # samples: an expert, or a head for what has a label, sees some.
         return statistics.mode(called) if self.told_apart else called[0]
 
-    def _remember(self, samples: int, scale: Tensor) -> None:
+    def _remember(
+        self, norms: dict[QuantizedLayer, Tensor], half_samples: Tensor, scale: Tensor
+    ) -> None:
         """Average what rows are worth over steps, of the layers whose gradients were seen.
 
         Steps whose gradients are not all finite do not count.
-
-        Args:
-            scale: what the loss was multiplied with, a scalar.
         """
-        by_layer = self.collected.norms
-        states = [self.adam.state[layer.bit_depth] for layer in by_layer]
-        for layer, state in zip(by_layer, states, strict=True):
+        states = [self.adam.state[layer.bit_depth] for layer in norms]
+        for layer, state in zip(norms, states, strict=True):
             if not state:
                 state.update(_nothing_seen(layer))
-        norms = torch.cat(list(by_layer.values()))
-        worth = (norms / scale).square() * (0.5 * samples)
+        worth = (torch.cat(list(norms.values())) / scale).square() * half_samples
         finite = worth.isfinite().all() & scale.isfinite()
         so_far = torch.cat([state["worth"] for state in states])
-        now = worth.to(so_far).where(finite, so_far).split([len(n) for n in by_layer.values()])
+        now = worth.to(so_far).where(finite, so_far).split([len(n) for n in norms.values()])
         kept = [state["worth"] for state in states]
         ends = [part.to(old) for part, old in zip(now, kept, strict=True)]
         torch._foreach_lerp_(kept, ends, 1 - self.memory)
@@ -311,34 +362,36 @@ class FormatStepper:
         Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
         nothing is known about, as its weight is frozen or empty, wants what it has.
         """
+        depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
+        return self._wanted(depth, self._prices(gamma)) if gamma > 0 else depth
+
+    def _prices(self, gamma: float) -> Tensor:
+        """(rows of all layers,) what a bit costs."""
         layers = list(self.layers.values())
-        depth = torch.cat([layer.bit_depth for layer in layers])
-        if gamma <= 0:
-            return depth
+        return of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
+
+    def _wanted(self, depth: Tensor, price: Tensor) -> Tensor:
         worth, steps = [], []
-        for layer in layers:
+        for layer in self.layers.values():
             state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
             worth.append(state["worth"])
             steps.append(state["step"].expand_as(state["worth"]))
         averaged = 1 - self.memory ** torch.cat(steps)
         first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * torch.cat(worth)
-        price = of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
         wanted = 0.5 * torch.log2(first_bit / averaged / price)
         # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
         return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
     def _moved(
-        self, depth: Tensor, gamma: float, least_bits: float, least_rows: Sequence[int]
+        self, depth: Tensor, price: Tensor, least: Tensor, layer_of: Tensor, least_rows: Tensor
     ) -> Tensor:
         """(rows of all layers,) the bit depths a step nearer to what is wanted."""
         step = self.adam.param_groups[0]["lr"]
-        wanted = self.wanted(gamma)
-        # In the middle of the depths that round up to `least_bits`.
-        target = wanted.clamp(min=least_bits - 0.5, max=self.most_bits)
+        wanted = self._wanted(depth, price)
+        # The least is in the middle of the depths that round up to it.
+        target = wanted.maximum(least).clamp(max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        layers = list(self.layers.values())
-        layer_of = of_rows(layers, range(len(layers))).long()
-        given_up = _given_up(wanted, depth, layer_of, of_rows(layers, least_rows).long())
+        given_up = _given_up(wanted, depth, layer_of, least_rows)
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)

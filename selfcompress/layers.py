@@ -43,12 +43,12 @@ def few_gaps(used: Tensor, width: int) -> bool:
 
 def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
     """(rows of all `layers`, one layer after the other,) float32: the value of each row's layer."""
-    parts = [
-        torch.full((len(layer.bit_depth),), float(value), dtype=torch.float32, device="cpu")
-        for layer, value in zip(layers, values, strict=True)
-    ]
+    counts = [len(layer.bit_depth) for layer in layers]
+    each = torch.tensor([float(value) for value in values], dtype=torch.float32, device="cpu")
+    repeats = torch.tensor(counts, device="cpu")
+    values_of_rows = each.repeat_interleave(repeats, output_size=sum(counts))
     # Not blocking, as a GPU would be waited for; CUDA has read the source when this returns.
-    return torch.cat(parts).to(layers[0].bit_depth.device, non_blocking=True)
+    return values_of_rows.to(layers[0].bit_depth.device, non_blocking=True)
 
 
 class Placed(nn.Module):

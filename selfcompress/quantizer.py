@@ -135,10 +135,13 @@ def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
     bits = integer_depth(bit_depth).clamp(min=1)
     largest = rows.abs().amax(1)
     widest = torch.log2(largest.clamp(min=2.0**EXPONENT_FLOOR)) - (bits - 1)
+    half_range = torch.exp2(bits - 1)[:, None]
     best, best_error = widest.clone(), torch.full_like(widest, math.inf)
     for half in range(-2, 5):
         exponent = widest - half / 2
-        error = (fake_quantize(rows, bits, exponent) - rows).square().sum(1)
+        step = torch.exp2(exponent)[:, None]
+        quantized = (rows / step).clamp(-half_range, half_range - 1).round() * step
+        error = (quantized - rows).square().sum(1)
         better = error < best_error
         best = torch.where(better, exponent, best)
         best_error = torch.where(better, error, best_error)

@@ -217,7 +217,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(2):
             for layer in layers.values():
                 formats.collected.norms[layer] = torch.ones(len(layer.rows))
-                formats.collected.exponents[layer.exponent] = torch.ones(len(layer.rows))
+                formats.collected.exponents[layer] = torch.ones(len(layer.rows))
             assert q_bits(model).device.type == "cuda"
             formats.note_loss_scale(torch.ones(()))
             formats.step(0.01, 2.0, [1, 1], fit=True)

@@ -29,6 +29,7 @@ from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
 from selfcompress.formats import Collected
 from selfcompress.look import full_precision, kept_modes
+from selfcompress.replay import Replay
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
 from selfcompress.text import first_line
@@ -39,7 +40,7 @@ from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.filesize import FileSize
-from selfcompress.training.gpu import Replay, late
+from selfcompress.training.late import late
 from selfcompress.training.memory import keep_freed
 from selfcompress.training.target import SizeControl
 
@@ -152,9 +153,7 @@ class Run:
         )
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self.control = None if config.target_size is None else self._control()
-        self.differentiate: Callable[[Tensor, Tensor], Differentiated] = self._differentiate
-        if device.type == "cuda":
-            self.differentiate = Replay(self._differentiate, self._version)
+        self.differentiate: Callable[..., Differentiated] = Replay(self._differentiate)
 
     def _build(self) -> nn.Module:
         """The network, after it has shown that it accepts the images."""
@@ -369,18 +368,19 @@ class Run:
         """One step of everything: (2,) the task's loss and the number of images it got right."""
         if self.control is not None:
             self.control.press()
-        step = self.differentiate(images, labels)
+        compressor = self.compressor
+        step = self.differentiate(self._version, images, labels)
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
         self.optimizer.step()
         self.scheduler.step()
-        if self.compressor is not None:
-            self.compressor.formats.collected = step.collected
+        if compressor is not None:
+            compressor.formats.collected = step.collected
             # By itself, as it is not recorded: γ changes from step to step.
-            penalty = self.compressor.penalty()
+            penalty = compressor.penalty()
             if penalty.requires_grad:
                 penalty.backward()
-            self.compressor.step(self.optimizer)
+            compressor.step(self.optimizer)
         return step.told
 
     def _differentiate(self, images: Tensor, labels: Tensor) -> Differentiated:
@@ -397,9 +397,9 @@ class Run:
             self.compressor.formats.collected if self.compressor else Collected(),
         )
 
-    def _version(self) -> tuple[int, bool]:
-        """What changes whenever there are other tensors, or other gradients to be computed."""
-        return (self.compressor.cuts, self.compressor.frozen) if self.compressor else (0, False)
+    def _version(self) -> object:
+        """Of the tensors that there are, and of the gradients that are computed."""
+        return (self.compressor.cuts, self.compressor.frozen) if self.compressor else None
 
     def _diverged(self, loss: float, step: int) -> UserError:
         epoch = step // self.steps_per_epoch
