@@ -575,7 +575,7 @@ class Compressor:
             "removed": torch.from_numpy(self.graph.removed.copy()),
             "silent": torch.from_numpy(self.graph.silent.copy()),
             "rows": {n: torch.from_numpy(r.copy()) for n, r in self.graph.origin.items()},
-            "formats": self.formats.adam.state_dict(),
+            "formats": self.formats.state_dict(),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
             "lingering": dict(self.lingering.positions),

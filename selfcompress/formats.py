@@ -207,8 +207,14 @@ class FormatStepper:
         """Whether anything is known of what rows are worth."""
         return any("worth" in kept for kept in self.adam.state.values())
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that is known of rows, as tensors and plain values, the same on every device."""
+        state = self.adam.state_dict()
+        groups = [group | {"capturable": False} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `adam.state_dict()` was."""
+        """Load what `state_dict` returned, perhaps on another device."""
         on_gpu = any(layer.bit_depth.is_cuda for layer in self.layers.values())
         groups = [group | {"capturable": on_gpu} for group in state["param_groups"]]
         self.adam.load_state_dict(state | {"param_groups": groups})

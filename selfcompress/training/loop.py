@@ -326,7 +326,10 @@ class Run:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         self._settle(last=epoch == self.epochs - 1)
-        test_loss, accuracy = evaluate(self.model, self.dataset, self.dataset.test, self.batch_size)
+        with self.autocast:  # as in training: what it is in float32 is told of the final network
+            test_loss, accuracy = _evaluate(
+                self.model, self.dataset, self.dataset.test, self.batch_size
+            )
         if not math.isfinite(test_loss):
             # The last step's damage shows only now; the epoch must not become a checkpoint.
             raise self._diverged(test_loss, (epoch + 1) * self.steps_per_epoch - 1)
@@ -578,18 +581,25 @@ class Run:
         )
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, dataset: Dataset, split: Split, batch_size: int
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (0-1) on `split`: the quantised network, in float32."""
+    with full_precision(split.labels.device):
+        return _evaluate(model, dataset, split, batch_size)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module, dataset: Dataset, split: Split, batch_size: int
+) -> tuple[float, float]:
     model.eval()
-    loss, correct = 0.0, 0
+    sums = torch.zeros(2, device=split.labels.device)
     for images, labels in split.batches(batch_size):
-        with full_precision(images.device):
-            logits = model(normalise(images, dataset.mean, dataset.std))
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(1) == labels).sum())
+        logits = model(normalise(images, dataset.mean, dataset.std)).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
+    loss, correct = sums.tolist()
     return loss / len(split), correct / len(split)
 
 
