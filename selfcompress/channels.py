@@ -22,6 +22,7 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selfcompress.layers import few_gaps
 from selfcompress.ops import Kind, reads_sizes, reads_type, taken
 
 Ids = np.ndarray  # (positions,) int64
@@ -210,22 +211,44 @@ class ChannelGraph:
     def round_up(self, removed: np.ndarray, multiple: int) -> np.ndarray:
         """As much of `removed` as leaves tensors with multiples of `multiple` channels, if it can.
 
-        No more channels are kept than there are live ones, and none that grouped convolutions or
-        layers left in float read or make: those would compute with them, and train them.
+        No more channels are kept than there are live ones.
         """
-        removed = removed.copy()
-        rounded = np.ones_like(removed)
-        for node in self.of_kind(Kind.LAYER, Kind.GROUPED):
-            if node.kind is Kind.GROUPED or node.module not in self.origin:
-                rounded[self.reads(node)] = rounded[self.ids[node.name]] = False
+        removed, free = removed.copy(), self._may_be_kept()
         for ids in self.ids.values():
             gone = ids[removed[ids]]
             live = len(ids) - len(gone)
             missing = -live % multiple
             unique = len(np.unique(ids)) == len(ids)
-            if unique and missing <= min(live, len(gone)) and rounded[ids].all():
+            if unique and missing <= min(live, len(gone)) and free[ids].all():
                 removed[gone[:missing]] = False
         return removed
+
+    def align(self, removed: np.ndarray, model: Any) -> np.ndarray:
+        """As much of `removed` as leaves batch norms the channels that they make, if few are gone.
+
+        Else they would have to be put into their places.
+        """
+        removed, free = removed.copy(), self._may_be_kept()
+        for node in reversed(self.of_kind(Kind.NORM)):
+            reads, makes = removed[self.reads(node)], removed[self.ids[node.name]]
+            if not model.get_submodule(node.module).aligned or (makes & ~reads).any():
+                continue
+            gaps = self.reads(node)[reads & ~makes]
+            if free[gaps].all() and few_gaps(len(gaps), int((~makes).sum())):
+                removed[gaps] = False
+        return removed
+
+    def _may_be_kept(self) -> np.ndarray:
+        """(number of ids,) bool: those that may stay in their places though they are dead.
+
+        Not what grouped convolutions or layers left in float read or make: those would compute with
+        it, and train it.
+        """
+        free = np.ones_like(self.removed)
+        for node in self.of_kind(Kind.LAYER, Kind.GROUPED):
+            if node.kind is Kind.GROUPED or node.module not in self.origin:
+                free[self.reads(node)] = free[self.ids[node.name]] = False
+        return free
 
     def equal_pieces(self) -> list[np.ndarray]:
         """(pieces, positions of each) ids, for every move that cuts a tensor into equal pieces."""

@@ -21,24 +21,52 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
-_FEW_GAPS = 8, 0.25  # channels, or of them all: up to so many zeros cost less than copies
+_FEW_GAPS = 8, 0.5  # channels, or of them all: up to so many zeros cost less than copies
 
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
     """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0."""
+    last = _channels_last(values, dim)
+    if last is not None:
+        wide = last.new_zeros((*last.shape[:-1], width)).index_copy_(-1, rows, last)
+        return wide.movedim(-1, dim)
     shape = list(values.shape)
     shape[dim] = width
-    layout = torch.contiguous_format
-    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
+    layout = layout_of(values)
     wide = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
-    return wide.zero_().index_copy(dim, rows, values)
+    return wide.zero_().index_copy_(dim, rows, values)
 
 
-def few_gaps(used: Tensor, width: int) -> bool:
-    """Whether the channels `used`, of `width`, leave few out."""
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """How it lies in memory; what may be taken for either is contiguous."""
+    last = torch.channels_last
+    if (
+        tensor.dim() == 4
+        and tensor.is_contiguous(memory_format=last)
+        and not tensor.is_contiguous()
+    ):
+        return last
+    return torch.contiguous_format
+
+
+def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
+    """`values` at some `channels` of `dim`."""
+    last = _channels_last(values, dim)
+    if last is not None:
+        return last.index_select(-1, channels).movedim(-1, dim)
+    return values.index_select(dim, channels)
+
+
+def _channels_last(values: Tensor, dim: int) -> Tensor | None:
+    """`values`, channels last, if they lie so in memory: torch's own indexing would change that."""
+    last = values.movedim(dim, -1)
+    return last if last.is_contiguous() and not values.is_contiguous() else None
+
+
+def few_gaps(gaps: int, width: int) -> bool:
+    """Whether so many of `width` channels are few."""
     count, share = _FEW_GAPS
-    return width - used.numel() <= max(count, share * width)
+    return gaps <= max(count, share * width)
 
 
 def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
@@ -251,12 +279,12 @@ class QuantizedLayer(Placed):
             return out if self.bias is None else self.add_bias(out)
         weight = self.quantized_weight()
         if self.columns.numel() < self.in_width:
-            if not self.grouped and few_gaps(self.columns, self.in_width):
+            if not self.grouped and few_gaps(self.in_width - len(self.columns), self.in_width):
                 weight = place(weight, self.columns, self.in_width, self.fan_in_dim)
             else:
-                x = x.index_select(self.channel_dim, self.columns)
+                x = take(x, self.columns, self.channel_dim)
         if self.rows.numel() < self.out_width:
-            if self.grouped or not few_gaps(self.rows, self.out_width):
+            if self.grouped or not few_gaps(self.out_width - len(self.rows), self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
                 out = place(values, self.rows, self.out_width, self.channel_dim)
                 return out if self.bias is None else self.add_bias(out)
@@ -319,7 +347,7 @@ class _QuantConv(QuantizedLayer):
             return self._conv_forward(x, weight, bias)
         # torch wants groups of equal width: the missing rows are zeros, and taken out again.
         out = self._conv_forward(x, place(weight, self.slots, slots, 0), None)
-        out = out.index_select(self.channel_dim, self.slots)
+        out = take(out, self.slots, self.channel_dim)
         return out if bias is None else self.add_bias(out)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -486,10 +514,10 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
         gaps = self.num_features < self.in_width
-        if gaps and self.at_once and few_gaps(self.rows, self.in_width):
+        if gaps and self.at_once and few_gaps(self.in_width - len(self.rows), self.in_width):
             return self._among_zeros(x)
         if gaps:
-            x = x.index_select(1, self.columns)
+            x = take(x, self.columns, 1)
         out: Tensor = super().forward(x)
         if self.num_features < self.out_width:
             out = place(out, self.rows, self.out_width, 1)

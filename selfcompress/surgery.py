@@ -32,6 +32,7 @@ from selfcompress.layers import (
     PlacedBatchNorm,
     QuantizedLayer,
     _QuantConv,
+    layout_of,
     recount,
 )
 from selfcompress.liveness import Liveness
@@ -110,12 +111,14 @@ class Plan:
 def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: int = 1) -> Plan:
     """The plan that removes all that `alive` says is not.
 
-    A channel that has to keep its place stays as a zero that nobody computes or reads. So do as
-    many as it takes for tensors to have a multiple of `multiple` channels.
+    A channel that has to keep its place stays as a zero that nobody computes or reads. With a
+    `multiple` above 1, so do, for speed, as many as it takes for tensors to have a multiple of it,
+    and for batch norms to make the channels that they read.
     """
     removed = graph.constrain(alive.gone, alive.rows, model)
     if multiple > 1:
         removed = graph.constrain(graph.round_up(removed, multiple), alive.rows, model)
+        removed = graph.constrain(graph.align(removed, model), alive.rows, model)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
     return make_plan(graph, model, removed, alive.gone & ~removed, rows)
 
@@ -304,9 +307,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _select(tensor: Tensor, cuts: list[tuple[int, Index]]) -> Tensor:
-    layout = torch.contiguous_format
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
+    layout = layout_of(tensor)
     for dim, kept in cuts:
         tensor = tensor.index_select(dim, torch.tensor(kept, dtype=torch.int64).to(tensor.device))
     return tensor.contiguous(memory_format=layout)
