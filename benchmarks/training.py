@@ -6,8 +6,9 @@
 
 Steps are train.py's own, on random images held in memory: augmentation, forward, backward, the
 optimiser, and the compressor's share. All networks take turns in one process; times are medians,
-and what to read are the ratios. Networks with fewer MACs are the self-compressing one after the
-last channels of every layer have lost their bits and were cut out.
+and what to read are the ratios. Networks with fewer MACs are the self-compressing one after some
+channels of every layer, drawn at random, have lost their bits and were cut out: as in training,
+layers that add up lose different ones.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Options:
     batch_size: int = 512
     """Images per step."""
     kept: tuple[float, ...] = (0.7, 0.45, 0.25)
-    """Channels of every layer that the smaller networks keep; MACs are about the square."""
+    """Channels of every layer that the smaller networks keep."""
     steps: int = 15
     """Of every network, to take the median of."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -177,10 +178,12 @@ def _compressor_step(run: Run, images: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def _cut(run: Run, share: float) -> None:
-    """Take the last channels of every layer out of a network in training."""
+    """Take channels of every layer, drawn at random, out of a network in training."""
     assert run.compressor is not None
+    generator = torch.Generator().manual_seed(0)
     for layer in list(run.compressor.layers.values())[:-1]:
-        layer.bit_depth[max(1, round(share * layer.out_width)) :] = 0
+        order = torch.randperm(layer.out_width, generator=generator)
+        layer.bit_depth[order[max(1, round(share * layer.out_width)) :].to(layer.rows)] = 0
     run.compressor.cut(run.optimizer)
 
 

@@ -223,20 +223,22 @@ class ChannelGraph:
                 removed[gone[:missing]] = False
         return removed
 
-    def align(self, removed: np.ndarray, model: Any) -> np.ndarray:
-        """As much of `removed` as leaves batch norms the channels that they make, if few are gone.
+    def align(self, removed: np.ndarray, norms: list[Node]) -> np.ndarray:
+        """As much of `removed` as leaves `norms` the channels that they make, where few are gone.
 
-        Else they would have to be put into their places.
+        Else what they make would have to be put into its places.
         """
         removed, free = removed.copy(), self._may_be_kept()
-        for node in reversed(self.of_kind(Kind.NORM)):
+        for node in reversed(norms):
             reads, makes = removed[self.reads(node)], removed[self.ids[node.name]]
-            if not model.get_submodule(node.module).aligned or (makes & ~reads).any():
-                continue
             gaps = self.reads(node)[reads & ~makes]
             if free[gaps].all() and few_gaps(len(gaps), int((~makes).sum())):
                 removed[gaps] = False
         return removed
+
+    def misaligned(self, removed: np.ndarray, norms: list[Node]) -> list[Node]:
+        """Those of `norms` that will not read just the channels that they make."""
+        return [n for n in norms if (removed[self.reads(n)] != removed[self.ids[n.name]]).any()]
 
     def _may_be_kept(self) -> np.ndarray:
         """(number of ids,) bool: those that may stay in their places though they are dead.

@@ -117,10 +117,25 @@ def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: i
     """
     removed = graph.constrain(alive.gone, alive.rows, model)
     if multiple > 1:
-        removed = graph.constrain(graph.round_up(removed, multiple), alive.rows, model)
-        removed = graph.constrain(graph.align(removed, model), alive.rows, model)
+        removed = _without_what_is_fast(graph, model, alive, removed, multiple)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
     return make_plan(graph, model, removed, alive.gone & ~removed, rows)
+
+
+def _without_what_is_fast(
+    graph: ChannelGraph, model: nn.Module, alive: Liveness, removed: np.ndarray, multiple: int
+) -> np.ndarray:
+    """`removed` without the channels that make the network faster where they are."""
+    norms = [n for n in graph.of_kind(Kind.NORM) if model.get_submodule(n.module).aligned]
+    while True:
+        # Aligned first, norms have the same channels kept in front and behind to round up.
+        aligned = graph.align(removed, norms)
+        kept = graph.constrain(graph.round_up(aligned, multiple), alive.rows, model)
+        kept = graph.constrain(graph.align(kept, norms), alive.rows, model)
+        in_vain = graph.misaligned(kept, norms)
+        if not in_vain:
+            return kept
+        norms = [node for node in norms if node not in in_vain]
 
 
 def make_plan(
