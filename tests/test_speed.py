@@ -1,0 +1,103 @@
+"""What makes a cut network fast stays as it is: layouts of tensors, channels in their places."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import kill
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import build
+from selfcompress import Compressor
+from selfcompress.layers import PlacedBatchNorm, place, take
+from selfcompress.replay import Replay
+from selfcompress.training.late import late
+
+LAST = torch.channels_last
+INDICES = torch.tensor([0, 2, 3, 6])
+Move = Callable[[Tensor], Tensor]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize(
+    ("move", "channels"),
+    [(lambda x: take(x, INDICES, -3), 8), (lambda x: place(x, INDICES, 8, 1), 4)],
+    ids=["take", "place"],
+)
+def test_channels_are_moved_as_they_lie(
+    layout: torch.memory_format, move: Move, channels: int
+) -> None:
+    plain = torch.randn(2, channels, 3, 3, requires_grad=True)
+    x = plain.detach().contiguous(memory_format=layout).requires_grad_()
+    want, y = move(plain), move(x)
+    factors = torch.randn(y.shape).contiguous(memory_format=layout)
+    (wanted,) = torch.autograd.grad((want * factors.contiguous()).sum(), plain)
+    (gradient,) = torch.autograd.grad((y * factors).sum(), x)
+    for got, as_plain in ((y, want), (gradient, wanted)):
+        torch.testing.assert_close(got, as_plain, rtol=0, atol=0)
+        assert got.is_contiguous(memory_format=layout) and as_plain.is_contiguous()
+
+
+def test_what_may_lie_either_way_is_taken_for_contiguous() -> None:
+    """Else `view` would fail on what a layer makes that has lost all channels but one."""
+    for shape in ((2, 4, 1, 1), (2, 1, 3, 3)):
+        x = torch.randn(shape).contiguous(memory_format=LAST)
+        place(x, torch.arange(shape[1]), 5, 1).view(2, -1)
+
+
+class Indexed(TorchDispatchMode):
+    """Collects the shapes of what indices are applied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "index" in str(func):
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_few_gaps_are_filled_in_weights_and_nowhere_else(multiple: int) -> None:
+    model = build("resnet9", 10, 16, 16).to(memory_format=LAST)
+    x = torch.randn(64, 3, 16, 16).contiguous(memory_format=LAST)
+    compressor = Compressor(model, x, 0.01, multiple=multiple)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for name, layer in list(compressor.layers.items())[:-1]:
+            rows = len(layer.rows)
+            kill(model, name, torch.randperm(rows, generator=generator)[: rows // 8])
+        assert compressor.cut()
+    norms = [module for module in model.modules() if isinstance(module, PlacedBatchNorm)]
+    assert any(norm.num_features < norm.out_width for norm in norms)
+    assert all(norm.in_width == norm.out_width for norm in norms) == (multiple > 1)
+    with Indexed() as indexed:
+        model(x).sum().backward()
+    assert indexed.shapes
+    assert any(shape[0] == 64 and len(shape) == 4 for shape in indexed.shapes) == (multiple == 1)
+
+
+def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
+    calls: list[int] = []
+    replay = Replay(lambda tensors, number: calls.append(number) or 2 * tensors["x"])  # type: ignore[func-returns-value]
+    for i in range(3):
+        assert replay(lambda: 0, {"x": torch.full((), i)}, i) == 2 * i
+    assert calls == [0, 1, 2]
+
+
+def test_numbers_on_a_cpu_are_told_at_once() -> None:
+    told: list[str] = []
+
+    def tensors() -> Any:
+        for i in range(3):
+            told.append(f"made {i}")
+            yield torch.tensor([float(i)])
+
+    for (number,) in late(tensors()):
+        told.append(f"read {number:.0f}")
+    assert told == ["made 0", "read 0", "made 1", "read 1", "made 2", "read 2"]
