@@ -26,7 +26,7 @@ class Replay(Generic[T]):
     Python notes meanwhile is as it was at the recording, so what others need is to be returned.
 
     A function that waits for the GPU, to go by what it has computed, cannot be recorded: it is
-    called as ever, after a warning. So it is on other devices, without one.
+    called as ever, after a warning. So it is on any but the current GPU, without one.
     """
 
     def __init__(self, function: Callable[..., T]) -> None:
@@ -47,8 +47,9 @@ class Replay(Generic[T]):
         """
         leaves, spec = pytree.tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        on_gpu = bool(tensors) and all(tensor.is_cuda for tensor in tensors)
-        if not (on_gpu and self._able) or torch.cuda.is_current_stream_capturing():
+        if not self._able or not tensors or not all(map(_on_current_gpu, tensors)):
+            return self.function(*args)
+        if torch.cuda.is_current_stream_capturing():  # it is recorded by somebody else
             return self.function(*args)
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         kinds = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
@@ -112,6 +113,11 @@ class Replay(Generic[T]):
             self._able, self._inputs = False, []
             _warn(first_line(error))
             return None
+
+
+def _on_current_gpu(tensor: Tensor) -> bool:
+    # What is launched on another than the current one would be left out of the recording.
+    return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
 
 
 def addresses(tensors: Iterable[Tensor]) -> object:
