@@ -122,7 +122,7 @@ def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
     check_cuts(seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_cut_among_batch_norms_of_own_classes_is_exact(seed: int) -> None:
     check_cuts(seed, own_classes=True)
