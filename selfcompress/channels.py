@@ -229,7 +229,7 @@ class ChannelGraph:
         Else what they make would have to be put into its places.
         """
         removed, free = removed.copy(), self._may_be_kept()
-        for node in reversed(norms):
+        for node in norms:
             reads, makes = removed[self.reads(node)], removed[self.ids[node.name]]
             gaps = self.reads(node)[reads & ~makes]
             if free[gaps].all() and few_gaps(len(gaps), int((~makes).sum())):

@@ -74,10 +74,12 @@ class Collected:
 
     Attributes:
         norms: (rows,) √(Σ (g·w)²).
+        samples: the size of the batch that the layer was called with; 0 if that cannot be told.
         exponents: (rows,) the gradients of the exponents.
     """
 
     norms: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
+    samples: dict[QuantizedLayer, int] = field(default_factory=dict)
     exponents: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
 
 
@@ -199,6 +201,7 @@ class FormatStepper:
             wide = torch.promote_types(product.dtype, torch.float32)
             norm = torch.linalg.vector_norm(product, dim=over_row, dtype=wide)
             self.collected.norms[layer] = norm.float()
+            self.collected.samples[layer] = layer.samples  # an evaluation may be next
 
         return collect
 
@@ -261,6 +264,7 @@ class FormatStepper:
                 "they are collected as loss.backward() runs",
                 stacklevel=4,
             )
+        self.adam.zero_grad()  # of layers that have been thawed, which nobody has collected
         samples = self._samples() * max(1, self._penalties)
         numbers = torch.tensor([0.5 * samples, least_bits - 0.5], dtype=torch.float32, device="cpu")
         pressure = None
@@ -333,7 +337,7 @@ class FormatStepper:
 
     def _samples(self) -> int:
         """The size of the batch that gradients are of."""
-        called = sorted(layer.samples for layer in self.collected.norms if layer.samples)
+        called = sorted(count for count in self.collected.samples.values() if count)
         if not called:
             return 1
         # Where whose rows are tokens is not known, the fewest are samples. Else most layers see all

@@ -21,6 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By dimensions, how tensors lie whose channels are last in memory."""
+
 _FEW_GAPS = 8, 0.5  # channels, or of them all: up to so many zeros cost less than copies
 
 
@@ -39,14 +42,9 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
     """How it lies in memory; what may be taken for either is contiguous."""
-    last = torch.channels_last
-    if (
-        tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=last)
-        and not tensor.is_contiguous()
-    ):
-        return last
-    return torch.contiguous_format
+    last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
+    only = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
+    return last if only else torch.contiguous_format
 
 
 def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:

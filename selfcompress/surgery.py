@@ -129,9 +129,8 @@ def _without_what_is_fast(
     norms = [n for n in graph.of_kind(Kind.NORM) if model.get_submodule(n.module).aligned]
     while True:
         # Aligned first, norms have the same channels kept in front and behind to round up.
-        aligned = graph.align(removed, norms)
-        kept = graph.constrain(graph.round_up(aligned, multiple), alive.rows, model)
-        kept = graph.constrain(graph.align(kept, norms), alive.rows, model)
+        kept = graph.round_up(graph.align(removed, norms), multiple)
+        kept = graph.constrain(kept, alive.rows, model)
         in_vain = graph.misaligned(kept, norms)
         if not in_vain:
             return kept

@@ -656,6 +656,35 @@ def test_a_loss_without_the_penalty_is_told() -> None:
         compressor.step(sgd(compressor))
 
 
+def test_an_evaluation_of_other_batches_before_the_step_changes_nothing() -> None:
+    worth = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.1)
+        (compressor.model(X).square().mean() + compressor.penalty()).backward()
+        if evaluates:
+            with torch.no_grad():
+                compressor.model.eval()(X[:1])
+        compressor.step(sgd(compressor))
+        worth.append(compressor.formats.wanted(1.0))
+    torch.testing.assert_close(*worth, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_layer_may_be_frozen_for_a_while(first: int) -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.1, bits=8)
+    layer, optimizer = compressor.layers["1"], sgd(compressor)
+    moved = []
+    for i in range(20):
+        layer.weight.requires_grad_(not first <= i < 10)
+        optimizer.zero_grad()
+        before = layer.exponent.detach().clone()
+        (compressor.model(X).square().mean() + compressor.penalty()).backward()
+        compressor.step(optimizer)
+        moved.append(not torch.equal(layer.exponent, before))
+    assert all(moved[11:])
+
+
 def test_nothing_is_collected_once_formats_are_frozen() -> None:
     compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.0)
     optimizer = sgd(compressor)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from networks import kill
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build
@@ -80,6 +80,30 @@ def test_few_gaps_are_filled_in_weights_and_nowhere_else(multiple: int) -> None:
         model(x).sum().backward()
     assert indexed.shapes
     assert any(shape[0] == 64 and len(shape) == 4 for shape in indexed.shapes) == (multiple == 1)
+
+
+class BranchOf(nn.Module):
+    """x + norm(layer(x))."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.layer, self.norm = nn.Conv2d(3, 8, 1), layer, nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head(x + self.norm(self.layer(x)))
+        return y
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_grouped_convolutions_keep_nothing_for_the_norm_behind_them(groups: int) -> None:
+    model = BranchOf(nn.Conv2d(8, 8, 1, groups=groups))
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=4)
+    kill(model, "layer", torch.tensor([1, 2]))
+    assert compressor.cut()
+    layer = compressor.layers["layer"]
+    assert layer.out_width == (8 if groups == 1 else 6)
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:

@@ -12,10 +12,11 @@ from torch.nn.parameter import is_lazy
 from selfcompress.convert import quantize_layers
 from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
-from selfcompress.file.write import DTYPES, LAYOUTS, is_stored
+from selfcompress.file.write import DTYPES, is_stored
 from selfcompress.layers import (
     EMBEDDINGS,
     FLOAT_LAYERS,
+    LAYOUTS,
     NORM_ENTRIES,
     Placed,
     PlacedBatchNorm,

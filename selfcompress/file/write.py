@@ -16,6 +16,7 @@ from selfcompress.file import header as h
 from selfcompress.file import integers
 from selfcompress.layers import (
     FLOAT_LAYERS,
+    LAYOUTS,
     PlacedBatchNorm,
     QuantizedLayer,
     layer_widths,
@@ -27,9 +28,6 @@ from selfcompress.size import measure
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(h.NumberType)}
 """By name: the types of numbers that a file can hold."""
-
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of dimensions: the other way than row by row to lay out a tensor in memory."""
 
 
 def save(

@@ -83,7 +83,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of training; auto is bf16 where the device gains. Evaluation is in fp32."""
+    """Arithmetic of training; auto is bf16 where that gains. The result is evaluated in fp32."""
     run_dir: Path | None = None
     """Folder of this run. None makes a name from the options, in runs/."""
     overwrite: bool = False

@@ -388,6 +388,8 @@ class Run:
 
     def _differentiate(self, images: Tensor, labels: Tensor) -> Differentiated:
         """The task's loss and its gradients."""
+        if self.compressor is not None:
+            self.compressor.formats.collected = Collected()
         with self.autocast:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
