@@ -676,7 +676,7 @@ def test_a_layer_may_be_frozen_for_a_while(first: int) -> None:
     layer, optimizer = compressor.layers["1"], sgd(compressor)
     moved = []
     for i in range(20):
-        layer.weight.requires_grad_(not first <= i < 10)
+        layer.requires_grad_(not first <= i < 10)
         optimizer.zero_grad()
         before = layer.exponent.detach().clone()
         (compressor.model(X).square().mean() + compressor.penalty()).backward()
