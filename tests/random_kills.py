@@ -94,15 +94,24 @@ def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
 
     graph, model = compressor.graph, compressor.model
     constant = analyse(graph, model).constant
-    hooks = []
+    # Of a norm that is not followed, behind a layer that is not, nothing is known.
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    known = {name: np.zeros(_width(norm), bool) for name, norm in norms.items()}
     for node in graph.of_kind(Kind.NORM, Kind.OWN_NORM):
-        norm = model.get_submodule(node.module)
-        known = ~np.isnan(constant[node.inputs[0]][graph.sources[node.name][0]])
-        known &= sum(other.module == node.module for other in graph.nodes) == 1
-        hooks.append(norm.register_forward_pre_hook(with_known(torch.from_numpy(known))))
+        if sum(other.module == node.module for other in graph.nodes) == 1:
+            of_input = constant[node.inputs[0]][graph.sources[node.name][0]]
+            known[node.module] = ~np.isnan(of_input)
+    hooks = [
+        norm.register_forward_pre_hook(with_known(torch.from_numpy(known[name])))
+        for name, norm in norms.items()
+    ]
     yield
     for hook in hooks:
         hook.remove()
+
+
+def _width(norm: _BatchNorm) -> int:
+    return norm.in_width if isinstance(norm, PlacedBatchNorm) else norm.num_features
 
 
 def avoid_ties(compressor: Compressor) -> None:
