@@ -211,17 +211,19 @@ class ChannelGraph:
     def round_up(self, removed: np.ndarray, multiple: int) -> np.ndarray:
         """As much of `removed` as leaves tensors with multiples of `multiple` channels, if it can.
 
-        No more channels are kept than there are live ones.
+        No more channels are kept than there are live ones: where that would not do, it is half of
+        `multiple`, or half of that.
         """
-        removed, free = removed.copy(), self._may_be_kept()
+        kept, free = removed.copy(), self._may_be_kept()
         for ids in self.ids.values():
-            gone = ids[removed[ids]]
-            live = len(ids) - len(gone)
-            missing = -live % multiple
-            unique = len(np.unique(ids)) == len(ids)
-            if unique and missing <= min(live, len(gone)) and free[ids].all():
-                removed[gone[:missing]] = False
-        return removed
+            if len(np.unique(ids)) < len(ids) or not free[ids].all():
+                continue
+            live, of = int((~removed[ids]).sum()), multiple
+            while -live % of > min(live, len(ids) - live):
+                of //= 2
+            gone = ids[kept[ids]]
+            kept[gone[: (len(gone) - len(ids)) % of]] = False
+        return kept
 
     def align(self, removed: np.ndarray, norms: list[Node]) -> np.ndarray:
         """As much of `removed` as leaves `norms` the channels that they make, where few are gone.

@@ -90,7 +90,8 @@ class Compressor:
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
         multiple: where dead channels allow, tensors keep a multiple of so many channels, for
-            speed, until `finish`, and if it is above 1, batch norms the channels that they make.
+            speed, until `finish` (of half as many, where more would be dead than live), and if it
+            is above 1, batch norms the channels that they make.
             What is kept for it has neither weights nor norm entries; a bias may stay, which nobody
             reads.
 

@@ -24,7 +24,7 @@ from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By dimensions, how tensors lie whose channels are last in memory."""
 
-_FEW_GAPS = 8, 0.5  # channels, or of them all: up to so many zeros cost less than copies
+_FEW_GAPS = 8, 0.7  # channels, or of them all: up to so many zeros cost less than copies
 
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:

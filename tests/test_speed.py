@@ -106,6 +106,22 @@ def test_grouped_convolutions_keep_nothing_for_the_norm_behind_them(groups: int)
     assert layer.out_width == (8 if groups == 1 else 6)
 
 
+@pytest.mark.parametrize(("live", "kept"), [(13, 16), (9, 16), (7, 8), (5, 8), (3, 4)])
+def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
+    live: int, kept: int
+) -> None:
+    """What is kept to round a width up is not a reason to round the next one further up."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(20, 4, 1)
+    )
+    compressor = Compressor(model, torch.randn(4, 3, 6, 6), 0.01, multiple=16)
+    kill(model, "0", torch.arange(live, 20))
+    with torch.no_grad():
+        model.get_parameter("1.bias")[live:] = 0
+    assert compressor.cut()
+    assert compressor.layers["0"].out_width == compressor.layers["4"].in_width == kept
+
+
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
     calls: list[int] = []
     replay = Replay(lambda tensors, number: calls.append(number) or 2 * tensors["x"])  # type: ignore[func-returns-value]

@@ -49,7 +49,7 @@ BuildModel = Callable[[str, int, int | None, int], nn.Module]
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
 LABEL_SMOOTHING = 0.1
-WIDTH_MULTIPLE = 8  # of tensors while training: other widths are slow, on CPUs and GPUs
+WIDTH_MULTIPLE = 16  # of tensors while training: other widths are slow, on CPUs and GPUs
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
