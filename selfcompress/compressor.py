@@ -196,7 +196,8 @@ class Compressor:
         self.connection = Connection(self.graph, self.layers, min_channels)
         traced = {n: layer for n, layer in self.layers.items() if n in self.graph.origin}
         self.idle = IdleRows(traced)
-        self._path = None if stored_percent is None else self._path_to(stored_percent)
+        # That leads to a size, if one is asked for, in stored bits or by train.py in bytes.
+        self.path = None if stored_percent is None else self._path_to(stored_percent)
 
     def _path_to(self, stored_percent: float) -> SizePath | None:
         """The way to a size in stored bits; none if the network is smaller already."""
@@ -236,12 +237,6 @@ class Compressor:
 
     def _stored_bits(self, model: nn.Module) -> int:
         return measure(model, None, self.starting_weights).stored_bits
-
-    def _press(self) -> None:
-        """Set the γ that leads to the size asked for, if one was."""
-        gamma = None if self._path is None else self._path.gamma(self.steps)
-        if gamma is not None:
-            self.gamma = gamma
 
     def _warn_of_idle(self, observed: Observed) -> None:
         """Name the layers that would miss what is cut in front of them."""
@@ -315,8 +310,11 @@ class Compressor:
 
     def _came_back(self, gradient: Tensor) -> None:
         """The loss is differentiated: now, the modes of batch norms are those of training."""
-        self.graph.held = {name for name, norm in self._norms.items() if not norm.training}
+        self._note_held()
         self.formats.note_loss_scale(gradient)
+
+    def _note_held(self) -> None:
+        self.graph.held = {name for name, norm in self._norms.items() if not norm.training}
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -342,14 +340,15 @@ class Compressor:
             self._require_cuttable(optimizer)
         self._require_alike(averages)
         if not self.frozen:
-            self._press()
+            gamma = None if self.path is None else self.path.gamma(self.steps)
+            self.gamma = self.gamma if gamma is None else gamma
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
             self._keep_alike(averages)
         self.steps += 1
         if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
-            if self._path is not None:  # which has counted all of these as gone
+            if self.path is not None:  # which has counted all of these as gone
                 self.lingering.look()
         self.lingering.shrink()
         self.idle.update()
@@ -499,8 +498,8 @@ class Compressor:
         self.idle.look()
         self.cut(optimizer, averages)
         self.reestimate(loader, averages)
-        if self._path is not None:
-            self._warn_if_missed(self._path.target)
+        if self.path is not None and self._asked["stored_percent"] is not None:
+            self._warn_if_missed(self.path.target)
 
     def _warn_if_missed(self, target: float) -> None:
         """Say that the network is larger than the `target`, in stored bits, that was asked for."""
@@ -522,6 +521,8 @@ class Compressor:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
         models = [self.model, *map(_averaged, averages)]
+        if self.model.training and not self.graph.held:  # perhaps nothing was differentiated yet
+            self._note_held()
         reestimate(models, self._batches(loader), self.graph.held)
         for model in models:
             settle_statistics(self.graph, model, measured=True)
@@ -587,7 +588,7 @@ class Compressor:
             "steps": self.steps,
             "cuts": self.cuts,
             "held": sorted(self.graph.held),
-            "path": None if self._path is None else self._path.state_dict(),
+            "path": None if self.path is None else self.path.state_dict(),
             "asked": dict(self._asked),
         }
 
@@ -622,8 +623,8 @@ class Compressor:
         self.idle.load(state["idle"])
         self.graph.held = set(state["held"])
         self.gamma = state["gamma"]
-        if self._path is not None and state["path"]:
-            self._path.load_state_dict(state["path"])
+        if self.path is not None and state["path"]:
+            self.path.load_state_dict(state["path"])
         self.steps, self.cuts = state["steps"], state["cuts"]
         if state["frozen"]:
             self.freeze()

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from selfcompress.attention import QuantAttention
 from selfcompress.embeddings import QuantEmbedding, TiedLinear
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, layer_widths
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, layer_widths, weight_shape
 from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.size import WEIGHTED, count_weights
 from selfcompress.twins import (
@@ -52,69 +53,56 @@ def quantize_layers(
         ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
     """
     excluded, read_elsewhere, rewritten = tuple(exclude), set(read_elsewhere), set(rewritten)
-    names = {name for name, _ in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
+    every = list(model.named_modules(remove_duplicate=False))  # shared ones by all their names
     for name in excluded:
-        if name not in names:
+        if name not in dict(every):
             raise ValueError(f"exclude: the model has no module named {name!r}")
+
+    def under(parents: Iterable[str]) -> set[nn.Module]:
+        return {m for n, m in every if any(f"{n}.".startswith(f"{p}.") for p in parents)}
+
+    apart = under(excluded)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    ties = _ties(model, {*excluded, *read_elsewhere, *rewritten})
+    ties = _ties(model, apart | under(read_elsewhere | rewritten))
     for embedding in ties.values():
         owners[id(embedding.weight)] = 1
     left: dict[str, str] = {}
-    attentions: set[str] = set()
     twins: dict[nn.Module, nn.Module] = {}
-    tied: list[tuple[str, nn.Module]] = []
-    replacements: list[tuple[str, nn.Module]] = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for module, name in names.items():
         attention, _, last = name.rpartition(".")
-        if last == "out_proj" and attention in attentions:
+        if last == "out_proj" and isinstance(
+            twins.get(model.get_submodule(attention)), QuantAttention
+        ):
             if name in excluded:
                 raise ValueError(f"exclude: {name} is a part of {attention}: exclude that")
             continue
-        if module not in twins:
-            twin = twin_of(module)
-            if (
-                isinstance(module, _BatchNorm)
-                and twin is not None
-                and "forward" not in vars(module)
-            ):
-                norm = of_same_class(twin.from_float(module), module)
-                if norm is None:
-                    continue
-                twins[module] = norm
-            elif module in ties:
-                tied.append((name, module))
-                continue
-            elif isinstance(module, WEIGHTED):
-                why = _why_in_float(name, module, twin, excluded, owners)
-                if name in read_elsewhere:
-                    why = why or "its weight is read past its own forward()"
-                if name in rewritten:
-                    why = why or "its forward() changes its weight"
-                if why:
-                    left[name] = why
-                    continue
-                layer = of_same_class(twin.from_float(module, bits, integer_bits), module)
-                if layer is None:
-                    left[name] = f"its class {_named(module)} has what a quantised layer needs"
-                    continue
-                twins[module] = layer
-            else:
-                if name not in left and count_weights(module, set()):
-                    left[name] = "its parameters are of no known layer"
-                continue
-        if isinstance(module, nn.MultiheadAttention):
-            attentions.add(name)
-        replacements.append((name, twins[module]))
-    for name, module in tied:
-        twin = twins.get(ties[module])
-        if not isinstance(twin, QuantEmbedding):
-            left[name] = _SHARES
-            continue
-        if module not in twins:
+        twin, new, why = twin_of(module), None, ""
+        if isinstance(module, _BatchNorm) and twin and "forward" not in vars(module):
+            new = of_same_class(twin.from_float(module), module)
+        elif isinstance(module, WEIGHTED) and module not in ties:
+            why = "it is excluded" if module in apart else _why_in_float(module, twin, owners)
+            if name in read_elsewhere:
+                why = why or "its weight is read past its own forward()"
+            if name in rewritten:
+                why = why or "its forward() changes its weight"
+            if not why:
+                new = of_same_class(twin.from_float(module, bits, integer_bits), module)
+            if new is None:
+                why = why or f"its class {_named(module)} has what a quantised layer needs"
+        elif module not in ties and count_weights(module, set()):
+            why = "its parameters are of no known layer"
+        if why:
+            left[name] = why
+        if new is not None:
+            twins[module] = new
+    for module, embedding in ties.items():
+        twin = twins.get(embedding)
+        if isinstance(twin, QuantEmbedding):
             assert isinstance(module, nn.Linear)
             twins[module] = TiedLinear.from_float(module, twin)
-        replacements.append((name, twins[module]))
+        else:
+            left[names[module]] = _SHARES
     made = [part for new in twins.values() for part in new.modules()]
     if not any(isinstance(part, QuantizedLayer) for part in made):
         raise ValueError("nothing to compress: the model has no layer to quantise")
@@ -122,8 +110,9 @@ def quantize_layers(
         keep_hooks(old, new)
         kind: Any = type(new)
         keep_noted(old, new, names_of_user(old) - names_of_ours(kind))
-    for name, new in replacements:
-        replace(model, name, new)
+    for name, module in every:
+        if module in twins:
+            replace(model, name, twins[module])
     _without_fast_paths(model)
     return left
 
@@ -131,15 +120,14 @@ def quantize_layers(
 _SHARES = "it shares a parameter with another module"
 
 
-def _ties(model: nn.Module, apart: set[str]) -> dict[nn.Module, nn.Module]:
+def _ties(model: nn.Module, apart: set[nn.Module]) -> dict[nn.Module, nn.Module]:
     """Linear layers that share their weight with one embedding, and nobody else → that.
 
     Args:
-        apart: names of modules that are to be left as they are.
+        apart: modules that are to be left as they are.
     """
     sharing: dict[nn.Parameter, list[nn.Module]] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for module in names:
+    for module in model.modules():
         for parameter in module.parameters(recurse=False):
             sharing.setdefault(parameter, []).append(module)
     found: dict[nn.Module, nn.Module] = {}
@@ -147,24 +135,13 @@ def _ties(model: nn.Module, apart: set[str]) -> dict[nn.Module, nn.Module]:
         embeddings = [m for m in modules if isinstance(m, nn.Embedding) and m.weight is parameter]
         layers = [m for m in modules if type(m) is nn.Linear and m.weight is parameter]
         alone = len(embeddings) == 1 and len(modules) == 1 + len(layers)
-        as_they_are = any(
-            "forward" in vars(m) or any(f"{names[m]}.".startswith(f"{n}.") for n in apart)
-            for m in modules
-        )
+        as_they_are = any("forward" in vars(m) or m in apart for m in modules)
         if alone and not as_they_are:
             found |= dict.fromkeys(layers, embeddings[0])
     return found
 
 
-def _why_in_float(
-    name: str,
-    module: nn.Module,
-    twin: Any,
-    excluded: tuple[str, ...],
-    owners: Counter[int],
-) -> str:
-    if any(name == e or name.startswith(e + ".") for e in excluded):
-        return "it is excluded"
+def _why_in_float(module: nn.Module, twin: Any, owners: Counter[int]) -> str:
     expected = ["weight"] if isinstance(module, FLOAT_LAYERS) else []
     if isinstance(module, RECURRENT):
         expected = matrices_of(module)
@@ -196,14 +173,11 @@ def _why_in_float(
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer has the weight and bias that its sizes ask for, in floating point."""
     ins, outs = layer_widths(layer)
-    shape = [outs, ins // getattr(layer, "groups", 1), *getattr(layer, "kernel_size", ())]
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        shape[:2] = [ins, outs // layer.groups]
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     return (
         weight is not None
         and "bias" in layer._parameters
-        and list(weight.shape) == shape
+        and list(weight.shape) == weight_shape(layer, ins, outs)
         and all(p.is_floating_point() for p in (weight, bias) if p is not None)
         and (bias is None or list(bias.shape) == [outs])
     )

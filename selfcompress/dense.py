@@ -128,8 +128,7 @@ def _norm(norm: PlacedBatchNorm) -> nn.Module:
     core._buffers.update(norm._buffers)
     if every:
         return core  # type: ignore[no-any-return]
-    zeros = norm.weight is not None and norm.running_mean is not None
-    if zeros and norm.in_width == norm.out_width and torch.equal(norm.rows, norm.columns):
+    if norm.aligned and norm.can_be_folded:
         core.num_features = norm.out_width
         for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
             if tensor.dim():

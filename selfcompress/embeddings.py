@@ -10,21 +10,25 @@ from selfcompress.layers import OwnForward, QuantizedLayer, place
 from selfcompress.quantizer import fake_quantize
 
 
-class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
-    """`nn.Embedding` with a bit depth and an exponent per dimension of its vectors, its rows."""
+class _Lookup(QuantizedLayer):
+    """An embedding: its rows are the dimensions of its vectors, its input is indices."""
 
     row_dim = 1
     fan_in_dim = 0
 
     @classmethod
-    def from_float(cls, layer: nn.Embedding, bits: float, integer_bits: bool) -> Self:
+    def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the weight of `layer`."""
         new = cls(**embedding_options(layer), device="meta")
         new.register_parameter("bias", None)
         return new.adopt(layer, bits, integer_bits)
 
     def _in_front(self, shape: torch.Size) -> torch.Size:
-        return shape  # of indices
+        return shape
+
+
+class QuantEmbedding(_Lookup, nn.Embedding):  # type: ignore[misc]
+    """`nn.Embedding` with a bit depth and an exponent per dimension of its vectors, its rows."""
 
     def forward(self, input: Tensor) -> Tensor:
         few = input.numel() < self.num_embeddings and not self.scale_grad_by_freq
@@ -49,22 +53,10 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
         return self.weight.new_zeros((*x.shape, self.out_width))
 
 
-class QuantEmbeddingBag(OwnForward, nn.EmbeddingBag):  # type: ignore[misc]
+class QuantEmbeddingBag(OwnForward, _Lookup, nn.EmbeddingBag):  # type: ignore[misc]
     """`nn.EmbeddingBag` with a bit depth and an exponent per dimension of its vectors, its rows."""
 
-    row_dim = 1
-    fan_in_dim = 0
     own_class = nn.EmbeddingBag
-
-    @classmethod
-    def from_float(cls, layer: nn.EmbeddingBag, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer that takes over the weight of `layer`."""
-        new = cls(**embedding_options(layer), device="meta")
-        new.register_parameter("bias", None)
-        return new.adopt(layer, bits, integer_bits)
-
-    def _in_front(self, shape: torch.Size) -> torch.Size:
-        return shape  # of indices
 
 
 class TiedLinear(nn.Linear):

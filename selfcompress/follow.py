@@ -607,7 +607,10 @@ class _Builder:
         """What a user knows the node as: "stem.norm (GroupNorm)", "softmax in block1.attention"."""
         if node.op == "call_module":
             return f"{self._target(node)} ({type(self._module(node)).__name__})"
-        return _label(node)
+        what, owner = str(getattr(node.target, "__name__", node.target)), owner_of(node)
+        if node.op in ("placeholder", "get_attr"):
+            return what
+        return f"{what}{f' in {owner}' if owner else ''} [{node.name}]"
 
     def _name(self, node: torch.fx.Node) -> str:
         return self.prefix + node.name
@@ -806,13 +809,3 @@ def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:
         return result.to(constants)
 
     return evaluate
-
-
-def _label(node: torch.fx.Node) -> str:
-    """The function of a node, and the module in whose forward() it is called."""
-    what = str(getattr(node.target, "__name__", node.target))
-    if node.op in ("placeholder", "get_attr"):
-        return what
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
-    return f"{what}{where} [{node.name}]"

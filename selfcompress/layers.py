@@ -500,21 +500,15 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         """Whether it is a scale and a shift per channel in evaluation."""
         return self.weight is not None and self.bias is not None and self.running_var is not None
 
-    @property
-    def at_once(self) -> bool:
-        """Whether it can be computed over all channels of its input at once."""
-        # A momentum of None is an average over batches, as `update_bn` takes it: rare.
-        usual = self.track_running_stats and self.momentum is not None
-        return usual and self.aligned and self.can_be_folded
-
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
-        gaps = self.num_features < self.in_width
-        if gaps and self.at_once and few_gaps(self.in_width - len(self.rows), self.in_width):
-            return self._among_zeros(x)
-        if gaps:
+        if self.num_features < self.in_width:
+            # A momentum of None is an average over batches, as `update_bn` takes it: rare.
+            usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
+            if usual and self.aligned and few_gaps(self.in_width - len(self.rows), self.in_width):
+                return self._among_zeros(x)
             x = take(x, self.columns, 1)
         out: Tensor = super().forward(x)
         if self.num_features < self.out_width:
@@ -578,6 +572,14 @@ def layer_widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, EMBEDDINGS):
         return layer.num_embeddings, layer.embedding_dim
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
+def weight_shape(layer: nn.Module, ins: int, outs: int) -> list[int]:
+    """The shape of the weight of one of `FLOAT_LAYERS`, were it of so many channels."""
+    groups, kernel = getattr(layer, "groups", 1), getattr(layer, "kernel_size", ())
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return [ins, outs // groups, *kernel]
+    return [outs, ins // groups, *kernel]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

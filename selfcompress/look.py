@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,24 @@ Inputs = Tensor | tuple[Any, ...]
 def positional(inputs: Inputs) -> tuple[Any, ...]:
     """`inputs` as the arguments of a call."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+_CLOSED = (
+    int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
+    Tensor, torch.fx.Proxy, nn.Module,
+)  # fmt: skip
+
+
+def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
+    """All that is in what a forward() returned, be it in containers or in objects like dataclasses.
+
+    Objects that cannot be looked into, or lie deeper, are leaves themselves.
+    """
+    for leaf in pytree.tree_leaves(returned):
+        if depth and hasattr(leaf, "__dict__") and not isinstance(leaf, _CLOSED):
+            yield from leaves_of(list(vars(leaf).values()), depth - 1)
+        else:
+            yield leaf
 
 
 def device_of(inputs: Inputs) -> torch.device:

@@ -31,6 +31,7 @@ It is computed from the network alone, without packing anything; if the network 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -269,8 +270,7 @@ def _measure_module(
         stored = int(depth.sum()) * module.fan_in
         stored += live * (_DEPTH_BITS + (_HALF_BITS if half else _EXPONENT_BITS))
         stored += _as_held(module.bias, half)
-        stored += module.out_width if len(module.rows) < module.out_width else 0
-        stored += module.in_width if len(module.columns) < module.in_width else 0
+        stored += placement_bits(module, len(module.rows), len(module.columns))
         stored += len(module.rows) if live < len(module.rows) else 0
         stored += len(module.rows) if module.grouped else 0
         # What a user's class has beside.
@@ -297,8 +297,7 @@ def _measure_module(
         if key != "num_batches_tracked" and not folded
     )
     if isinstance(module, PlacedBatchNorm):
-        stored += module.out_width if module.num_features < module.out_width else 0
-        stored += module.in_width if module.num_features < module.in_width else 0
+        stored += placement_bits(module, module.num_features, module.num_features)
     if isinstance(module, TiedLinear):
         multiplied = int(module.embedding.live_rows().sum()) * module.embedding.fan_in
         return LayerSize(name, 0, 0, 0.0, 0, 0.0, stored, multiplied * applications)
@@ -317,6 +316,12 @@ def _measure_module(
         stored_bits=stored,
         macs=sum(w.numel() for w in used) * applications,
     )
+
+
+def placement_bits(module: Any, rows: int, columns: int) -> int:
+    """One bit per output and per input channel, unless all are computed or read."""
+    out_bits: int = module.out_width if rows < module.out_width else 0
+    return out_bits + (module.in_width if columns < module.in_width else 0)
 
 
 def _as_held(tensor: Tensor | None, half: bool) -> int:

@@ -135,7 +135,8 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
     prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
     body = {"__reduce_ex__": reduce, "own_class": own}
     kinds: tuple[type, ...] = (twin, own)
-    if issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES):
+    own_forward = issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES)
+    if own_forward and not issubclass(twin, OwnForward):
         kinds = (OwnForward, *kinds)
     return type(prefix + own.__name__, kinds, body)
 

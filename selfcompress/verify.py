@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from selfcompress.layers import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.look import Inputs, device_of, full_precision, positional, undisturbed
+from selfcompress.look import Inputs, device_of, full_precision, leaves_of, positional, undisturbed
 from selfcompress.surgery import Plan
 
 
@@ -24,15 +23,14 @@ class Snapshot:
 
     Attributes:
         outputs: every tensor the model returned.
-        rows: layer name → its output at the channels it has rows for, in the order layers ran.
+        rows: layer name → (rows, ...) its output at the channels it has rows for, in the order
+            layers ran.
         largest: the largest magnitude that any quantised layer made.
-        dims: layer name → the channel axis of that output.
     """
 
     outputs: list[Tensor]
     rows: dict[str, Tensor]
     largest: float
-    dims: dict[str, int]
 
 
 @torch.no_grad()
@@ -46,7 +44,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
             assert isinstance(layer, QuantizedLayer)
             if isinstance(layer, OwnForward):
                 return  # it may do more than to compute its rows
-            rows[name] = output.index_select(layer.channel_dim, layer.rows)
+            rows[name] = output.movedim(layer.channel_dim, 0).index_select(0, layer.rows)
             largest.append(float(output.abs().amax()) if output.numel() else 0.0)
 
         return hook
@@ -59,20 +57,14 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
     finally:
         for handle in hooks:
             handle.remove()
-    return Snapshot(
-        outputs, rows, max(largest), {n: m.channel_dim for n, m in quantized_layers(model).items()}
-    )
+    return Snapshot(outputs, rows, max(largest))
 
 
-def _tensors(returned: Any, depth: int = 3) -> Iterator[Tensor]:
-    """All tensors in what a model returned, those of objects such as dataclasses too."""
-    for leaf in pytree.tree_leaves(returned):
-        if isinstance(leaf, nn.Parameter):
-            continue  # is cut, and no output
-        if isinstance(leaf, Tensor):
+def _tensors(returned: Any) -> Iterator[Tensor]:
+    """All tensors in what a model returned; a parameter is cut, and no output."""
+    for leaf in leaves_of(returned):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
             yield torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module) and depth:
-            yield from _tensors(list(vars(leaf).values()), depth - 1)
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
@@ -91,11 +83,9 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
         return
     guilty = "no single layer"
     for name, was in before.rows.items():  # in the order they ran
-        kept = torch.tensor(plan.rows[name], dtype=torch.int64) if name in plan.rows else None
         is_now = after.rows[name]
-        dim = before.dims[name]
-        if kept is not None:
-            was = was.index_select(dim, kept.to(was.device))
+        if name in plan.rows:
+            was = was[plan.rows[name]]
         if was.shape != is_now.shape or _difference(was, is_now) > tolerance:
             guilty = f"layer {name}"
             break

@@ -707,6 +707,38 @@ def test_excluded_layers_are_reported_in_float_and_cut_along(
     check_exact(compressor, images())
 
 
+class TwoNames(nn.Module):
+    """A layer that is registered twice, and called by both of its names."""
+
+    def __init__(self, past_it: bool = False) -> None:
+        super().__init__()
+        self.past_it = past_it
+        self.stem, self.first, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(torch.relu(self.stem(x))))
+        x = F.linear(x, self.first.weight) if self.past_it else self.second(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("exclude", "past_it"),
+    [([], False), (["first"], False), (["second"], False), ([], True)],
+)
+def test_a_layer_of_two_names_is_quantised_or_left_by_both(
+    exclude: list[str], past_it: bool
+) -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    compressor = started(TwoNames(past_it), x, exclude=exclude)
+    model = compressor.model
+    assert model.first is model.second
+    assert isinstance(model.first, QuantizedLayer) == (not exclude and not past_it)
+    assert set(compressor.left_in_float) == ({"first"} if exclude or past_it else set())
+    check_exact(compressor, x)
+
+
 def test_the_report_reads_well() -> None:
     model = nn.Sequential(
         block(3, 6),

@@ -18,7 +18,7 @@ import selfcompress
 from selfcompress import Compressor
 from selfcompress.dense import to_dense
 from selfcompress.embeddings import QuantEmbedding
-from selfcompress.layers import quantized_layers
+from selfcompress.layers import QuantizedLayer, quantized_layers
 
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
 
@@ -245,6 +245,21 @@ def test_bags_of_words_lose_dimensions_as_well(mode: str, tmp_path: Path) -> Non
     selfcompress.save(model, tmp_path / "net.scnn")
     loaded = selfcompress.load(tmp_path / "net.scnn", Bags(mode).double())
     torch.testing.assert_close(computed(loaded, x, training=False), want, rtol=0, atol=0)
+
+
+class OwnBag(nn.EmbeddingBag):
+    """Twice the mean of a sentence's words."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * F.embedding_bag(tokens, self.weight, mode="mean")
+
+
+def test_bags_with_a_forward_of_their_own_are_quantised() -> None:
+    model = nn.Sequential(OwnBag(50, 8), nn.Linear(8, 6), nn.Linear(6, 3))
+    compressor = started(model, TOKENS)
+    assert not compressor.left_in_float
+    assert isinstance(model[0], OwnBag) and isinstance(model[0], QuantizedLayer)
+    check_exact(compressor, TOKENS, shrinks=False)
 
 
 # --- an output layer with the same weight ---------------------------------------------------------

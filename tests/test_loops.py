@@ -619,6 +619,16 @@ def test_a_validation_loss_with_the_penalty_holds_no_norms() -> None:
     assert not torch.equal(compressor.model.get_buffer("0.1.running_mean"), mean)
 
 
+def test_norms_in_eval_mode_stay_before_anything_was_differentiated_too() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
+    compressor.model.train()
+    norm = compressor.model.get_submodule("0.1").eval()
+    mean = norm.get_buffer("running_mean").clone()
+    compressor.reestimate([X + 5])
+    assert torch.equal(norm.get_buffer("running_mean"), mean)
+    assert not norm.training
+
+
 def test_an_evaluation_between_backward_and_step_holds_no_norms() -> None:
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
     optimizer = sgd(compressor)

@@ -277,7 +277,7 @@ def test_a_settled_preview_is_what_biases_on_their_way_to_zero_will_leave() -> N
 def test_gamma_is_the_smallest_that_leads_to_a_size(size: float) -> None:
     compressor, optimizer = started(4.0)
     train(compressor, optimizer, 0, STEPS // 4)
-    path = compressor._path
+    path = compressor.path
     assert isinstance(path, SizePath)
     gamma = path._gamma_for(size)
     assert path._rough_size(gamma) <= size < path._rough_size(0.99 * gamma)
@@ -287,7 +287,7 @@ def test_what_is_planned_falls_from_the_start_to_the_target_and_stays() -> None:
     compressor, optimizer = started(4.0)
     start = compressor.size().stored_bits
     train(compressor, optimizer, 0, STEPS // 5)
-    path = compressor._path
+    path = compressor.path
     assert path is not None and path.start == start
     planned = [path._planned(i / 20) for i in range(30)]
     assert planned == sorted(planned, reverse=True)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
 from selfcompress import Compressor
+from selfcompress.verify import snapshot
 
 X = torch.randn((4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -270,6 +271,28 @@ def test_forward_takes_and_returns_what_it_likes(model: nn.Module, example: Any)
     assert "it is an output of the model" in layers["b"].why
     if isinstance(model, Caches):
         assert all(type(kept) is Tensor for kept in example[1].kept)
+
+
+class Wrapped(Two):
+    """Returns its output within so many objects."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+
+    def forward(self, x: Any) -> Any:
+        y: Any = super().forward(x)
+        for _ in range(self.depth):
+            y = Answer(y)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+@pytest.mark.parametrize("depth", range(7))
+def test_what_is_cut_is_compared_as_deep_as_it_lies(depth: int) -> None:
+    model = Wrapped(depth).double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    assert bool(snapshot(model, X).outputs) == (not compressor.graph.untraceable) == (depth <= 4)
 
 
 class Context:

@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from selfcompress.size import placement_bits
 from selfcompress.text import first_line
 
 FORMAT = "selfcompress"
@@ -146,7 +147,7 @@ class Layer(msgspec.Struct, frozen=True, array_like=True):
     @property
     def placement_bits(self) -> int:
         per_row = self.grouped + (self.live < self.rows)
-        return per_row * self.rows + _placement_bits(self, self.rows, self.columns)
+        return per_row * self.rows + placement_bits(self, self.rows, self.columns)
 
 
 def weights_without_bits(layers: list[Layer]) -> int:
@@ -167,13 +168,7 @@ class Norm(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def placement_bits(self) -> int:
-        return _placement_bits(self, self.entries, self.entries)
-
-
-def _placement_bits(module: Layer | Norm, rows: int, columns: int) -> int:
-    """One bit per output and per input channel, unless all are computed or read."""
-    out_bits = module.out_width if rows < module.out_width else 0
-    return out_bits + (module.in_width if columns < module.in_width else 0)
+        return placement_bits(self, self.entries, self.entries)
 
 
 class FloatLayer(msgspec.Struct, frozen=True, array_like=True):

@@ -23,6 +23,7 @@ from selfcompress.layers import (
     QuantizedLayer,
     quantized_layers,
     recount,
+    weight_shape,
 )
 from selfcompress.look import without_compile
 from selfcompress.recurrent import RECURRENT, matrices_of
@@ -144,26 +145,24 @@ def _drop_weights(model: nn.Module, header: h.Header) -> None:
     empty: dict[Tensor | None, nn.Parameter] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for layer in header.layers:
-        owner, key = layer.name, "weight"
-        if owner.endswith(".in_proj") and isinstance(
-            model.get_submodule(owner.removesuffix(".in_proj")), nn.MultiheadAttention
-        ):
-            owner, key = owner.removesuffix(".in_proj"), "in_proj_weight"
-        parent, _, name = owner.rpartition(".")
-        if _is_matrix(modules, owner):
-            owner, key = parent, name
-        weight = model.get_submodule(owner).get_parameter(key)
+        module, key = _place_in_float(modules, layer.name)
+        assert module is not None
+        weight = module.get_parameter(key)
         empty[weight] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
     for module in model.modules():  # with an embedding's weight an output layer's
         held = module._parameters
         held.update({name: empty[p] for name, p in held.items() if p in empty})
 
 
-def _is_matrix(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether it is the name of a weight of a recurrent layer among these."""
+def _place_in_float(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module | None, str]:
+    """The module of a float model, and the name in it, of the weight of a quantised layer."""
     parent, _, last = name.rpartition(".")
     owner = modules.get(parent)
-    return isinstance(owner, RECURRENT) and last in matrices_of(owner)
+    if isinstance(owner, nn.MultiheadAttention) and last == "in_proj":
+        return owner, "in_proj_weight"
+    if isinstance(owner, RECURRENT) and last in matrices_of(owner):
+        return owner, last
+    return modules.get(name), "weight"
 
 
 def _quantize(model: nn.Module, header: h.Header) -> None:
@@ -172,21 +171,14 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
         raise h.FileError("the model is compressed already: build a fresh one")
     if not header.layers:
         return
-    quantised = {layer.name for layer in header.layers}
-    quantised |= {name.removesuffix(".in_proj") for name in quantised}  # attention holds two
-    # And recurrent layers theirs.
     modules = dict(model.named_modules(remove_duplicate=False))
-    quantised |= {name.rpartition(".")[0] for name in quantised if _is_matrix(modules, name)}
-    shared = {
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name in quantised
-    }
+    quantised = {_place_in_float(modules, layer.name)[0] for layer in header.layers}
+    shared = {module.weight for module in quantised if isinstance(module, nn.Embedding)}
     exclude = [
         name
         for name, module in model.named_modules()
         if isinstance(module, (*FLOAT_LAYERS, *EMBEDDINGS, *RECURRENT, nn.MultiheadAttention))
-        and name not in quantised
+        and module not in quantised
         and module._parameters.get("weight") not in shared
     ]
     try:
@@ -248,12 +240,9 @@ def _known_shapes(header: h.Header, modules: dict[str, nn.Module]) -> dict[str, 
             shapes[f"{norm.name}.{key}"] = [norm.entries]
     for entry in header.float_layers:
         module: Any = modules[entry.name]
-        groups = getattr(module, "groups", 1)
-        widths = [entry.out_width, entry.in_width // groups]
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            widths = [entry.in_width, entry.out_width // groups]
         if "weight" in module._parameters:  # else it is computed from others
-            shapes[f"{entry.name}.weight"] = [*widths, *module.weight.shape[2:]]
+            shape = weight_shape(module, entry.in_width, entry.out_width)
+            shapes[f"{entry.name}.weight"] = shape
         shapes[f"{entry.name}.bias"] = [entry.out_width]
     return shapes
 

@@ -369,8 +369,6 @@ class Run:
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step of everything: (2,) the task's loss and the number of images it got right."""
-        if self.control is not None:
-            self.control.press()
         compressor = self.compressor
         step = self.differentiate(self._version, images, labels)
         for parameter, gradient in step.gradients.items():
@@ -450,7 +448,6 @@ class Run:
             "epoch": epoch,
             "network": network,
             "scheduler": self.scheduler.state_dict(),
-            "control": None if self.control is None else self.control.state_dict(),
         }
 
     def _resume(self) -> int:
@@ -465,8 +462,6 @@ class Run:
                 self.model.load_state_dict(state["network"]["model"])
                 self.optimizer.load_state_dict(state["network"]["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            if self.control is not None:
-                self.control.load_state_dict(state["control"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             reason = first_line(error)
             raise UserError(

@@ -6,7 +6,6 @@ the entropy of the integers away from the target, for the last time in the finis
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,7 +48,7 @@ class SizeControl:
         self.fitter = Fitter(compressor, optimizer, losses, self.file_bytes)
         schedule = compressor.schedule
         assert schedule is not None and not schedule.rise
-        self.path = SizePath(
+        compressor.path = SizePath(
             LANDING * target,
             smallest,
             start,
@@ -62,12 +61,6 @@ class SizeControl:
         """The size of the network's file, were it cut now."""
         return self.bytes_of(self.compressor.preview())
 
-    def press(self) -> None:
-        """Set γ for the next step. It rises by itself."""
-        gamma = None if self.compressor.frozen else self.path.gamma(self.compressor.steps)
-        if gamma is not None:
-            self.compressor.gamma = gamma
-
     def settle(self, last: bool = False) -> None:
         """Once formats are frozen: back to the target, if the file has left it.
 
@@ -75,15 +68,9 @@ class SizeControl:
         """
         if last:
             self.compressor.freeze()
-            self.fitter.drop_zero_rows()
+            self.compressor.idle.look()  # rows that are zero now go first, as they do in the end
+            self.compressor.cut(self.fitter.optimizer)
         if not self.compressor.frozen:
             return
         least = round((1 - TOLERANCE) * self.target)
         self.fitter.fit(self.target, least, self.most_bits)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: what a run needs to go on as if it had not stopped."""
-        return self.path.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.path.load_state_dict(state)

@@ -77,13 +77,6 @@ class Fitter:
                 break
         return self.file_bytes()
 
-    def drop_zero_rows(self) -> None:
-        """Cut the rows that quantise to nothing but zeros, as the end of training will."""
-        with torch.no_grad():
-            for layer in self._layers:
-                layer.bit_depth[layer.zero_rows()] = 0
-        self.compressor.cut(self.optimizer)
-
     def _trim(self, limit: int) -> bool:
         """Take bits, or all, from the rows where it costs least; whether there was any to take.
 
