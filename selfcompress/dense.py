@@ -8,17 +8,10 @@ from torch import Tensor, fx, nn
 from selfcompress.attention import QuantAttention
 from selfcompress.convert import replace
 from selfcompress.embeddings import TiedLinear, embedding_options
-from selfcompress.layers import (
-    EMBEDDINGS,
-    OwnForward,
-    PlacedBatchNorm,
-    QuantizedLayer,
-    QuantLinear,
-    conv_options,
-    norm_options,
-    place,
-)
+from selfcompress.layers import EMBEDDINGS, OwnForward, QuantizedLayer, QuantLinear, conv_options
 from selfcompress.look import detached_copy, without_compile
+from selfcompress.placed_norms import PlacedBatchNorm, norm_options
+from selfcompress.placing import place
 from selfcompress.recurrent import QuantRecurrent, matrices_of
 from selfcompress.twins import TWINS, keep_hooks, keep_noted, names_of_user
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers import OwnForward, QuantizedLayer, place
+from selfcompress.layers import OwnForward, QuantizedLayer
+from selfcompress.placing import place
 from selfcompress.quantizer import fake_quantize
 
 

@@ -26,15 +26,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
 from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    NORM_ENTRIES,
-    OwnForward,
-    PlacedBatchNorm,
-    QuantizedLayer,
-    layer_widths,
-)
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, QuantizedLayer, layer_widths
 from selfcompress.look import Inputs, batch_size
 from selfcompress.observe import Observed, observe
 from selfcompress.ops import (
@@ -51,6 +43,7 @@ from selfcompress.ops import (
     reads_type,
     worked_on,
 )
+from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.trace import Part, Trace, trace
 from selfcompress.tracer import Shape, has_tensors, owner_of
 

@@ -401,7 +401,7 @@ class FormatStepper:
         # The least is in the middle of the depths that round up to it.
         target = wanted.maximum(least).clamp(max=self.most_bits)
         change = (target - depth).clamp(-step, step)
-        given_up = _given_up(wanted, depth, layer_of, least_rows)
+        given_up = _given_up(wanted, depth, layer_of, least_rows, len(self.layers))
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
@@ -425,23 +425,24 @@ def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole == before, depth, middle), before - whole
 
 
-def _given_up(wanted: Tensor, depth: Tensor, layer_of: Tensor, least: Tensor) -> Tensor:
+def _given_up(
+    wanted: Tensor, depth: Tensor, layer_of: Tensor, least: Tensor, layers: int
+) -> Tensor:
     """(rows of all layers,) which are to lose all bits, given what they want and have.
 
     Args:
         layer_of: (rows of all layers,) int64, ascending: the number of each row's layer.
         least: of the same shape: how many rows of that layer keep bits.
+        layers: how many there are, those without rows too.
     """
-    # Layer by layer, those that have none before the others, then the least wanted first.
+    # Layer by layer, in the order in which rows go: those without bits, then the least wanted.
     order = wanted.clamp(min=LEAST_WANTED).masked_fill(depth <= 0, -math.inf).argsort(stable=True)
     order = order[layer_of[order].argsort(stable=True)]
     bits = integer_depth(depth)[order].long()
-    until = bits.cumsum(0)
-    # Of every row's layer the first and the last; `layer_of` is sorted, so in this order too.
-    start = torch.searchsorted(layer_of, layer_of)
-    end = torch.searchsorted(layer_of, layer_of, right=True) - 1
-    earlier = (until - bits)[start]  # in the layers before
+    bits_of = bits.new_zeros(layers).index_add(0, layer_of, bits)
+    rows_of = bits.new_zeros(layers).index_add(0, layer_of, torch.ones_like(bits))
     # What the rows of its layer before it hold: the first may always go, however much it has.
-    first = until - bits - earlier <= AT_ONCE * (until[end] - earlier)
-    spared = end - torch.arange(len(end), device=end.device) < least
-    return (wanted < 1) & torch.zeros_like(first).scatter(0, order, first & ~spared)
+    bits_before = bits.cumsum(0) - bits - (bits_of.cumsum(0) - bits_of)[layer_of]
+    rows_after = rows_of.cumsum(0)[layer_of] - 1 - torch.arange(len(bits), device=bits.device)
+    goes = (bits_before <= AT_ONCE * bits_of[layer_of]) & (rows_after >= least)
+    return (wanted < 1) & torch.zeros_like(goes).scatter(0, order, goes)

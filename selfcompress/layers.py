@@ -1,10 +1,9 @@
-"""Torch layers that quantise their own weight, and batch norms that can lose channels.
+"""Torch layers that quantise their own weight.
 
 A quantised layer keeps only the rows that still have bits. Rows that were cut leave a gap in the
 output, so each layer remembers which output channels its rows compute (`rows`) and places them
 there; every other output channel is exactly the bias, or 0. In the same way it remembers which
-input channels it reads (`columns`). Batch norms get the same abilities: in a residual branch a
-channel can be gone while the trunk it is added to still carries it.
+input channels it reads (`columns`).
 
 Few gaps are filled with zeros in the weight, which is small; many are made in the output, so that
 nothing is computed for them.
@@ -17,54 +16,9 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfcompress.placing import Placed, few_gaps, place, take
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
-
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By dimensions, how tensors lie whose channels are last in memory."""
-
-_FEW_GAPS = 8, 0.7  # channels, or of them all: up to so many zeros cost less than copies
-
-
-def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
-    """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0."""
-    last = _channels_last(values, dim)
-    if last is not None:
-        wide = last.new_zeros((*last.shape[:-1], width)).index_copy_(-1, rows, last)
-        return wide.movedim(-1, dim)
-    shape = list(values.shape)
-    shape[dim] = width
-    layout = layout_of(values)
-    wide = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
-    return wide.zero_().index_copy_(dim, rows, values)
-
-
-def layout_of(tensor: Tensor) -> torch.memory_format:
-    """How it lies in memory; what may be taken for either is contiguous."""
-    last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
-    only = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
-    return last if only else torch.contiguous_format
-
-
-def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
-    """`values` at some `channels` of `dim`."""
-    last = _channels_last(values, dim)
-    if last is not None:
-        return last.index_select(-1, channels).movedim(-1, dim)
-    return values.index_select(dim, channels)
-
-
-def _channels_last(values: Tensor, dim: int) -> Tensor | None:
-    """`values`, channels last, if they lie so in memory: torch's own indexing would change that."""
-    last = values.movedim(dim, -1)
-    return last if last.is_contiguous() and not values.is_contiguous() else None
-
-
-def few_gaps(gaps: int, width: int) -> bool:
-    """Whether so many of `width` channels are few."""
-    count, share = _FEW_GAPS
-    return gaps <= max(count, share * width)
 
 
 def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
@@ -75,40 +29,6 @@ def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tens
     values_of_rows = each.repeat_interleave(repeats, output_size=sum(counts))
     # Not blocking, as a GPU would be waited for; CUDA has read the source when this returns.
     return values_of_rows.to(layers[0].bit_depth.device, non_blocking=True)
-
-
-class Placed(nn.Module):
-    """A module that knows which channels it reads and makes.
-
-    The indices are no buffers: an average of the model would average them too. They follow from
-    the plans that were applied, so checkpoints do without them.
-
-    Attributes:
-        columns: (columns,) int64, the input channel that each column or entry reads.
-        rows: (rows,) int64, the output channel that each row or entry computes.
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Have the indices follow the parameters to another device, and formats stay exact."""
-        formats = [vars(self)["_parameters"].get(name) for name in ("bit_depth", "exponent")]
-
-        def apply(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            # In half precision a depth could round down to fewer bits.
-            half = moved.is_floating_point() and moved.element_size() < 4
-            if half and any(tensor is parameter for parameter in formats):
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
-        for name in ("rows", "columns", "slots"):
-            if name in vars(self):
-                index = getattr(self, name)  # whole numbers, even for `model.type(torch.float64)`
-                setattr(self, name, index.to(fn(index).device))
-        return self
 
 
 class QuantizedLayer(Placed):
@@ -150,6 +70,19 @@ class QuantizedLayer(Placed):
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As any module's, but formats stay exact: in half precision a depth could round down."""
+        formats = [vars(self)["_parameters"].get(name) for name in ("bit_depth", "exponent")]
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            half = moved.is_floating_point() and moved.element_size() < 4
+            if half and any(tensor is parameter for parameter in formats):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(apply, recurse)
 
     def adopt(self, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """Take over the parameters (the same objects) and mode of an ordinary layer."""
@@ -467,95 +400,6 @@ class OwnForward(QuantizedLayer):
                 self.groups = groups
 
 
-class PlacedBatchNorm(Placed, _BatchNorm):
-    """A batch norm over some channels of its input, placed among zeros in its output.
-
-    Attributes:
-        columns: (entries,) the input channel that each entry normalises.
-        rows: (entries,) the output channel that each entry computes.
-        in_width, out_width: channels of the input and the output.
-        aligned: whether every entry's channel has the same index in the input and the output.
-    """
-
-    in_width: int
-    out_width: int
-    aligned: bool
-
-    @classmethod
-    def from_float(cls, norm: _BatchNorm) -> Self:
-        """A placed batch norm that takes over the parameters and statistics of `norm`."""
-        new = cls(**norm_options(norm), device="meta")
-        new._parameters.update(norm._parameters)
-        new._buffers.update(norm._buffers)
-        every = norm.running_mean if norm.running_mean is not None else norm.weight
-        where = every.device if every is not None else None
-        new.columns = torch.arange(norm.num_features, device=where)
-        new.rows = torch.arange(norm.num_features, device=where)
-        new.in_width = new.out_width = norm.num_features
-        new.aligned = True
-        return new.train(norm.training)
-
-    @property
-    def can_be_folded(self) -> bool:
-        """Whether it is a scale and a shift per channel in evaluation."""
-        return self.weight is not None and self.bias is not None and self.running_var is not None
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.num_features == 0:
-            return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
-        if self.num_features < self.in_width:
-            # A momentum of None is an average over batches, as `update_bn` takes it: rare.
-            usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
-            if usual and self.aligned and few_gaps(self.in_width - len(self.rows), self.in_width):
-                return self._among_zeros(x)
-            x = take(x, self.columns, 1)
-        out: Tensor = super().forward(x)
-        if self.num_features < self.out_width:
-            out = place(out, self.rows, self.out_width, 1)
-        return out
-
-    def _among_zeros(self, x: Tensor) -> Tensor:
-        """All channels normalised; those without an entry become 0."""
-        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None and var is not None and count is not None
-        assert self.momentum is not None
-        entries = (mean, var, self.weight, self.bias)
-        wide_mean, wide_var, weight, bias = (place(e, self.rows, self.in_width, 0) for e in entries)
-        out = F.batch_norm(
-            x, wide_mean, wide_var, weight, bias, self.training, self.momentum, self.eps
-        )
-        if self.training:
-            count.add_(1)
-            mean.copy_(wide_mean[self.rows])
-            var.copy_(wide_var[self.rows])
-        return out
-
-
-class PlacedBatchNorm1d(PlacedBatchNorm, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that can lose channels."""
-
-
-class PlacedBatchNorm2d(PlacedBatchNorm, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that can lose channels."""
-
-
-class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` that can lose channels."""
-
-
-NORM_ENTRIES = ("running_mean", "running_var", "weight", "bias")
-"""The tensors of a batch norm that have an entry for every channel, as `F.batch_norm` has them."""
-
-
-def recount(module: nn.Module, tensor: Tensor) -> None:
-    """Have a module that is not ours say how many channels its `tensor` is for."""
-    if isinstance(module, nn.PReLU):
-        module.num_parameters = len(tensor)
-    elif isinstance(module, _BatchNorm) and not isinstance(module, PlacedBatchNorm):
-        module.num_features = len(tensor)
-
-
 FLOAT_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
@@ -594,9 +438,3 @@ def conv_options(layer: Any) -> dict[str, Any]:
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         names.append("output_padding")
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
-
-
-def norm_options(norm: _BatchNorm) -> dict[str, Any]:
-    """The constructor's arguments of a batch norm like `norm`."""
-    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-    return {name: getattr(norm, name) for name in names}

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.channels import ChannelGraph, Node
-from selfcompress.layers import PlacedBatchNorm, QuantizedLayer, _QuantConv
+from selfcompress.layers import QuantizedLayer, _QuantConv
 from selfcompress.ops import Kind
+from selfcompress.placed_norms import PlacedBatchNorm
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
 _WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)

@@ -41,13 +41,13 @@ from selfcompress.channels import ChannelGraph
 from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import (
     FLOAT_LAYERS,
-    PlacedBatchNorm,
     QuantizedLayer,
     layer_widths,
     of_rows,
     quantized_layers,
 )
 from selfcompress.look import kept_modes
+from selfcompress.placed_norms import PlacedBatchNorm
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
 

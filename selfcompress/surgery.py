@@ -25,18 +25,11 @@ from torch.optim import (
 )
 
 from selfcompress.channels import ChannelGraph
-from selfcompress.layers import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    NORM_ENTRIES,
-    PlacedBatchNorm,
-    QuantizedLayer,
-    _QuantConv,
-    layout_of,
-    recount,
-)
+from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
 from selfcompress.liveness import Liveness
 from selfcompress.ops import Kind
+from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.placing import layout_of
 
 Index = list[int]
 

@@ -80,7 +80,7 @@ class Trace:
 def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
     """Trace `model`, whose layers are quantised already; leaves its modes and buffers alone.
 
-    The way is that of training mode, followed once in eval mode to learn the shapes.
+    The way is that of training mode; that of eval mode must call nothing else.
 
     Args:
         observed: a run of the model on `example_input`.

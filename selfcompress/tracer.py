@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.attention import QuantAttention
 from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import OwnForward, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import OwnForward, QuantizedLayer
 from selfcompress.look import copied, kept_modes, leaves_of, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
+from selfcompress.placed_norms import PlacedBatchNorm
 from selfcompress.recurrent import QuantRecurrent
 from selfcompress.text import first_line
 from selfcompress.widths import Read

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress import embeddings, layers, recurrent
+from selfcompress import embeddings, layers, placed_norms, recurrent
 from selfcompress.attention import QuantAttention
 from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import OwnForward, QuantizedLayer
@@ -35,9 +35,9 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.RNNCell: recurrent.QuantRNNCell,
     nn.LSTMCell: recurrent.QuantLSTMCell,
     nn.GRUCell: recurrent.QuantGRUCell,
-    nn.BatchNorm1d: layers.PlacedBatchNorm1d,
-    nn.BatchNorm2d: layers.PlacedBatchNorm2d,
-    nn.BatchNorm3d: layers.PlacedBatchNorm3d,
+    nn.BatchNorm1d: placed_norms.PlacedBatchNorm1d,
+    nn.BatchNorm2d: placed_norms.PlacedBatchNorm2d,
+    nn.BatchNorm3d: placed_norms.PlacedBatchNorm3d,
 }
 """Layer type → its twin."""
 _COMPUTES = ("forward", "_conv_forward", "_output_padding")
@@ -132,7 +132,7 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
         return _blank, (twin, own), vars(module)
 
     assert isinstance(twin, type) and isinstance(own, type)
-    prefix = "Placed" if issubclass(twin, layers.PlacedBatchNorm) else "Quant"
+    prefix = "Placed" if issubclass(twin, placed_norms.PlacedBatchNorm) else "Quant"
     body = {"__reduce_ex__": reduce, "own_class": own}
     kinds: tuple[type, ...] = (twin, own)
     own_forward = issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES)

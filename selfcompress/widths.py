@@ -12,8 +12,9 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.layers import FLOAT_LAYERS, PlacedBatchNorm, QuantizedLayer
+from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
 from selfcompress.ops import product_of
+from selfcompress.placed_norms import PlacedBatchNorm
 
 _OF_INPUTS, _OF_OUTPUTS = (
     ("in_channels", "in_features"),

@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import to_dense
 from selfcompress.convert import quantize_layers
-from selfcompress.layers import Placed, PlacedBatchNorm2d, quantized_layers
+from selfcompress.layers import quantized_layers
+from selfcompress.placed_norms import PlacedBatchNorm2d
+from selfcompress.placing import Placed
 from selfcompress.surgery import Wiring, rewire
 
 

@@ -170,7 +170,7 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
     rows = torch.tensor([row for rows, _ in layers for row in rows], dtype=torch.float64)
     layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(sizes))
     least = torch.tensor([least for _, least in layers])
-    given_up = _given_up(rows[:, 0], rows[:, 1], layer_of, least[layer_of])
+    given_up = _given_up(rows[:, 0], rows[:, 1], layer_of, least[layer_of], len(layers))
     for part, up, spared in zip(rows.split(sizes), given_up.split(sizes), least, strict=True):
         wanted, depth = part.T
         going, unwanted = up & (depth > 0), (wanted < 1) & (depth > 0)

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build
 from selfcompress import Compressor
-from selfcompress.layers import PlacedBatchNorm, place, take
+from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.placing import place, take
 from selfcompress.replay import Replay
 from selfcompress.training.late import late
 

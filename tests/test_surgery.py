@@ -18,8 +18,9 @@ from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from selfcompress.dense import to_dense
-from selfcompress.layers import PlacedBatchNorm, quantized_layers
+from selfcompress.layers import quantized_layers
 from selfcompress.ops import Kind
+from selfcompress.placed_norms import PlacedBatchNorm
 from selfcompress.size import measure, starting_weights
 from selfcompress.surgery import Plan
 

@@ -16,16 +16,13 @@ from selfcompress.file.write import DTYPES, is_stored
 from selfcompress.layers import (
     EMBEDDINGS,
     FLOAT_LAYERS,
-    LAYOUTS,
-    NORM_ENTRIES,
-    Placed,
-    PlacedBatchNorm,
     QuantizedLayer,
     quantized_layers,
-    recount,
     weight_shape,
 )
 from selfcompress.look import without_compile
+from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.placing import LAYOUTS, Placed
 from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.surgery import Wiring, rewire
 from selfcompress.text import first_line

@@ -1,4 +1,4 @@
-"""Read a packed file: check it whole, take its streams apart, and set up a network from them.
+"""Read a packed file: check it whole and take its streams apart.
 
 A file is a stranger's: nothing in it is run, sizes are checked before anything of that size is
 made, and every stream has to be used up exactly.

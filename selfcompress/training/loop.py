@@ -1,15 +1,12 @@
 """The training loop of a run, from its configuration to its summary."""
 
-import dataclasses
 import itertools
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from tqdm import tqdm
 
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
-from selfcompress.file.header import About, Architecture, check_about
+from selfcompress.file.header import About, check_about
 from selfcompress.file.load import set_up
-from selfcompress.file.read import Contents, read, unpack
+from selfcompress.file.read import read, unpack
 from selfcompress.file.write import pack
 from selfcompress.follow import channel_graph
 from selfcompress.formats import Collected
@@ -42,6 +39,7 @@ from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.filesize import FileSize
 from selfcompress.training.late import late
 from selfcompress.training.memory import keep_freed
+from selfcompress.training.summary import about_of, headline_of, result_of, summary_of, title_of
 from selfcompress.training.target import SizeControl
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
@@ -243,7 +241,7 @@ class Run:
 
     def _pack(self, model: nn.Module, accuracy: float) -> bytes:
         """The file of a network whose `accuracy` this is."""
-        about = self._about(accuracy)
+        about = about_of(self, accuracy)
         try:
             return pack(model, about, **self.storage)
         except ValueError as error:  # a number that 16 bits cannot hold
@@ -275,7 +273,7 @@ class Run:
         """Train the epochs that are missing and write the summary."""
         first = self._resume()
         history = self.folder.metrics(first)
-        print(self._headline())
+        print(headline_of(self))
         if first:
             print(f"going on after epoch {first} of {self.epochs}")
         board = Board(self.folder.path / runs.TENSORBOARD, first)
@@ -288,14 +286,14 @@ class Run:
             print(epoch_line(metrics, self.epochs), flush=True)
         network = self.folder.path / runs.NETWORK
         accuracy = self._write_network(network)
-        summary = self._summary(history, accuracy, read(network))
-        image = widths_figure(summary["channels_start"], list(self.size().layers), self._title())
+        summary = summary_of(self, history, accuracy, read(network))
+        image = widths_figure(summary["channels_start"], list(self.size().layers), title_of(self))
         write_atomically(self.folder.path / runs.WIDTHS, image)
         board.write_widths(image, self.epochs - 1)
         board.write_hyperparameters(summary)
         board.close()
         self.folder.write_summary(summary)
-        print(self._result(summary))
+        print(result_of(self, summary))
         if self.control is not None and summary["file_bytes"] > self.control.target:
             print(
                 f"warning: the file has more than the {self.control.target:,} bytes asked for: "
@@ -470,112 +468,11 @@ class Run:
             ) from error
         return int(state["epoch"])
 
-    def _about(self, accuracy: float) -> About:
-        """What the file of the network tells beside the network."""
-        config, data, end = self.config, self.dataset, self.size()
-        assert config.dataset is not None
-        return About(
-            architecture=Architecture(
-                config.model, len(data.classes), config.width, data.image_size
-            ),
-            class_names=list(data.classes),
-            mean=list(data.mean),
-            std=list(data.std),
-            image_size=data.image_size,
-            dataset=data.name,
-            dataset_kind=config.dataset,
-            gamma=self._gamma(),
-            seed=config.seed,
-            epochs=self.epochs,
-            test_accuracy=accuracy,
-            starting_weights=self.starting_weights,
-            channels_at_start=_by_layer(self.start, "channels"),
-            macs_at_start=_by_layer(self.start, "macs"),
-            macs=_by_layer(end, "macs"),
-        )
-
-    def _summary(
-        self, history: list[dict[str, Any]], accuracy: float, contents: Contents
-    ) -> dict[str, Any]:
-        end, sizes = self.size(), contents.size
-        seconds = [row["time"]["epoch_seconds"] for row in history]
-        return {
-            "dataset": self.dataset.name,
-            "model": self.config.model,
-            "gamma": self._gamma(),
-            "target_bytes": None if self.control is None else self.control.target,
-            "seed": self.config.seed,
-            "epochs": self.epochs,
-            "test_accuracy": accuracy,
-            "float_bits": self.start.float_bits,
-            "q_bits": end.q_bits,
-            "stored_bits": end.stored_bits,
-            "stored_percent": end.stored_percent,
-            "file_bytes": sizes.total,
-            "file_percent": 100 * 8 * sizes.total / end.float_bits,
-            "file_bytes_of": dataclasses.asdict(sizes),
-            "entropy_bits": contents.entropy_bits(),
-            "parameters_start": self.start.parameters,
-            "parameters_end": end.parameters,
-            "macs_start": self.start.macs,
-            "macs_end": end.macs,
-            "seconds_per_epoch": seconds,
-            "seconds_total": sum(seconds) + sum(row["time"]["eval_seconds"] for row in history),
-            "widths_start": _by_layer(self.start, "out_width"),
-            "widths_end": _by_layer(end, "out_width"),
-            "channels_start": _by_layer(self.start, "channels"),
-            "channels_end": _by_layer(end, "channels"),
-            "config": self.config.as_json(),
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("selfcompress", "torch", "torchvision", "numpy")
-                },
-                "device": _device_name(self.device),
-                "threads": torch.get_num_threads(),
-            },
-        }
-
-    def _gamma(self) -> float | None:
+    def gamma(self) -> float | None:
         """The γ asked for, or the one that the size asked for has taken so far."""
         if self.compressor is None:
             return None
         return self.compressor.gamma if self.config.gamma is None else self.config.gamma
-
-    def _headline(self) -> str:
-        config, data = self.config, self.dataset
-        how = "in float" if config.float_baseline else f"at γ = {self._gamma():g}"
-        if self.control is not None:
-            how = f"to {self.control.target:,} bytes"
-        width = "" if config.width is None else f" of width {config.width}"
-        return (
-            f"{config.model}{width} {how} on {data.name}: "
-            f"{len(data.train):,} + {len(data.test):,} images of {data.image_size} pixels, "
-            f"{len(data.classes)} classes; {self.epochs} epochs, batch {self.batch_size}, "
-            f"{'with' if config.flip else 'no'} flip; {_device_name(self.device)}; "
-            f"in {self.folder.path}"
-        )
-
-    def _title(self) -> str:
-        how = "float" if self.compressor is None else f"γ = {self._gamma():g}"
-        if self.control is not None:
-            how = f"{self.control.target:,} bytes"
-        width = "" if self.config.width is None else f", width {self.config.width}"
-        return f"{self.config.model}{width}, {self.dataset.name}, {how}"
-
-    def _result(self, summary: dict[str, Any]) -> str:
-        seconds = summary["seconds_per_epoch"]
-        return (
-            f"{self.size()}\n"
-            f"{summary['dataset']}: {100 * summary['test_accuracy']:.2f} % test accuracy, "
-            f"{summary['parameters_end']:,} of {summary['parameters_start']:,} parameters; "
-            f"an epoch {seconds[0]:.2f} s at first, {seconds[-1]:.2f} s at last\n"
-            f"{self.folder.path / runs.NETWORK}: {summary['file_bytes']:,} bytes, "
-            f"{summary['file_percent']:.2f} % of the 32-bit size "
-            f"({summary['stored_bits'] / 8:,.0f} bytes stored, before entropy coding)\n"
-            f"{self.folder.path / runs.SUMMARY}"
-        )
 
 
 def evaluate(
@@ -634,17 +531,9 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def _autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
     gains = device.type == "cuda" or (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
     enabled = config.precision == "bf16" or (config.precision == "auto" and gains)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def _by_layer(size: Size, attribute: str) -> dict[str, int]:
-    return {layer.name: getattr(layer, attribute) for layer in size.layers if layer.out_width}

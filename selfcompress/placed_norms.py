@@ -1,0 +1,109 @@
+"""Batch norms that can lose channels.
+
+In a residual branch a channel can be gone while the trunk that it is added to still carries it: the
+branch's norm has no entry for it, and makes a zero in its place.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from selfcompress.placing import Placed, few_gaps, place, take
+
+
+class PlacedBatchNorm(Placed, _BatchNorm):
+    """A batch norm over some channels of its input, placed among zeros in its output.
+
+    Attributes:
+        columns: (entries,) the input channel that each entry normalises.
+        rows: (entries,) the output channel that each entry computes.
+        in_width, out_width: channels of the input and the output.
+        aligned: whether every entry's channel has the same index in the input and the output.
+    """
+
+    in_width: int
+    out_width: int
+    aligned: bool
+
+    @classmethod
+    def from_float(cls, norm: _BatchNorm) -> Self:
+        """A placed batch norm that takes over the parameters and statistics of `norm`."""
+        new = cls(**norm_options(norm), device="meta")
+        new._parameters.update(norm._parameters)
+        new._buffers.update(norm._buffers)
+        every = norm.running_mean if norm.running_mean is not None else norm.weight
+        where = every.device if every is not None else None
+        new.columns = torch.arange(norm.num_features, device=where)
+        new.rows = torch.arange(norm.num_features, device=where)
+        new.in_width = new.out_width = norm.num_features
+        new.aligned = True
+        return new.train(norm.training)
+
+    @property
+    def can_be_folded(self) -> bool:
+        """Whether it is a scale and a shift per channel in evaluation."""
+        return self.weight is not None and self.bias is not None and self.running_var is not None
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self.num_features == 0:
+            return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
+        if self.num_features < self.in_width:
+            # A momentum of None is an average over batches, as `update_bn` takes it: rare.
+            usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
+            if usual and self.aligned and few_gaps(self.in_width - len(self.rows), self.in_width):
+                return self._among_zeros(x)
+            x = take(x, self.columns, 1)
+        out: Tensor = super().forward(x)
+        if self.num_features < self.out_width:
+            out = place(out, self.rows, self.out_width, 1)
+        return out
+
+    def _among_zeros(self, x: Tensor) -> Tensor:
+        """All channels normalised; those without an entry become 0."""
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and var is not None and count is not None
+        assert self.momentum is not None
+        entries = (mean, var, self.weight, self.bias)
+        wide_mean, wide_var, weight, bias = (place(e, self.rows, self.in_width, 0) for e in entries)
+        out = F.batch_norm(
+            x, wide_mean, wide_var, weight, bias, self.training, self.momentum, self.eps
+        )
+        if self.training:
+            count.add_(1)
+            mean.copy_(wide_mean[self.rows])
+            var.copy_(wide_var[self.rows])
+        return out
+
+
+class PlacedBatchNorm1d(PlacedBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that can lose channels."""
+
+
+class PlacedBatchNorm2d(PlacedBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that can lose channels."""
+
+
+class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` that can lose channels."""
+
+
+NORM_ENTRIES = ("running_mean", "running_var", "weight", "bias")
+"""The tensors of a batch norm that have an entry for every channel, as `F.batch_norm` has them."""
+
+
+def recount(module: nn.Module, tensor: Tensor) -> None:
+    """Have a module that is not ours say how many channels its `tensor` is for."""
+    if isinstance(module, nn.PReLU):
+        module.num_parameters = len(tensor)
+    elif isinstance(module, _BatchNorm) and not isinstance(module, PlacedBatchNorm):
+        module.num_features = len(tensor)
+
+
+def norm_options(norm: _BatchNorm) -> dict[str, Any]:
+    """The constructor's arguments of a batch norm like `norm`."""
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    return {name: getattr(norm, name) for name in names}

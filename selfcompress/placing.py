@@ -1,0 +1,75 @@
+"""Put channels into their places among others, or take them out, and keep how tensors lie."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By dimensions, how tensors lie whose channels are last in memory."""
+
+_FEW_GAPS = 8, 0.7  # channels, or of them all: up to so many zeros cost less than copies
+
+
+def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
+    """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0."""
+    last = _channels_last(values, dim)
+    if last is not None:
+        wide = last.new_zeros((*last.shape[:-1], width)).index_copy_(-1, rows, last)
+        return wide.movedim(-1, dim)
+    shape = list(values.shape)
+    shape[dim] = width
+    layout = layout_of(values)
+    wide = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
+    return wide.zero_().index_copy_(dim, rows, values)
+
+
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """How it lies in memory; what may be taken for either is contiguous."""
+    last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
+    only = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
+    return last if only else torch.contiguous_format
+
+
+def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
+    """`values` at some `channels` of `dim`."""
+    last = _channels_last(values, dim)
+    if last is not None:
+        return last.index_select(-1, channels).movedim(-1, dim)
+    return values.index_select(dim, channels)
+
+
+def _channels_last(values: Tensor, dim: int) -> Tensor | None:
+    """`values`, channels last, if they lie so in memory: torch's own indexing would change that."""
+    last = values.movedim(dim, -1)
+    return last if last.is_contiguous() and not values.is_contiguous() else None
+
+
+def few_gaps(gaps: int, width: int) -> bool:
+    """Whether so many of `width` channels are few."""
+    count, share = _FEW_GAPS
+    return gaps <= max(count, share * width)
+
+
+class Placed(nn.Module):
+    """A module that knows which channels it reads and makes.
+
+    The indices are no buffers: an average of the model would average them too. They follow from
+    the plans that were applied, so checkpoints do without them.
+
+    Attributes:
+        columns: (columns,) int64, the input channel that each column or entry reads.
+        rows: (rows,) int64, the output channel that each row or entry computes.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Have the indices follow the parameters to another device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("rows", "columns", "slots"):
+            if name in vars(self):
+                index = getattr(self, name)  # whole numbers, even for `model.type(torch.float64)`
+                setattr(self, name, index.to(fn(index).device))
+        return self
