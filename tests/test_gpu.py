@@ -93,8 +93,8 @@ def test_which_rows_are_given_up() -> None:
     wanted, depth = torch.randn(1000) * 2, torch.randint(0, 9, (1000,)).float()
     layer_of = torch.tensor([1, 2, 4]).repeat_interleave(torch.tensor([1, 399, 600]))
     rows = wanted, depth, layer_of, torch.full_like(layer_of, 2)
-    there = _given_up(*(tensor.cuda() for tensor in rows))
-    assert torch.equal(there.cpu(), _given_up(*rows))
+    there = _given_up(*(tensor.cuda() for tensor in rows), layers=5)  # type: ignore[arg-type]
+    assert torch.equal(there.cpu(), _given_up(*rows, layers=5))
 
 
 @pytest.mark.parametrize("build", IMAGES)
