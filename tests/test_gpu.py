@@ -92,9 +92,9 @@ def test_the_quantiser_and_its_gradients() -> None:
 def test_which_rows_are_given_up() -> None:
     wanted, depth = torch.randn(1000) * 2, torch.randint(0, 9, (1000,)).float()
     layer_of = torch.tensor([1, 2, 4]).repeat_interleave(torch.tensor([1, 399, 600]))
-    rows = wanted, depth, layer_of, torch.full_like(layer_of, 2)
-    there = _given_up(*(tensor.cuda() for tensor in rows), layers=5)  # type: ignore[arg-type]
-    assert torch.equal(there.cpu(), _given_up(*rows, layers=5))
+    least = torch.full_like(layer_of, 2)
+    there = _given_up(wanted.cuda(), depth.cuda(), layer_of.cuda(), least.cuda(), 5)
+    assert torch.equal(there.cpu(), _given_up(wanted, depth, layer_of, least, 5))
 
 
 @pytest.mark.parametrize("build", IMAGES)
