@@ -117,15 +117,18 @@ def _width(norm: _BatchNorm) -> int:
 def avoid_ties(compressor: Compressor) -> None:
     """Let no norm with a bias of 0 make ±1e-17 of a constant, of which a ReLU takes the sign.
 
-    Constants that are known to be constants do no harm: those norms compute nothing any more.
+    Constants that are known to be constants do no harm: those norms compute nothing any more. But
+    in evaluation a maximum may be taken of what one still makes before the cut, and of a 0.
     """
+    maxima = any("max" in step.node.name for step in compressor.graph.steps)
 
     def before(norm: _BatchNorm, x: Tensor, known: Tensor) -> None:
         if norm.affine:
             every = torch.arange(x.shape[1])
             columns = norm.columns if isinstance(norm, PlacedBatchNorm) else every
             low, high = x.index_select(1, columns).transpose(0, 1).flatten(1).aminmax(dim=1)
-            norm.bias[(high - low < 1e-6) & ~known[columns] & (norm.bias == 0)] = 0.125
+            minded = ~known[columns] | maxima
+            norm.bias[(high - low < 1e-6) & minded & (norm.bias == 0)] = 0.125
 
     with watched_norms(compressor, before):
         compute(compressor, training=True)

@@ -113,7 +113,7 @@ def check_cuts(seed: int, own_classes: bool = False) -> None:
         assert_nothing_left(compressor)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 @example(seed=1130)  # what a split left is joined with something new, and viewed
 @example(seed=2002)  # both operands of a product are zero
@@ -122,7 +122,7 @@ def test_a_cut_of_any_network_is_exact_and_so_is_the_next(seed: int) -> None:
     check_cuts(seed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_cut_among_batch_norms_of_own_classes_is_exact(seed: int) -> None:
     check_cuts(seed, own_classes=True)
@@ -141,7 +141,7 @@ def check_held(seed: int, own_classes: bool = False) -> None:
                 assert_same(now, was, max(float(was.abs().max()), 0.1), "an output")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_cut_among_norms_that_are_held_is_exact(seed: int) -> None:
     check_held(seed)
