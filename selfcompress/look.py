@@ -23,10 +23,11 @@ def positional(inputs: Inputs) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-_CLOSED = (
+CLOSED = (
     int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
     Tensor, torch.fx.Proxy, nn.Module,
 )  # fmt: skip
+"""The types of values that are not looked into."""
 
 
 def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
@@ -35,7 +36,7 @@ def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
     Objects that cannot be looked into, or lie deeper, are leaves themselves.
     """
     for leaf in pytree.tree_leaves(returned):
-        if depth and hasattr(leaf, "__dict__") and not isinstance(leaf, _CLOSED):
+        if depth and hasattr(leaf, "__dict__") and not isinstance(leaf, CLOSED):
             yield from leaves_of(list(vars(leaf).values()), depth - 1)
         else:
             yield leaf

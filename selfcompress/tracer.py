@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.attention import QuantAttention
 from selfcompress.embeddings import TiedLinear
 from selfcompress.layers import OwnForward, QuantizedLayer
-from selfcompress.look import copied, kept_modes, leaves_of, without_compile
+from selfcompress.look import CLOSED, copied, kept_modes, leaves_of, without_compile
 from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.placed_norms import PlacedBatchNorm
 from selfcompress.recurrent import QuantRecurrent
@@ -398,14 +398,11 @@ def _is_proxy(value: Any) -> bool:
     return isinstance(value, torch.fx.Proxy)
 
 
-_PLAIN = (int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
-
-
 def _outputs(returned: Any) -> Iterator[torch.fx.Proxy]:
     """All tensors in what a forward() returns, those of objects such as dataclasses too."""
     for leaf in leaves_of(returned):
         if _is_proxy(leaf):
             if leaf.node.op != "get_attr":  # a parameter is cut, and no output
                 yield leaf
-        elif not isinstance(leaf, (*_PLAIN, nn.Module)):
+        elif isinstance(leaf, type) or not isinstance(leaf, CLOSED):
             raise RuntimeError(f"it returns a {type(leaf).__name__}")

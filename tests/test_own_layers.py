@@ -737,3 +737,26 @@ def test_a_class_that_does_not_bear_it_is_named() -> None:
         Compressor(model, images(4, 3), 0.01)
     again = nn.Sequential(nn.Linear(3, 6), Recursive(6, 2)).double()
     Compressor(again, images(4, 3), 0.01, exclude=["1"])
+
+
+class OtherKernel(nn.Conv2d):
+    """Says that its kernel has 3 by 3 pixels, and has one of a single pixel."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__(ins, outs, 3)
+        self.weight = nn.Parameter(torch.randn(outs, ins, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, self.bias)
+
+
+def test_a_layer_in_float_of_another_kernel_than_it_says_is_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 6, 1), OtherKernel(6, 4), nn.Conv2d(4, 2, 1))
+
+    model, x = build(), images(2, 3, 5, 5).float()
+    compressor = Compressor(model, x, 0.01)
+    assert set(compressor.left_in_float) == {"1"}
+    selfcompress.save(model, tmp_path / "net.scnn")
+    loaded = selfcompress.load(tmp_path / "net.scnn", build())
+    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=0)

@@ -238,8 +238,9 @@ def _known_shapes(header: h.Header, modules: dict[str, nn.Module]) -> dict[str, 
     for entry in header.float_layers:
         module: Any = modules[entry.name]
         if "weight" in module._parameters:  # else it is computed from others
-            shape = weight_shape(module, entry.in_width, entry.out_width)
-            shapes[f"{entry.name}.weight"] = shape
+            widths = weight_shape(module, entry.in_width, entry.out_width)[:2]
+            # A user's own class may have another kernel than it says.
+            shapes[f"{entry.name}.weight"] = [*widths, *module.weight.shape[2:]]
         shapes[f"{entry.name}.bias"] = [entry.out_width]
     return shapes
 
