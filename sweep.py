@@ -15,8 +15,8 @@ from pathlib import Path
 import tyro
 
 from models import UnknownModelError, default_width
+from selfcompress.sweeping.sweep import Sweep, run
 from selfcompress.training.errors import exit_code
-from selfcompress.training.sweep import Sweep, run
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.file.load import set_up
 from selfcompress.file.read import unpack
 from selfcompress.file.write import pack
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import fit_exponent
 from selfcompress.size import measure
 

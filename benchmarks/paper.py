@@ -23,9 +23,9 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfcompress.training.curves import PAPER_ACCURACY, PAPER_PERCENT, log_ticks
+from selfcompress.sweeping.curves import PAPER_ACCURACY, PAPER_PERCENT, log_ticks
+from selfcompress.sweeping.results import Result, read_all
 from selfcompress.training.errors import UserError
-from selfcompress.training.results import Result, read_all
 
 # Read off the paper's figures, or stated in its text; Fig. 3 is in `curves`.
 FLOAT = 95.69

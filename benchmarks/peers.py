@@ -41,8 +41,8 @@ from selfcompress import CutError
 from selfcompress.compressor import Compressor
 from selfcompress.disk import write_atomically
 from selfcompress.quantizer import fit_exponent
+from selfcompress.sweeping.curves import log_ticks
 from selfcompress.training.config import Config, DatasetName
-from selfcompress.training.curves import log_ticks
 from selfcompress.training.errors import exit_code
 from selfcompress.training.loop import Run, run
 

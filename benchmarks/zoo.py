@@ -54,7 +54,7 @@ from torch.utils import _pytree as pytree
 from torchvision import models, ops
 
 from selfcompress import Compressor
-from selfcompress.liveness import settle_statistics
+from selfcompress.graph.liveness import settle_statistics
 
 BATCH = 2
 DEAD = 0.3  # of the rows of every layer, at each of the two cuts

@@ -30,6 +30,8 @@ from selfcompress.export import ExportError, export_onnx
 from selfcompress.file.header import About, FileError
 from selfcompress.file.load import load_described
 from selfcompress.file.read import Contents, read
+from selfcompress.sweeping.pick import describe as describe_pick
+from selfcompress.sweeping.pick import pick
 from selfcompress.text import aligned, first_line
 from selfcompress.training.augment import Colours, normalise
 from selfcompress.training.config import DatasetName
@@ -37,8 +39,6 @@ from selfcompress.training.data import load as load_dataset
 from selfcompress.training.data import read_image
 from selfcompress.training.errors import UserError, exit_code, out_of_memory
 from selfcompress.training.loop import evaluate
-from selfcompress.training.pick import describe as describe_pick
-from selfcompress.training.pick import pick
 from selfcompress.training.runs import NETWORK
 
 TOP = 5  # classes that `predict` names

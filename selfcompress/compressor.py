@@ -26,15 +26,17 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from selfcompress.attention import QuantAttention
-from selfcompress.connection import Connection
 from selfcompress.convert import quantize_layers
-from selfcompress.follow import channel_graph
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
-from selfcompress.idle import IdleRows
-from selfcompress.layers import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.lingering import LingeringBiases, clear_lingering
-from selfcompress.liveness import analyse, settle_statistics
+from selfcompress.graph.connection import Connection
+from selfcompress.graph.follow import channel_graph
+from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.graph.observe import Observed, observe
+from selfcompress.idle_rows import IdleRows
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
+from selfcompress.layers.recurrent import QuantRecurrent
+from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.look import (
     Inputs,
     batch_size,
@@ -43,15 +45,13 @@ from selfcompress.look import (
     positional,
     without_compile,
 )
-from selfcompress.norms import reestimate
-from selfcompress.observe import Observed, observe
 from selfcompress.quantizer import MAX_BITS
-from selfcompress.recurrent import QuantRecurrent
+from selfcompress.reestimate import reestimate
 from selfcompress.report import Report, make_report
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
+from selfcompress.size_path import SizePath
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
-from selfcompress.target import SizePath
 from selfcompress.text import first_line
 from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 

@@ -8,12 +8,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress.attention import QuantAttention
-from selfcompress.embeddings import QuantEmbedding, TiedLinear
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, layer_widths, weight_shape
-from selfcompress.recurrent import RECURRENT, matrices_of
-from selfcompress.size import WEIGHTED, count_weights
-from selfcompress.twins import (
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.embeddings import QuantEmbedding, TiedLinear
+from selfcompress.layers.quantized import (
+    EMBEDDINGS,
+    FLOAT_LAYERS,
+    QuantizedLayer,
+    layer_widths,
+    weight_shape,
+)
+from selfcompress.layers.recurrent import RECURRENT, matrices_of
+from selfcompress.layers.twins import (
     TWINS,
     keep_hooks,
     keep_noted,
@@ -22,6 +27,7 @@ from selfcompress.twins import (
     of_same_class,
     twin_of,
 )
+from selfcompress.size import WEIGHTED, count_weights
 
 
 def quantize_layers(

@@ -5,15 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from selfcompress.attention import QuantAttention
 from selfcompress.convert import replace
-from selfcompress.embeddings import TiedLinear, embedding_options
-from selfcompress.layers import EMBEDDINGS, OwnForward, QuantizedLayer, QuantLinear, conv_options
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.batch_norms import PlacedBatchNorm, norm_options
+from selfcompress.layers.embeddings import TiedLinear, embedding_options
+from selfcompress.layers.placing import place
+from selfcompress.layers.quantized import (
+    EMBEDDINGS,
+    OwnForward,
+    QuantizedLayer,
+    QuantLinear,
+    conv_options,
+)
+from selfcompress.layers.recurrent import QuantRecurrent, matrices_of
+from selfcompress.layers.twins import TWINS, keep_hooks, keep_noted, names_of_user
 from selfcompress.look import detached_copy, without_compile
-from selfcompress.placed_norms import PlacedBatchNorm, norm_options
-from selfcompress.placing import place
-from selfcompress.recurrent import QuantRecurrent, matrices_of
-from selfcompress.twins import TWINS, keep_hooks, keep_noted, names_of_user
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 

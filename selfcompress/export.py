@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.convert import replace
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.look import Inputs, positional, without_compile
 from selfcompress.text import first_line
 

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from selfcompress.layers import QuantizedLayer, of_rows
+from selfcompress.layers.quantized import QuantizedLayer, of_rows
 from selfcompress.quantizer import fit_exponent, integer_depth
 from selfcompress.replay import Replay, addresses
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from selfcompress.channels import ChannelGraph
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import QuantizedLayer
-from selfcompress.ops import Kind
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.size import count_weights, output_channels
 from selfcompress.text import aligned
 

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from selfcompress.channels import ChannelGraph
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import (
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import (
     FLOAT_LAYERS,
     QuantizedLayer,
     layer_widths,
@@ -47,7 +48,6 @@ from selfcompress.layers import (
     quantized_layers,
 )
 from selfcompress.look import kept_modes
-from selfcompress.placed_norms import PlacedBatchNorm
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
 

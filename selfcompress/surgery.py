@@ -24,12 +24,12 @@ from torch.optim import (
     RMSprop,
 )
 
-from selfcompress.channels import ChannelGraph
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
-from selfcompress.liveness import Liveness
-from selfcompress.ops import Kind
-from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm, recount
-from selfcompress.placing import layout_of
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.liveness import Liveness
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.layers.placing import layout_of
+from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
 
 Index = list[int]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfcompress.layers import OwnForward, QuantizedLayer, quantized_layers
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
 from selfcompress.look import Inputs, device_of, full_precision, leaves_of, positional, undisturbed
 from selfcompress.surgery import Plan
 

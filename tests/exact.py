@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor, Schedule
-from selfcompress.liveness import settle_statistics
+from selfcompress.graph.liveness import settle_statistics
 from selfcompress.report import LayerReport
 
 

@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from selfcompress import Compressor
-from selfcompress.channels import ChannelGraph
 from selfcompress.convert import quantize_layers
-from selfcompress.follow import channel_graph
-from selfcompress.layers import quantized_layers
-from selfcompress.liveness import analyse, settle_statistics
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.follow import channel_graph
+from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.surgery import Plan, apply_plan, plan_cut
 
 

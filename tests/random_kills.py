@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor
-from selfcompress.liveness import analyse, settle_statistics
-from selfcompress.ops import Kind
-from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.batch_norms import PlacedBatchNorm
 
 
 @contextlib.contextmanager

@@ -27,10 +27,10 @@ from torch.optim import SGD
 
 import selfcompress
 from selfcompress import Compressor
-from selfcompress.attention import QuantAttention
 from selfcompress.convert import quantize_layers
 from selfcompress.dense import to_dense
-from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 
 TOKENS = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
 SEQUENCE = images(4, 6, 8)

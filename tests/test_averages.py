@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
 from selfcompress import Compressor, Schedule
-from selfcompress.liveness import settle_statistics
+from selfcompress.graph.liveness import settle_statistics
 from selfcompress.size import measure
 from selfcompress.surgery import Plan
 

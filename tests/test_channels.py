@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 from selfcompress import Compressor
-from selfcompress.channels import ChannelGraph
 from selfcompress.convert import quantize_layers
-from selfcompress.follow import channel_graph
-from selfcompress.layers import QuantConv2d, QuantizedLayer, quantized_layers
-from selfcompress.liveness import settle_statistics
-from selfcompress.ops import Kind
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.follow import channel_graph
+from selfcompress.graph.liveness import settle_statistics
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.quantized import QuantConv2d, QuantizedLayer, quantized_layers
 from selfcompress.size import measure, starting_weights
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -17,12 +17,12 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from sweep_runs import EPOCHS, make_run, make_sweep
 
-from selfcompress.training import curves
-from selfcompress.training.curves import FILES, Group, write_figures
+from selfcompress.sweeping import curves
+from selfcompress.sweeping.curves import FILES, Group, write_figures
+from selfcompress.sweeping.page import write_page
+from selfcompress.sweeping.pick import describe, pick
+from selfcompress.sweeping.results import front, read, read_all, write_csv
 from selfcompress.training.errors import UserError
-from selfcompress.training.page import write_page
-from selfcompress.training.pick import describe, pick
-from selfcompress.training.results import front, read, read_all, write_csv
 
 THREE = [0.003, 0.03, 0.3]
 FORTY = [float(f"{0.001 * 1.16**i:.3g}") for i in range(40)]

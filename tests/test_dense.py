@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import to_dense
 from selfcompress.convert import quantize_layers
-from selfcompress.layers import quantized_layers
-from selfcompress.placed_norms import PlacedBatchNorm2d
-from selfcompress.placing import Placed
+from selfcompress.layers.batch_norms import PlacedBatchNorm2d
+from selfcompress.layers.placing import Placed
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.surgery import Wiring, rewire
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import selfcompress
 from selfcompress import Compressor
 from selfcompress.dense import to_dense
-from selfcompress.embeddings import QuantEmbedding
-from selfcompress.layers import QuantizedLayer, quantized_layers
+from selfcompress.layers.embeddings import QuantEmbedding
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
 

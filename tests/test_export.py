@@ -16,7 +16,7 @@ from models import build
 from selfcompress import Compressor, ExportError, export_onnx
 from selfcompress.convert import quantize_layers
 from selfcompress.file.write import pack
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 
 
 def run(path: Path, x: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from selfcompress.file import integers
 from selfcompress.file.load import load, set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
-from selfcompress.layers import QuantizedLayer, quantized_layers
-from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 from selfcompress.training import loop, runs

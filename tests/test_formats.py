@@ -16,7 +16,7 @@ from torch.optim import SGD
 from selfcompress import Compressor
 from selfcompress.convert import quantize_layers
 from selfcompress.formats import AT_ONCE, ROUNDING, TASK_SHARE, FormatStepper, _given_up
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import fake_quantize, fit_exponent
 from selfcompress.size import q_bits
 

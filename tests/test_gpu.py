@@ -30,8 +30,8 @@ from selfcompress.quantizer import fake_quantize, fit_exponent
 from selfcompress.replay import Replay
 from selfcompress.training.config import Config
 from selfcompress.training.data import load
-from selfcompress.training.late import late
 from selfcompress.training.loop import Run
+from selfcompress.training.read_late import late
 from selfcompress.training.runs import RunFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

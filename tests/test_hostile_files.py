@@ -32,7 +32,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, unpack
 from selfcompress.file.write import checksum, pack
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 
 Header = dict[str, Any]
 """The header as JSON holds it."""

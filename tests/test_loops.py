@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfcompress import Compressor, Schedule, to_dense
-from selfcompress.layers import QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

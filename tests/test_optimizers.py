@@ -35,8 +35,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from selfcompress import Compressor
-from selfcompress.layers import QuantizedLayer
-from selfcompress.liveness import settle_statistics
+from selfcompress.graph.liveness import settle_statistics
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.surgery import OPTIMIZERS, Plan
 
 Build = Callable[[Any], Optimizer]

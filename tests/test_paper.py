@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from sweep_runs import make_run
 
 from benchmarks import paper
+from selfcompress.sweeping.results import read_all
 from selfcompress.training.errors import UserError
-from selfcompress.training.results import read_all
 
 
 def data(axes: Axes, line: int) -> list[list[float]]:

@@ -14,8 +14,8 @@ from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor, to_dense
-from selfcompress.layers import QuantConv2d
-from selfcompress.liveness import settle_statistics
+from selfcompress.graph.liveness import settle_statistics
+from selfcompress.layers.quantized import QuantConv2d
 from selfcompress.surgery import Plan
 from selfcompress.verify import CutError, compare, snapshot
 

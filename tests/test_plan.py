@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from selfcompress import Compressor
 from selfcompress.convert import quantize_layers
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.surgery import Plan, apply_plan
 
 

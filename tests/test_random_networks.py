@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress import Compressor
-from selfcompress.channels import ChannelGraph, Node
-from selfcompress.layers import QuantizedLayer
-from selfcompress.liveness import analyse
-from selfcompress.ops import Kind
+from selfcompress.graph.channels import ChannelGraph, Node
+from selfcompress.graph.liveness import analyse
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.surgery import Plan
 
 TOLERANCE = 1e-10  # of the scale of what is compared, in float64

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import selfcompress
 from selfcompress import Compressor
 from selfcompress.dense import to_dense
-from selfcompress.recurrent import QuantLSTM
+from selfcompress.layers.recurrent import QuantLSTM
 
 TOKENS = torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([6, 5, 3, 1])

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build
 from models.resnet9 import ResNet9
 from selfcompress import About, Compressor, LayerSize, Size
-from selfcompress.channels import ChannelGraph
 from selfcompress.file.write import pack
 from selfcompress.formats import GIVING_UP
+from selfcompress.graph.channels import ChannelGraph
 from selfcompress.report import make_report
 from selfcompress.size import measure, q_bits
 

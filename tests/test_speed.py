@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build
 from selfcompress import Compressor
-from selfcompress.placed_norms import PlacedBatchNorm
-from selfcompress.placing import place, take
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.placing import place, take
 from selfcompress.replay import Replay
-from selfcompress.training.late import late
+from selfcompress.training.read_late import late
 
 LAST = torch.channels_last
 INDICES = torch.tensor([0, 2, 3, 6])

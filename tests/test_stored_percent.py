@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from models import build
 from selfcompress import Compressor, Schedule
-from selfcompress.target import SizePath
+from selfcompress.size_path import SizePath
 
 STEPS = 300
 CLASSES = 5

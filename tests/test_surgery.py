@@ -18,9 +18,9 @@ from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from selfcompress.dense import to_dense
-from selfcompress.layers import quantized_layers
-from selfcompress.ops import Kind
-from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.size import measure, starting_weights
 from selfcompress.surgery import Plan
 
@@ -336,7 +336,7 @@ def test_one_batch_norm_for_two_tensors_is_left_whole() -> None:
     from test_channels import Twice
 
     from selfcompress.convert import quantize_layers
-    from selfcompress.follow import channel_graph
+    from selfcompress.graph.follow import channel_graph
 
     torch.manual_seed(0)
     model = Twice(nn.BatchNorm2d(6, affine=False))

@@ -17,13 +17,14 @@ from sweep_runs import make_run
 from torchvision.datasets import CIFAR10
 
 import sweep as script
-from selfcompress.training import curves, runs
-from selfcompress.training import sweep as library
+from selfcompress.sweeping import curves
+from selfcompress.sweeping import sweep as library
+from selfcompress.sweeping.pool import Ended, run_all
+from selfcompress.sweeping.progress import Progress
+from selfcompress.sweeping.sweep import Sweep, arguments, plan
+from selfcompress.training import runs
 from selfcompress.training.config import Config
 from selfcompress.training.lock import hold
-from selfcompress.training.pool import Ended, run_all
-from selfcompress.training.progress import Progress
-from selfcompress.training.sweep import Sweep, arguments, plan
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = Path(__file__).with_name("sweep_runs.py")  # for train.py
@@ -289,7 +290,7 @@ def write_scripts(folder: Path, count: int, code: str) -> dict[str, list[str]]:
 def test_the_pool_is_bounded_in_order_and_shares_cores_and_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfcompress.training.pool.cores", lambda: 7)
+    monkeypatch.setattr("selfcompress.sweeping.pool.cores", lambda: 7)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MKL_NUM_THREADS", "5")
     show = "import os, time; print(*(os.environ.get(n) for n in "
@@ -379,7 +380,7 @@ def test_ctrl_c_ends_what_runs_and_the_same_command_goes_on(
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     scripts = write_scripts(tmp_path, 2, WAIT)
     parent = (
-        "import sys; from pathlib import Path; from selfcompress.training.pool import run_all\n"
+        "import sys; from pathlib import Path; from selfcompress.sweeping.pool import run_all\n"
         f"for _ in run_all({scripts!r}, 2, Path({str(tmp_path)!r})): pass"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)

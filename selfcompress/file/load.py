@@ -13,17 +13,17 @@ from selfcompress.convert import quantize_layers
 from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
 from selfcompress.file.write import DTYPES, is_stored
-from selfcompress.layers import (
+from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.layers.placing import LAYOUTS, Placed
+from selfcompress.layers.quantized import (
     EMBEDDINGS,
     FLOAT_LAYERS,
     QuantizedLayer,
     quantized_layers,
     weight_shape,
 )
+from selfcompress.layers.recurrent import RECURRENT, matrices_of
 from selfcompress.look import without_compile
-from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm, recount
-from selfcompress.placing import LAYOUTS, Placed
-from selfcompress.recurrent import RECURRENT, matrices_of
 from selfcompress.surgery import Wiring, rewire
 from selfcompress.text import first_line
 

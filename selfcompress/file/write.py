@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from selfcompress.disk import write_atomically
 from selfcompress.file import header as h
 from selfcompress.file import integers
-from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer, layer_widths, quantized_layers
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.placing import LAYOUTS
+from selfcompress.layers.quantized import (
+    FLOAT_LAYERS,
+    QuantizedLayer,
+    layer_widths,
+    quantized_layers,
+)
 from selfcompress.look import without_compile
-from selfcompress.placed_norms import PlacedBatchNorm
-from selfcompress.placing import LAYOUTS
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from selfcompress.layers import quantized_layers
+from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 

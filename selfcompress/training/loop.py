@@ -23,8 +23,8 @@ from selfcompress.file.header import About, check_about
 from selfcompress.file.load import set_up
 from selfcompress.file.read import read, unpack
 from selfcompress.file.write import pack
-from selfcompress.follow import channel_graph
 from selfcompress.formats import Collected
+from selfcompress.graph.follow import channel_graph
 from selfcompress.look import full_precision, kept_modes
 from selfcompress.replay import Replay
 from selfcompress.schedule import Schedule
@@ -37,10 +37,10 @@ from selfcompress.training.config import Config, DatasetName, gamma_name
 from selfcompress.training.data import Dataset, Split, choose, load
 from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.filesize import FileSize
-from selfcompress.training.late import late
 from selfcompress.training.memory import keep_freed
+from selfcompress.training.read_late import late
+from selfcompress.training.size_control import SizeControl
 from selfcompress.training.summary import about_of, headline_of, result_of, summary_of, title_of
-from selfcompress.training.target import SizeControl
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Name, number of classes, width, image size → the network to train, in float."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selfcompress.compressor import Compressor
-from selfcompress.layers import QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.quantizer import (
     MAX_BITS,
     fake_quantize,

@@ -12,9 +12,9 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.layers import FLOAT_LAYERS, QuantizedLayer
-from selfcompress.ops import product_of
-from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.graph.ops import product_of
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.quantized import FLOAT_LAYERS, QuantizedLayer
 
 _OF_INPUTS, _OF_OUTPUTS = (
     ("in_channels", "in_features"),

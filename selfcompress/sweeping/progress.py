@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from selfcompress.training.results import Result, epochs
+from selfcompress.sweeping.results import Result, epochs
 
 REDRAW = 1.0  # seconds
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfcompress.channels import ChannelGraph
-from selfcompress.layers import QuantizedLayer
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.quantizer import fit_exponent
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers import QuantLinear
+from selfcompress.layers.quantized import QuantLinear
 
 
 class QuantAttention(nn.MultiheadAttention):

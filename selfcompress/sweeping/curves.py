@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from selfcompress.disk import write_atomically
-from selfcompress.training.results import Result, front
+from selfcompress.sweeping.results import Result, front
 
 matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from selfcompress.layers import QuantLinear
+from selfcompress.layers.quantized import QuantLinear
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 

@@ -15,15 +15,15 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.attention import QuantAttention
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import OwnForward, QuantizedLayer
+from selfcompress.graph.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
+from selfcompress.graph.widths_read import Read
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer
+from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.look import CLOSED, copied, kept_modes, leaves_of, without_compile
-from selfcompress.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
-from selfcompress.placed_norms import PlacedBatchNorm
-from selfcompress.recurrent import QuantRecurrent
 from selfcompress.text import first_line
-from selfcompress.widths import Read
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers import OwnForward, QuantizedLayer
-from selfcompress.placing import place
+from selfcompress.layers.placing import place
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer
 from selfcompress.quantizer import fake_quantize
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from selfcompress.graph.tracer import Place, Tracer, has_tensors, is_ours, owner_of
 from selfcompress.look import kept_attributes
-from selfcompress.tracer import Place, Tracer, has_tensors, is_ours, owner_of
 
 # What may come or go with the size: no channel of the dimension that is not padded goes anywhere.
 _HARMLESS = {

@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from selfcompress.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, QuantizedLayer, layer_widths
-from selfcompress.look import Inputs, batch_size
-from selfcompress.observe import Observed, observe
-from selfcompress.ops import (
+from selfcompress.graph.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
+from selfcompress.graph.observe import Observed, observe
+from selfcompress.graph.ops import (
     CASTS,
     JOINS,
     Kind,
@@ -43,9 +40,18 @@ from selfcompress.ops import (
     reads_type,
     worked_on,
 )
-from selfcompress.placed_norms import NORM_ENTRIES, PlacedBatchNorm
-from selfcompress.trace import Part, Trace, trace
-from selfcompress.tracer import Shape, has_tensors, owner_of
+from selfcompress.graph.trace import Part, Trace, trace
+from selfcompress.graph.tracer import Shape, has_tensors, owner_of
+from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import (
+    EMBEDDINGS,
+    FLOAT_LAYERS,
+    OwnForward,
+    QuantizedLayer,
+    layer_widths,
+)
+from selfcompress.look import Inputs, batch_size
 
 
 def channel_graph(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from selfcompress.formats import FormatStepper
-from selfcompress.layers import of_rows
+from selfcompress.layers.quantized import of_rows
 from selfcompress.quantizer import integer_depth
 from selfcompress.schedule import RISE, Schedule
 from selfcompress.size import Size

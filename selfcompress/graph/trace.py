@@ -16,6 +16,11 @@ import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfcompress.graph.observe import Observed, zeros_like_observed
+from selfcompress.graph.ops import taken
+from selfcompress.graph.other_sizes import other_ways
+from selfcompress.graph.tracer import Tracer, has_layers, has_tensors, is_ours
+from selfcompress.graph.widths_read import held, kept_whole, noting_widths
 from selfcompress.look import (
     Inputs,
     device_of,
@@ -25,12 +30,7 @@ from selfcompress.look import (
     seed_everything,
     undisturbed,
 )
-from selfcompress.observe import Observed, zeros_like_observed
-from selfcompress.ops import taken
 from selfcompress.text import first_line
-from selfcompress.tracer import Tracer, has_layers, has_tensors, is_ours
-from selfcompress.ways import other_ways
-from selfcompress.widths import held, kept_whole, noting_widths
 
 
 @dataclass

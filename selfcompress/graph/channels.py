@@ -22,8 +22,8 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selfcompress.ops import Kind, reads_sizes, reads_type, taken
-from selfcompress.placing import few_gaps
+from selfcompress.graph.ops import Kind, reads_sizes, reads_type, taken
+from selfcompress.layers.placing import few_gaps
 
 Ids = np.ndarray  # (positions,) int64
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from selfcompress.layers import QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 
 
 class IdleRows:

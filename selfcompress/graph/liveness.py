@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfcompress.channels import ChannelGraph, Node
-from selfcompress.layers import QuantizedLayer, _QuantConv
-from selfcompress.ops import Kind
-from selfcompress.placed_norms import PlacedBatchNorm
+from selfcompress.graph.channels import ChannelGraph, Node
+from selfcompress.graph.ops import Kind
+from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.quantized import QuantizedLayer, _QuantConv
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
 _WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)

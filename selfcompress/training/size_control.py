@@ -1,6 +1,6 @@
 """--target-size: has the file of a network in training end at a size, instead of a given γ.
 
-While formats move, γ keeps the network on its way to the target (see `selfcompress/target.py`).
+While formats move, γ keeps the network on its way to the target (see `selfcompress/size_path.py`).
 Once they are frozen `trim.Fitter` makes up for what is missing, and again whenever training moves
 the entropy of the integers away from the target, for the last time in the finished network.
 """
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from selfcompress.compressor import Compressor
 from selfcompress.size import Size
-from selfcompress.target import SizePath
+from selfcompress.size_path import SizePath
 from selfcompress.training.trim import Fitter
 
 TOLERANCE = 0.01  # of the target, by which a file may be below it before it is filled up

@@ -13,7 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfcompress.training import leash
+from selfcompress.sweeping import leash
 
 POLL = 0.2  # seconds between looks at the processes
 

@@ -15,15 +15,16 @@ import torch
 import tyro
 
 from selfcompress.disk import is_left_over
-from selfcompress.training import curves, runs
+from selfcompress.sweeping import curves
+from selfcompress.sweeping.page import REPORT, write_page
+from selfcompress.sweeping.pool import cores, run_all
+from selfcompress.sweeping.progress import Progress
+from selfcompress.sweeping.results import Result, read, read_all, write_csv
+from selfcompress.training import runs
 from selfcompress.training.config import COMPRESSION, MAX_GAMMA, Config, gamma_name
 from selfcompress.training.data import choose, prepare
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
-from selfcompress.training.page import REPORT, write_page
-from selfcompress.training.pool import cores, run_all
-from selfcompress.training.progress import Progress
-from selfcompress.training.results import Result, read, read_all, write_csv
 
 LOGS = "logs"
 CSV = "results.csv"

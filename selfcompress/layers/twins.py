@@ -13,19 +13,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfcompress import embeddings, layers, placed_norms, recurrent
-from selfcompress.attention import QuantAttention
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import OwnForward, QuantizedLayer
+from selfcompress.layers import batch_norms, embeddings, quantized, recurrent
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer
 
 TWINS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: layers.QuantConv1d,
-    nn.Conv2d: layers.QuantConv2d,
-    nn.Conv3d: layers.QuantConv3d,
-    nn.ConvTranspose1d: layers.QuantConvTranspose1d,
-    nn.ConvTranspose2d: layers.QuantConvTranspose2d,
-    nn.ConvTranspose3d: layers.QuantConvTranspose3d,
-    nn.Linear: layers.QuantLinear,
+    nn.Conv1d: quantized.QuantConv1d,
+    nn.Conv2d: quantized.QuantConv2d,
+    nn.Conv3d: quantized.QuantConv3d,
+    nn.ConvTranspose1d: quantized.QuantConvTranspose1d,
+    nn.ConvTranspose2d: quantized.QuantConvTranspose2d,
+    nn.ConvTranspose3d: quantized.QuantConvTranspose3d,
+    nn.Linear: quantized.QuantLinear,
     nn.Embedding: embeddings.QuantEmbedding,
     nn.EmbeddingBag: embeddings.QuantEmbeddingBag,
     nn.MultiheadAttention: QuantAttention,
@@ -35,9 +35,9 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.RNNCell: recurrent.QuantRNNCell,
     nn.LSTMCell: recurrent.QuantLSTMCell,
     nn.GRUCell: recurrent.QuantGRUCell,
-    nn.BatchNorm1d: placed_norms.PlacedBatchNorm1d,
-    nn.BatchNorm2d: placed_norms.PlacedBatchNorm2d,
-    nn.BatchNorm3d: placed_norms.PlacedBatchNorm3d,
+    nn.BatchNorm1d: batch_norms.PlacedBatchNorm1d,
+    nn.BatchNorm2d: batch_norms.PlacedBatchNorm2d,
+    nn.BatchNorm3d: batch_norms.PlacedBatchNorm3d,
 }
 """Layer type → its twin."""
 _COMPUTES = ("forward", "_conv_forward", "_output_padding")
@@ -132,7 +132,7 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
         return _blank, (twin, own), vars(module)
 
     assert isinstance(twin, type) and isinstance(own, type)
-    prefix = "Placed" if issubclass(twin, placed_norms.PlacedBatchNorm) else "Quant"
+    prefix = "Placed" if issubclass(twin, batch_norms.PlacedBatchNorm) else "Quant"
     body = {"__reduce_ex__": reduce, "own_class": own}
     kinds: tuple[type, ...] = (twin, own)
     own_forward = issubclass(twin, QuantizedLayer) and _differs(own, _base_of(own), _COMPUTES)

@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Template
 
 from selfcompress.disk import write_atomically
-from selfcompress.training.curves import Picture
-from selfcompress.training.results import Result
+from selfcompress.sweeping.curves import Picture
+from selfcompress.sweeping.results import Result
 from selfcompress.training.runs import NETWORK
 
 REPORT = "report.html"

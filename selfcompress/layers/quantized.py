@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.placing import Placed, few_gaps, place, take
+from selfcompress.layers.placing import Placed, few_gaps, place, take
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 

@@ -12,12 +12,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from selfcompress.attention import QuantAttention
-from selfcompress.embeddings import TiedLinear
-from selfcompress.layers import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
+from selfcompress.graph.ops import PRODUCTS
+from selfcompress.layers.attention import QuantAttention
+from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
+from selfcompress.layers.recurrent import RECURRENT, matrices_of
 from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
-from selfcompress.ops import PRODUCTS
-from selfcompress.recurrent import RECURRENT, matrices_of
 
 
 @dataclass

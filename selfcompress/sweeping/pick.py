@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from selfcompress.sweeping.results import Result, read_all
 from selfcompress.training.errors import UserError
 from selfcompress.training.filesize import FileSize
-from selfcompress.training.results import Result, read_all
 from selfcompress.training.runs import NETWORK
 
 

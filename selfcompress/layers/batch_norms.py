@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfcompress.placing import Placed, few_gaps, place, take
+from selfcompress.layers.placing import Placed, few_gaps, place, take
 
 
 class PlacedBatchNorm(Placed, _BatchNorm):

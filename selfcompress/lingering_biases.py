@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.channels import ChannelGraph
-from selfcompress.liveness import analyse
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.liveness import analyse
 
 _STEP = 0.01  # how far one step drives a bias: the proximal step of the paper's L1 loss
 

@@ -1,0 +1,1 @@
+"""What a model does with its channels: watched, traced, followed; and which are still alive."""

@@ -1,0 +1,1 @@
+"""The sweep behind sweep.py: runs of train.py side by side, their figures and their report."""
