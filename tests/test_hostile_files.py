@@ -31,7 +31,8 @@ from selfcompress import About, Architecture, FileError
 from selfcompress.convert import quantize_layers
 from selfcompress.file.load import set_up
 from selfcompress.file.read import Contents, unpack
-from selfcompress.file.write import checksum, pack
+from selfcompress.file.streams import checksum
+from selfcompress.file.write import pack
 from selfcompress.layers.quantized import quantized_layers
 
 Header = dict[str, Any]

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from selfcompress.convert import quantize_layers
 from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
-from selfcompress.file.write import DTYPES, is_stored
+from selfcompress.file.streams import DTYPES, is_stored
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
 from selfcompress.layers.placing import LAYOUTS, Placed
 from selfcompress.layers.quantized import (

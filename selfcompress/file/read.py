@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfcompress.file import header as h
 from selfcompress.file import integers
-from selfcompress.file.write import DTYPES, checksum, representable, stored_dtype
+from selfcompress.file.streams import DTYPES, checksum, representable, stored_dtype
 from selfcompress.text import first_line
 
 _MAX_FILE = 8 * h.MAX_NUMBERS  # bytes

@@ -1,10 +1,8 @@
 """Write a network into a packed file."""
 
 import os
-import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import safetensors.torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from selfcompress.disk import write_atomically
 from selfcompress.file import header as h
 from selfcompress.file import integers
+from selfcompress.file.streams import DTYPES, checksum, is_stored, representable, stored_dtype
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import LAYOUTS
 from selfcompress.layers.quantized import (
@@ -25,9 +24,6 @@ from selfcompress.layers.quantized import (
 from selfcompress.look import without_compile
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
-
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(h.NumberType)}
-"""By name: the types of numbers that a file can hold."""
 
 
 def save(
@@ -129,15 +125,6 @@ def pack(
     )
 
 
-def checksum(header: bytes, streams: dict[str, Tensor]) -> bytes:
-    """CRC-32 of the compressed header and of the other streams; see `header.py`."""
-    crc = zlib.crc32(header)
-    for name in sorted(streams):
-        crc = zlib.crc32(f"{name};".encode(), crc)
-        crc = zlib.crc32(streams[name].contiguous().view(torch.uint8).numpy(force=True).data, crc)
-    return crc.to_bytes(4, "little")
-
-
 def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
     return h.Layer(
         name=name,
@@ -221,20 +208,6 @@ def _other_tensors(
         yield name, tensor
 
 
-def is_stored(name: str, layers: Container[str], folded: Container[str]) -> bool:
-    """Whether a parameter or buffer is among the header's tensors.
-
-    Args:
-        layers, folded: names of the quantised layers and of the folded batch norms.
-    """
-    owner, _, key = name.rpartition(".")
-    if owner in layers and key in ("weight", "bit_depth", "exponent"):
-        return False
-    if owner in folded and key in ("running_mean", "running_var"):
-        return False
-    return key != "num_batches_tracked"
-
-
 def _folded(norm: PlacedBatchNorm) -> tuple[Tensor, Tensor]:
     """The coefficients of y = scale · x + shift, which the norm is in evaluation."""
     assert norm.running_mean is not None
@@ -253,11 +226,6 @@ def _by_type(tensors: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
             raise ValueError(f"{name} has values too large for float16: save it with half=False")
         parts.setdefault(_dtype(name, flat), []).append(flat)
     return {name: torch.cat(flats) for name, flats in parts.items()}
-
-
-def stored_dtype(dtype: torch.dtype, half: bool) -> torch.dtype:
-    """The type that a tensor of type `dtype` is stored in."""
-    return torch.float16 if half and dtype.is_floating_point else dtype
 
 
 def _dtype(name: str, tensor: Tensor) -> h.NumberType:
@@ -285,13 +253,6 @@ def _require_formats(name: str, layer: QuantizedLayer) -> None:
     live = depth > 0
     if not representable(depth[live], layer.exponent[live], layer.weight.dtype):
         raise ValueError(f"the exponents of layer {name} are out of the range of its weights")
-
-
-def representable(depths: Tensor, exponents: Tensor, dtype: torch.dtype) -> bool:
-    """Whether weights of these formats, all (rows,), are finite and not all 0 for `dtype`."""
-    wide = exponents.to(torch.promote_types(dtype, torch.float32))
-    largest = torch.exp2(wide + depths.to(wide.dtype) - 1).to(dtype)
-    return bool((torch.exp2(wide) > 0).all() and largest.isfinite().all())
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
