@@ -5,7 +5,7 @@ import operator
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -236,14 +236,3 @@ def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     return copy.deepcopy(model, {id(value): value.detach() for value in left} | (memo or {}))
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, float32 is float32: neither autocast nor, in a GPU's convolutions, TensorFloat-32."""
-    cuda = device.type == "cuda"
-    without_tf32 = (
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else nullcontext()
-    )
-    with torch.autocast(device.type, enabled=False), without_tf32:
-        yield

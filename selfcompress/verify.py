@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.look import Inputs, device_of, full_precision, leaves_of, positional, undisturbed
+from selfcompress.look import Inputs, device_of, leaves_of, positional, undisturbed
+from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
 
 

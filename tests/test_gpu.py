@@ -26,6 +26,7 @@ import selfcompress
 from models import build as build_model
 from selfcompress import Compressor, Schedule
 from selfcompress.formats import _given_up
+from selfcompress.precision import full_precision
 from selfcompress.quantizer import fake_quantize, fit_exponent
 from selfcompress.replay import Replay
 from selfcompress.training.config import Config
@@ -336,3 +337,22 @@ def test_replayed_steps_train_as_those_that_are_launched(
     assert losses[0][-1] < 0.9 * losses[0][0]
     if runs[0].compressor and runs[1].compressor:
         assert runs[0].compressor.cuts and runs[1].compressor.cuts
+
+
+def test_cuts_are_compared_in_float32_though_the_user_allows_less() -> None:
+    a, b = torch.randn(2, 256, 256, dtype=torch.float64, device="cuda").unbind()
+    image, kernel = a.view(4, 64, 16, 16), b[:64, :64, None, None]
+
+    def error() -> float:
+        product = (a.float() @ b.float()).double() - a @ b
+        conv = F.conv2d(image.float(), kernel.float()).double() - F.conv2d(image, kernel)
+        return max(float(product.abs().max()), float(conv.abs().max()))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert error() > 1e-3
+        with full_precision(torch.device("cuda")):
+            assert error() < 1e-3
+        assert error() > 1e-3
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -25,7 +25,8 @@ from selfcompress.file.read import read, unpack
 from selfcompress.file.write import pack
 from selfcompress.formats import Collected
 from selfcompress.graph.follow import channel_graph
-from selfcompress.look import full_precision, kept_modes
+from selfcompress.look import kept_modes
+from selfcompress.precision import full_precision
 from selfcompress.replay import Replay
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
