@@ -290,7 +290,8 @@ class FormatStepper:
         layers = self.layers.values()
         formats = [p for layer in layers for p in (layer.bit_depth, layer.exponent)]
         kept = [tensor for state in self.adam.state.values() for tensor in state.values()]
-        return addresses([*formats, *kept, *(layer.weight for layer in layers if fit)])
+        there = addresses([*formats, *kept, *(layer.weight for layer in layers if fit)])
+        return there, self._trainable()
 
     def _compute(
         self,
@@ -333,7 +334,8 @@ class FormatStepper:
         torch._foreach_copy_([layer.bit_depth for layer in layers], depth.split(sizes))
         if fit and layers[0].integer_bits:
             for layer in layers:
-                layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+                if layer.weight.requires_grad:
+                    layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
     def _samples(self) -> int:
         """The size of the batch that gradients are of."""
@@ -369,8 +371,8 @@ class FormatStepper:
     def wanted(self, gamma: float) -> Tensor:
         """(rows of all layers,) the bit depths, not rounded, that they are worth at a price.
 
-        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
-        nothing is known about, as its weight is frozen or empty, wants what it has.
+        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer whose
+        weight is frozen, or that nothing is known about, wants what it has.
         """
         depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
         return self._wanted(depth, self._prices(gamma)) if gamma > 0 else depth
@@ -382,8 +384,9 @@ class FormatStepper:
 
     def _wanted(self, depth: Tensor, price: Tensor) -> Tensor:
         worth, steps = [], []
-        for layer in self.layers.values():
-            state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
+        for layer, trains in zip(self.layers.values(), self._trainable(), strict=True):
+            known = self.adam.state.get(layer.bit_depth) if trains else None
+            state = known or _nothing_seen(layer)
             worth.append(state["worth"])
             steps.append(state["step"].expand_as(state["worth"]))
         averaged = 1 - self.memory ** torch.cat(steps)
@@ -404,7 +407,8 @@ class FormatStepper:
         given_up = _given_up(wanted, depth, layer_of, least_rows, len(self.layers))
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
-        return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
+        stays = (depth <= 0) | (wanted == depth)
+        return torch.where(stays, depth, (depth + change).clamp(min=0))
 
 
 def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:

@@ -15,7 +15,14 @@ from torch.optim import SGD
 
 from selfcompress import Compressor
 from selfcompress.convert import quantize_layers
-from selfcompress.formats import AT_ONCE, ROUNDING, TASK_SHARE, FormatStepper, _given_up
+from selfcompress.formats import (
+    AT_ONCE,
+    FIT_INTERVAL,
+    ROUNDING,
+    TASK_SHARE,
+    FormatStepper,
+    _given_up,
+)  # fmt: skip
 from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import fake_quantize, fit_exponent
 from selfcompress.size import q_bits
@@ -191,17 +198,30 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
             assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
 
 
-def test_a_frozen_weight_keeps_its_bits() -> None:
-    compressor, optimizer = linear(gamma=10.0)
-    (layer,) = compressor.layers.values()
-    layer.weight.requires_grad_(False)
-    compressor.formats.watch()
-    before = layer.bit_depth.detach().clone()
+@pytest.mark.parametrize("trained", [0, 5])
+def test_a_layer_that_is_frozen_stays_as_it_is(trained: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    compressor = Compressor(model, torch.randn(2, 5), 10.0, bits=8)
+    layer, optimizer = compressor.layers["0"], SGD(compressor.weights(), lr=0.1)
     x, y = batch()
-    for _ in range(3):
+
+    def step() -> None:
+        optimizer.zero_grad()
         (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+        optimizer.step()
         compressor.step(optimizer)
-    assert torch.equal(layer.bit_depth, before)
+
+    start = layer.bit_depth.detach().clone()
+    for _ in range(trained):
+        step()
+    assert torch.equal(layer.bit_depth, start) == (trained == 0)
+    layer.requires_grad_(False)
+    before = [p.detach().clone() for p in (layer.bit_depth, layer.exponent)]
+    for _ in range(2 * FIT_INTERVAL):
+        step()
+    assert torch.equal(layer.bit_depth, before[0])
+    assert torch.equal(layer.exponent, before[1])
 
 
 def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
