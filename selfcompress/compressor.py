@@ -417,6 +417,12 @@ class Compressor:
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
         """Compare what the network computes with what it did; a random one cannot be."""
+        if not before.outputs:
+            warnings.warn(
+                "cuts cannot be checked: no tensor is found in what the model returns, though "
+                "lists, dicts and objects in it are looked into",
+                stacklevel=5,
+            )
         try:
             compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
         except CutError:

@@ -858,3 +858,19 @@ class Sized(Two):
 
 def test_views_as_another_tensor_are_followed() -> None:
     assert removable(Sized()) == 6
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_cuts_of_a_model_that_hides_what_it_returns_are_said_to_be_unchecked() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+        def forward(self, x: Tensor) -> Any:
+            return Slotted(self.body(x))
+
+    compressor = Compressor(Outer().double(), X, 0.0, bits=8)
+    kill(compressor.model, "body.0", [1, 4])
+    with pytest.warns(UserWarning, match="cannot be checked: no tensor is found"):
+        assert compressor.cut() is not None
