@@ -50,6 +50,30 @@ def test_what_may_lie_either_way_is_taken_for_contiguous() -> None:
         place(x, torch.arange(shape[1]), 5, 1).view(2, -1)
 
 
+class Views(nn.Module):
+    """Takes pixels of channels_last tensors for rows, which it can only without a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        x = self.branch(x) + x
+        return self.head(x.permute(0, 2, 3, 1).view(-1, x.shape[1]))
+
+
+@pytest.mark.parametrize("live", [0, 1, 2])
+def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(live: int) -> None:
+    model, x = Views().to(memory_format=LAST), torch.randn(2, 3, 4, 4)
+    compressor = Compressor(model, x.contiguous(memory_format=LAST), 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["branch"].bit_depth[live:] = 0
+        model.branch.bias.zero_()  # type: ignore[union-attr]
+    assert compressor.cut() is not None
+
+
 class Indexed(TorchDispatchMode):
     """Collects the shapes of what indices are applied to."""
 

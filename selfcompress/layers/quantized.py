@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers.placing import Placed, few_gaps, place, take
+from selfcompress.layers.placing import Placed, few_gaps, place, take, zeros
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 
@@ -217,7 +217,7 @@ class QuantizedLayer(Placed):
         if self.rows.numel() < self.out_width:
             if self.grouped or not few_gaps(self.out_width - len(self.rows), self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
-                out = place(values, self.rows, self.out_width, self.channel_dim)
+                out = place(values, self.rows, self.out_width, self.channel_dim, like=x)
                 return out if self.bias is None else self.add_bias(out)
             weight = place(weight, self.rows, self.out_width, self.row_dim)
         return self.compute(x, weight, self.bias, *args, **kwargs)
@@ -239,7 +239,7 @@ class QuantizedLayer(Placed):
         narrow = x.narrow(self.channel_dim, 0, 1).to("meta", row.dtype)
         shape = list(self.compute(narrow, row, None, *args, **kwargs).shape)
         shape[self.channel_dim] = self.out_width
-        return x.new_zeros(shape)
+        return zeros(shape, x, x)
 
 
 class _QuantConv(QuantizedLayer):
