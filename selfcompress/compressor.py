@@ -303,7 +303,7 @@ class Compressor:
 
     def penalty(self) -> Tensor:
         """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
-        penalty = self.price / self.starting_weights * q_bits(self.model)
+        penalty = self.price / self.starting_weights * q_bits(list(self.layers.values()))
         if penalty.requires_grad:
             penalty.register_hook(self._came_back)
         return penalty

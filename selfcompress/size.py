@@ -30,6 +30,7 @@ It is computed from the network alone, without packing anything; if the network 
 *File bytes* is what a file of the network takes on disk: see `selfcompress.save`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,6 @@ from selfcompress.layers.quantized import (
     QuantizedLayer,
     layer_widths,
     of_rows,
-    quantized_layers,
 )
 from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth
@@ -213,12 +213,11 @@ def _count(weights: list[Tensor], new: set[Tensor]) -> int:
     return sum(w.numel() for w in weights if w in new or not isinstance(w, nn.Parameter))
 
 
-def q_bits(model: nn.Module) -> Tensor:
-    """Eq. (4) over the quantised layers, in bits: a scalar with gradients to the bit depths.
+def q_bits(layers: Sequence[QuantizedLayer]) -> Tensor:
+    """Eq. (4) summed over layers, in bits: a scalar with gradients to the bit depths.
 
     Bit depths count as the forward pass rounds them, with the gradient straight through.
     """
-    layers = list(quantized_layers(model).values())
     if not layers:
         return torch.zeros(())
     bits = torch.cat([layer.bit_depth for layer in layers])
