@@ -26,7 +26,7 @@ from torch.optim import (
 
 from selfcompress.graph.channels import ChannelGraph
 from selfcompress.graph.liveness import Liveness
-from selfcompress.graph.ops import Kind
+from selfcompress.graph.ops import WITH_ROWS, Kind
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
 from selfcompress.layers.placing import layout_of
 from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
@@ -171,8 +171,7 @@ class _Planner:
                 stays = ~self.removed[self.graph.ids[node.name]]
                 if not stays.all():  # forward() may have put a longer buffer in its place
                     self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
-            layer = node.kind in (Kind.LAYER, Kind.GROUPED, Kind.NORM)
-            if layer and node.module not in in_graph:
+            if node.kind in WITH_ROWS and node.module not in in_graph:
                 in_graph.add(node.module)
                 ins, outs = self.graph.reads(node), self.graph.ids[node.name]
                 self._wire(node.module, ~self.removed[ins], ~self.silent[ins], ~self.removed[outs])
@@ -221,7 +220,7 @@ class _Planner:
             self._keep(f"{name}.weight", module.fan_in_dim, read)
             self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())
             return
-        of_row = module.slots.numpy(force=True)[rows] // module.group_width
+        of_row = module.row_groups.numpy(force=True)[rows]
         live, groups = np.unique(of_row, return_inverse=True)
         table = columns.reshape(module.groups, -1)[live]  # what each group reads
         # All groups lose the same columns; without any group there is nothing to read.

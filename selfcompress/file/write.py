@@ -158,7 +158,7 @@ def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
 def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
     parts = [_placement(layer)]
     if layer.grouped:
-        group = layer.slots.numpy(force=True) // layer.group_width
+        group = layer.row_groups.numpy(force=True)
         parts.append(np.diff(group, prepend=-1) > 0)
     live = layer.live_rows().numpy(force=True)
     if not live.all():

@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.ops import Kind, reads_sizes, reads_type, taken
+from selfcompress.graph.ops import WITH_ROWS, Kind, reads_sizes, reads_type, taken
 from selfcompress.layers.placing import few_gaps
 
 Ids = np.ndarray  # (positions,) int64
@@ -161,9 +161,8 @@ class ChannelGraph:
         stays = {name: ~removed[ids] for name, ids in self.ids.items()}
         # A position -1 (of another input) stays -1.
         renumbered = {n: np.append(np.cumsum(kept) - 1, -1) for n, kept in stays.items()}
-        reading = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
         for node in self.nodes:
-            kept = ~removed[self.reads(node)] if node.kind in reading else stays.get(node.name)
+            kept = ~removed[self.reads(node)] if node.kind in WITH_ROWS else stays.get(node.name)
             if kept is not None:
                 self.sources[node.name] = tuple(
                     renumbered[name][source[kept]]
@@ -193,8 +192,7 @@ class ChannelGraph:
                     removed[ids.reshape(self.layouts[name].grid)[np.ix_(*kept)]] = False
             for node in self.of_kind(Kind.GROUPED):
                 module = model.get_submodule(node.module)
-                groups = np.unique(module.slots.numpy(force=True)[rows[node.module]])
-                live = np.unique(groups // module.group_width)
+                live = np.unique(module.row_groups.numpy(force=True)[rows[node.module]])
                 columns = module.columns.numpy(force=True).reshape(module.groups, -1)[live]
                 read = self.reads(node)[columns]  # (live groups, input channels per group)
                 stays = ~removed[read].all(0)
@@ -268,6 +266,13 @@ class ChannelGraph:
 
         A move must give just the ids that striking the removed ones from its result gives. All
         other operations must be called with the numbers they were traced with.
+
+        Say a tensor x of 12 channels is reshaped by `x.view(n, 3, 4)`: three heads, four channels
+        each. Without channel 0 it has 11, and the call fails: wrong. Without channels 0, 4 and 8,
+        one of each head, `view(n, 3, 4)` fails as well, for the 4 is written in the code. But
+        `x.view(n, 3, -1)` then gives [[1, 2, 3], [5, 6, 7], [9, 10, 11]], as striking 0, 4 and 8
+        from its result [[0, 1, 2, 3], [4 …]] does: right. And `x.view(n, 3, x.shape[1] // 3)` is
+        right too, as the size is computed anew.
         """
         if not removed.any():
             return set()

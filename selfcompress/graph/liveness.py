@@ -5,6 +5,17 @@ graph, in the same way for training and evaluation: `settle_statistics` gives ba
 read a constant c the statistics it has (mean c, variance 0), so that they output β in both. (One
 that is held in eval mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which
 becomes its β first.)
+
+An example: row 3 of `conv` has lost its bits in
+
+    conv → norm → relu → next
+
+The convolution makes a 0 of channel 3, in every pixel (or its bias). The norm takes that constant
+away and makes β₃ of it, so relu(β₃) is what `next` reads. If β₃ ≤ 0 this is 0: nobody misses the
+channel (`gone`), and row 3 of `conv`, entry 3 of `norm` and column 3 of `next` can be cut. If
+β₃ > 0, `next` would miss it: β₃ is `lingering`, and is driven to zero until nobody does. Had the
+relu's output been added to another branch, channel 3 would carry what that one has: row 3 and entry
+3 go, and the column stays. And had `next` lost all of its rows, all channels here would be `gone`.
 """
 
 import math
@@ -17,12 +28,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.graph.channels import ChannelGraph, Node
-from selfcompress.graph.ops import Kind
+from selfcompress.graph.ops import WITH_ROWS, Kind
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.quantized import QuantizedLayer, _QuantConv
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
-_WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
 _NORMS = (Kind.NORM, Kind.OWN_NORM)
 _BY_POSITION = (Kind.ELEMENTWISE, Kind.ADD, Kind.MUL, Kind.MOVE, Kind.SPATIAL)
 
@@ -100,7 +110,7 @@ class _Analysis:
         self.graph = graph
         self.modules = dict(model.named_modules())
         self.users: dict[str, list[Node]] = {node.name: [] for node in graph.nodes}
-        self.calls = Counter(node.module for node in graph.of_kind(*_WITH_ROWS, Kind.OWN_NORM))
+        self.calls = Counter(node.module for node in graph.of_kind(*WITH_ROWS, Kind.OWN_NORM))
         for node in graph.nodes:
             for name in node.inputs:
                 self.users[name].append(node)
@@ -203,7 +213,7 @@ class _Analysis:
             return np.full(len(self._live(node)), (read[self.columns(node)] == 0).all())
         conv = self._grouped(node)
         silent = (read[self.columns(node)] == 0).reshape(conv.groups, -1).all(1)
-        starved: np.ndarray = silent[self._array(node.module, "slots") // conv.group_width]
+        starved: np.ndarray = silent[self._array(node.module, "row_groups")]
         return starved
 
     def _look_back(self) -> None:
@@ -248,7 +258,7 @@ class _Analysis:
         Args:
             index: which of its inputs.
         """
-        if node.kind in _WITH_ROWS:
+        if node.kind in WITH_ROWS:
             live = self._live(node)
             needs = np.zeros(len(self.graph.sources[node.name][0]), bool)
             if node.kind is Kind.LAYER:
@@ -257,7 +267,7 @@ class _Analysis:
                 needs[self.columns(node)[live]] = True
             else:
                 conv = self._grouped(node)
-                groups = np.unique(self._array(node.module, "slots")[live] // conv.group_width)
+                groups = np.unique(self._array(node.module, "row_groups")[live])
                 needs[self.columns(node).reshape(conv.groups, -1)[groups]] = True
             return needs, ~needs
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
@@ -280,7 +290,7 @@ class _Analysis:
     def _drop(self) -> None:
         """Let rows go that see nothing, that nobody needs, or whose constant can be a zero."""
         stays = {name: np.zeros_like(live) for name, live in self.rows.items()}
-        for node in self.graph.of_kind(*_WITH_ROWS):
+        for node in self.graph.of_kind(*WITH_ROWS):
             if node.module not in self.rows:
                 continue
             live, positions = self._live(node), self._positions(node)
@@ -308,7 +318,7 @@ class _Analysis:
 
     def _lingering(self, gone: np.ndarray) -> dict[str, np.ndarray]:
         lingering: dict[str, np.ndarray] = {}
-        for node in self.graph.of_kind(*_WITH_ROWS, Kind.OWN_NORM):
+        for node in self.graph.of_kind(*WITH_ROWS, Kind.OWN_NORM):
             if node.module not in self.rows and node.kind is not Kind.OWN_NORM:
                 continue
             # A norm takes its input's constant away again: no need to drive that one to zero.

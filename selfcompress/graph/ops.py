@@ -35,6 +35,9 @@ class Kind(Enum):
     OUTPUT = auto()  # freezes what it reads
 
 
+WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
+"""What modules compute row by row, or entry by entry: every output channel has one, or none."""
+
 ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.PReLU,
     nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign,

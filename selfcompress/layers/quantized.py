@@ -169,6 +169,11 @@ class QuantizedLayer(Placed):
         return weight
 
     @property
+    def row_groups(self) -> Tensor:
+        """(rows,) int64: of a grouped convolution, the group of each row."""
+        return self.slots // self.group_width
+
+    @property
     def dense_groups(self) -> int:
         """How many groups `dense_weight` is for.
 
@@ -265,7 +270,7 @@ class _QuantConv(QuantizedLayer):
         reads = self.in_width // self.dense_groups
         if not len(self.rows):
             return weight.new_zeros(self.out_width, reads, *weight.shape[2:])
-        columns = self.columns.view(self.groups, -1)[self.slots // self.group_width]  # of each row
+        columns = self.columns.view(self.groups, -1)[self.row_groups]  # of each row
         first = self.rows // (self.out_width // self.dense_groups) * reads
         index = columns - first[:, None]
         index = index.view(*index.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
