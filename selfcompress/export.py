@@ -232,14 +232,11 @@ def _scales(values: np.ndarray, weight: _Weight) -> tuple[np.ndarray, np.ndarray
 
 
 def _integer_tensor(name: str, integers: np.ndarray) -> "TensorProto":
-    """As int4 (two to a byte, low half first), int8 or int16, whichever is the narrowest."""
-    from onnx import TensorProto, helper, numpy_helper
+    """As int4, int8 or int16, whichever is the narrowest."""
+    from ml_dtypes import int4
+    from onnx import numpy_helper
 
     low, high = int(integers.min()), int(integers.max())
-    if low >= -8 and high <= 7:
-        flat = np.append(integers.ravel(), np.zeros(integers.size % 2, np.int32)) & 15
-        packed = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
-        shape = integers.shape
-        return helper.make_tensor(name, TensorProto.INT4, shape, packed.tobytes(), raw=True)
-    kind = np.int8 if low >= -128 and high <= 127 else np.int16
+    kind: type = int4 if low >= -8 and high <= 7 else np.int8
+    kind = kind if low >= -128 and high <= 127 else np.int16
     return numpy_helper.from_array(np.ascontiguousarray(integers.astype(kind)), name)
