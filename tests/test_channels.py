@@ -368,3 +368,13 @@ def test_removing_strikes_ids_from_every_tensor() -> None:
     assert len(ids_of(graph, "stem.1")) == len(ids_of(graph, "two.1")) == 5
     assert len(ids_of(graph, "stem.0")) == 6
     assert np.array_equal(ids_of(graph, "stem.1"), ids_of(graph, "two.1"))
+
+
+def test_an_error_of_ours_is_told_and_keeps_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("selfcompress.graph.follow._Builder._combine", fails)
+    with pytest.warns(UserWarning, match=r"relu \[relu\] ran into IndexError .* report this"):
+        graph = trace(Function(F.relu))
+    assert "list index out of range" in frozen_by(graph, "a")

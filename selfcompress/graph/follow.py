@@ -52,6 +52,7 @@ from selfcompress.layers.quantized import (
     layer_widths,
 )
 from selfcompress.look import Inputs, batch_size
+from selfcompress.text import first_line
 
 
 def channel_graph(
@@ -190,6 +191,12 @@ class _Builder:
                 )
             kind, result = self._dispatch(node, inputs, fact)
         except Exception as why:  # ours, or whatever an unusual call runs into: not followed
+            if not isinstance(why, _CannotFollowError):
+                warnings.warn(
+                    f"{self._label(node)} ran into {type(why).__name__} ({first_line(why)}) as its "
+                    "channels were followed, so they keep their places: please report this",
+                    stacklevel=1,
+                )
             kind, result = Kind.OPAQUE, self._opaque(node, inputs, str(why))
             name = self._target(node) if node.op == "call_module" else self._layer_of(node)
             if name:
