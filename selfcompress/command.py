@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -260,16 +260,12 @@ def main() -> int:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return exit_code(lambda: _printed(command.run), mistakes=(FileError,), failures=(ExportError,))
 
+    def run() -> int:
+        command.run()
+        return 0
 
-def _printed(show: Callable[[], None]) -> int:
-    try:
-        show()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return exit_code(run, mistakes=(FileError,), failures=(ExportError,))
 
 
 def describe(contents: Contents) -> dict[str, Any]:

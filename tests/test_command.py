@@ -338,3 +338,16 @@ def test_pick_names_the_best_run_and_its_file(
         code, text = call(monkeypatch, capsys, "pick", tmp_path, *arguments)
         assert code == 2
         assert part in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    program = """
+import sys
+from selfcompress.training.errors import exit_code
+sys.exit(exit_code(lambda: print("line\\n" * 100_000) or 0))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

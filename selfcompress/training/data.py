@@ -163,7 +163,7 @@ def choose(asked: DatasetName | None, get: Callable[[DatasetName], T]) -> tuple[
         if asked is not None:
             raise
         print(
-            f"WARNING: CIFAR-10 is not to be had ({unavailable}); TRAINING ON DIGITS INSTEAD "
+            f"WARNING: CIFAR-10 is unavailable ({unavailable}); TRAINING ON DIGITS INSTEAD "
             "(scikit-learn's handwritten digits): results are of digits, not of CIFAR-10",
             file=sys.stderr,
         )

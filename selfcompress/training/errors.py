@@ -37,16 +37,23 @@ def exit_code(
         failures: others that a line tells enough of, beside OSError: 1.
         stopped: what to say after Ctrl-C: 130.
         smaller: what to try where memory does not suffice: 1.
+
+    141, without a line, if nobody reads its output any more.
     """
     mistakes = (UserError, *mistakes)
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head` has seen enough: end as SIGPIPE would have it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         where = os.fsdecode(error.filename or "a file")  # TensorBoard's are bytes
         print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
