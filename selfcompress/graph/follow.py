@@ -25,23 +25,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress.graph.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
+from selfcompress.graph.in_place import alias_hazards, redirect_in_place
 from selfcompress.graph.observe import Observed, observe
 from selfcompress.graph.ops import (
     CASTS,
     JOINS,
     Kind,
     function_of,
-    is_in_place,
     kind_of_call,
     kind_of_module,
-    may_alias,
     product_of,
     reads_sizes,
     reads_type,
     worked_on,
 )
 from selfcompress.graph.trace import Part, Trace, trace
-from selfcompress.graph.tracer import Shape, has_tensors, owner_of
+from selfcompress.graph.tracer import Shape, owner_of
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.quantized import (
@@ -151,8 +150,8 @@ class _Builder:
         self.prefix, self.facts = part.prefix, part.facts
         self.runs = self.observed_calls[part.name] if part.name else 1
         self.values: dict[torch.fx.Node, Any] = {}
-        _redirect_in_place(part, self._module)
-        hazards = _alias_hazards(part, self._module)
+        redirect_in_place(part, self._module)
+        hazards = alias_hazards(part, self._module)
         self.read |= part.read
         self.asked |= part.read
         for node in part.nodes:
@@ -722,44 +721,6 @@ class _Builder:
             or (isinstance(module, PlacedBatchNorm) and name in norms)
             if name not in self.read
         }
-
-
-def _redirect_in_place(part: Part, module_of: Any) -> None:
-    """After x is changed in place, whoever reads x reads the result of that change."""
-    order = {node: index for index, node in enumerate(part.nodes)}
-    for node in part.nodes:
-        target = node.args[0] if node.args else None
-        if not isinstance(target, torch.fx.Node) or not isinstance(part.facts[target], Shape):
-            continue
-        if not is_in_place(node, module_of(node)):
-            continue
-        for user in list(target.users):
-            if order[user] > order[node]:
-                user.replace_input_with(target, node)
-
-
-def _alias_hazards(part: Part, module_of: Any) -> set[torch.fx.Node]:
-    """Nodes that change in place what other nodes see under another name; and those nodes."""
-    order = {node: index for index, node in enumerate(part.nodes)}
-    root: dict[torch.fx.Node, torch.fx.Node] = {}
-    hazards: set[torch.fx.Node] = set()
-    for node in part.nodes:
-        target = node.args[0] if node.args else None
-        root[node] = node
-        if not isinstance(target, torch.fx.Node) or not has_tensors(part.facts[target]):
-            continue
-        module = module_of(node)
-        in_place = is_in_place(node, module)
-        tensors = [n for n in node.all_input_nodes if n in root]
-        kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
-        if in_place or may_alias(node, kind, module):
-            root[node] = root[target]
-        if in_place:
-            same = [n for n in root if root[n] is root[target] and n not in (node, target)]
-            read_later = [n for n in same if any(order[u] > order[node] for u in n.users)]
-            if read_later:
-                hazards |= {node, *read_later}
-    return hazards
 
 
 def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
