@@ -39,7 +39,7 @@ def is_plain(model: nn.Module) -> bool:
     return not any(name.startswith("selfcompress") for name in modules)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_dense_copy_of_any_network_computes_the_same(seed: int) -> None:
     with told(seed):

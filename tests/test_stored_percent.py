@@ -121,7 +121,7 @@ def test_biases_that_are_left_behind_do_not_count(interval: int) -> None:
     assert 1.8 <= compressor.size().stored_percent <= 2.04
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("scale", [1e-4, pytest.param(1e4, marks=pytest.mark.slow)])
 def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
     compressor, optimizer = started(4.0)
     train(compressor, optimizer, 0, STEPS, scale)

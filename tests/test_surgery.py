@@ -122,7 +122,7 @@ def test_any_pattern_of_dead_rows_cuts_exactly_twice(name: str, seed: int) -> No
     assert not cut.plan()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(name=st.sampled_from(list(NETWORKS)), seed=st.integers(0, 10**6), multiple=st.integers(2, 4))
 def test_channels_kept_to_round_a_width_up_are_exact_and_can_go_later(
     name: str, seed: int, multiple: int

@@ -189,7 +189,8 @@ def test_run_ends_in_the_size_asked_for(cli: Cli, tmp_path: Path) -> None:
     assert_refused(other, "target_size is 5000B there and 7000B here")
 
 
-@pytest.mark.parametrize("epoch", [2, 5])  # in the time of pressing, and after it
+# In the time of pressing, and after it.
+@pytest.mark.parametrize("epoch", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_interrupted_run_comes_to_the_same_file(
     epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
