@@ -42,7 +42,6 @@ enough to be harmless can follow.
 """
 
 import math
-import operator
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -134,16 +133,17 @@ class FormatStepper:
     def watch(self) -> None:
         """Collect from the parameters that the layers have now; call again after a cut."""
         self.stop()
-        self._watched = self._trainable()
         for layer in self.layers.values():
             for parameter, collect in (
                 (layer.exponent, self._gradient_of(layer)),
                 (layer.bit_depth, self._drop),
                 (layer.weight, self._norm_of(layer)),
             ):
-                if parameter.requires_grad:
-                    hook = parameter.register_post_accumulate_grad_hook(collect)
-                    self._hooks.append(hook)
+                # It may be thawed later, and a frozen one takes no hook.
+                trainable = parameter.requires_grad
+                parameter.requires_grad_(True)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+                parameter.requires_grad_(trainable)
 
     def stop(self) -> None:
         """Collect nothing any more, until `watch` is called again."""
@@ -163,13 +163,6 @@ class FormatStepper:
                 parameter.requires_grad_(True)  # else it would take no hook
                 parameter.register_post_accumulate_grad_hook(self._drop)
                 parameter.requires_grad_(False)
-
-    def _trainable(self) -> list[bool]:
-        return [layer.weight.requires_grad for layer in self.layers.values()]
-
-    def _expected(self) -> bool:
-        """Whether there are weights whose gradients should have been seen."""
-        return any(map(operator.and_, self._watched, self._trainable()))
 
     def _forget(self) -> None:
         self.collected = Collected()
@@ -251,6 +244,8 @@ class FormatStepper:
         layers = list(self.layers.values())
         collected, depth = self.collected, layers[0].bit_depth
         moves = self._penalties > 0 and gamma > 0
+        # A loop may freeze what it has trained before it comes here, as a GAN's does.
+        trained = {x for x in layers if x.weight.requires_grad or x in collected.norms}
         if collected.norms:
             able = any(layer.bit_depth.requires_grad for layer in layers)
             if gamma > 0 and able and not self._penalised:
@@ -258,7 +253,7 @@ class FormatStepper:
                     "compressor.penalty() was not in the loss: without it no channel loses bits",
                     stacklevel=4,
                 )
-        elif moves and self._expected():
+        elif moves and trained:
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
@@ -276,22 +271,20 @@ class FormatStepper:
         self._replays[fit](
             lambda: self._version(fit),
             collected.norms,
-            collected.exponents,
+            {layer: g for layer, g in collected.exponents.items() if layer in trained},
             depth.new_ones(()) if self._loss_scale is None else self._loss_scale,
             numbers.to(depth.device, non_blocking=True),
             pressure,
+            tuple(layer in trained for layer in layers),
         )
         self._forget()
-        if self._trainable() != self._watched:  # the user has frozen or thawed layers
-            self.watch()
 
     def _version(self, fit: bool) -> object:
         """Of what a step reads and writes beside what it is given."""
         layers = self.layers.values()
         formats = [p for layer in layers for p in (layer.bit_depth, layer.exponent)]
         kept = [tensor for state in self.adam.state.values() for tensor in state.values()]
-        there = addresses([*formats, *kept, *(layer.weight for layer in layers if fit)])
-        return there, self._trainable()
+        return addresses([*formats, *kept, *(layer.weight for layer in layers if fit)])
 
     def _compute(
         self,
@@ -301,6 +294,7 @@ class FormatStepper:
         scale: Tensor,
         numbers: Tensor,
         pressure: tuple[Tensor, Tensor, Tensor] | None,
+        trained: tuple[bool, ...],
     ) -> None:
         """All that a step computes.
 
@@ -310,31 +304,34 @@ class FormatStepper:
             numbers: (2,) half the number of samples, and the least that a bit depth is moved to.
             pressure: (rows of all layers,) each: the price of a bit, the number of the layer, and
                 how many of its rows keep bits; None: bit depths stay.
+            trained: of every layer, whether it is; others stay as they are.
         """
         layers = list(self.layers.values())
+        sizes = [len(layer.bit_depth) for layer in layers]
         depth = torch.cat([layer.bit_depth for layer in layers])
         before = integer_depth(depth)
         half_samples, least = numbers
         if norms:
             self._remember(norms, half_samples, scale)
         if exponents:
-            sizes = [len(layer.exponent) for layer in exponents]
             gradients = _finite(torch.cat(list(exponents.values())) / scale)
-            for layer, part in zip(exponents, gradients.split(sizes), strict=True):
+            parts = gradients.split([len(layer.exponent) for layer in exponents])
+            for layer, part in zip(exponents, parts, strict=True):
                 layer.exponent.grad = part.to(layer.exponent)
         if pressure is not None:
             price, layer_of, least_rows = pressure
-            depth = self._moved(depth, price, least, layer_of.long(), least_rows.long())
+            moved = self._moved(depth, price, least, layer_of.long(), least_rows.long())
+            sides = zip(moved.split(sizes), depth.split(sizes), trained, strict=True)
+            depth = torch.cat([new if moves else old for new, old, moves in sides])
         self.adam.step()
         self.adam.zero_grad()
-        sizes = [len(layer.bit_depth) for layer in layers]
         if layers[0].integer_bits:
             depth, fallen = _settled(depth, before)
             torch._foreach_add_([layer.exponent for layer in layers], fallen.split(sizes))
         torch._foreach_copy_([layer.bit_depth for layer in layers], depth.split(sizes))
         if fit and layers[0].integer_bits:
-            for layer in layers:
-                if layer.weight.requires_grad:
+            for layer, moves in zip(layers, trained, strict=True):
+                if moves:
                     layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
     def _samples(self) -> int:
@@ -371,8 +368,8 @@ class FormatStepper:
     def wanted(self, gamma: float) -> Tensor:
         """(rows of all layers,) the bit depths, not rounded, that they are worth at a price.
 
-        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer whose
-        weight is frozen, or that nothing is known about, wants what it has.
+        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
+        nothing is known about, as its weight was frozen or is empty, wants what it has.
         """
         depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
         return self._wanted(depth, self._prices(gamma)) if gamma > 0 else depth
@@ -384,9 +381,8 @@ class FormatStepper:
 
     def _wanted(self, depth: Tensor, price: Tensor) -> Tensor:
         worth, steps = [], []
-        for layer, trains in zip(self.layers.values(), self._trainable(), strict=True):
-            known = self.adam.state.get(layer.bit_depth) if trains else None
-            state = known or _nothing_seen(layer)
+        for layer in self.layers.values():
+            state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
             worth.append(state["worth"])
             steps.append(state["step"].expand_as(state["worth"]))
         averaged = 1 - self.memory ** torch.cat(steps)
@@ -407,8 +403,7 @@ class FormatStepper:
         given_up = _given_up(wanted, depth, layer_of, least_rows, len(self.layers))
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
-        stays = (depth <= 0) | (wanted == depth)
-        return torch.where(stays, depth, (depth + change).clamp(min=0))
+        return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
 
 def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:

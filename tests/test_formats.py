@@ -199,9 +199,12 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
 
 
 @pytest.mark.parametrize("trained", [0, 5])
-def test_a_layer_that_is_frozen_stays_as_it_is(trained: int) -> None:
+@pytest.mark.parametrize("frozen", ["at first", "its weight", "whole"])
+def test_a_layer_that_is_frozen_stays_as_it_is(trained: int, frozen: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    if frozen == "at first":
+        model[0].requires_grad_(False)
     compressor = Compressor(model, torch.randn(2, 5), 10.0, bits=8)
     layer, optimizer = compressor.layers["0"], SGD(compressor.weights(), lr=0.1)
     x, y = batch()
@@ -215,13 +218,31 @@ def test_a_layer_that_is_frozen_stays_as_it_is(trained: int) -> None:
     start = layer.bit_depth.detach().clone()
     for _ in range(trained):
         step()
-    assert torch.equal(layer.bit_depth, start) == (trained == 0)
-    layer.requires_grad_(False)
+    assert torch.equal(layer.bit_depth, start) == (trained == 0 or frozen == "at first")
+    (layer if frozen == "whole" else layer.weight).requires_grad_(False)
     before = [p.detach().clone() for p in (layer.bit_depth, layer.exponent)]
     for _ in range(2 * FIT_INTERVAL):
         step()
     assert torch.equal(layer.bit_depth, before[0])
     assert torch.equal(layer.exponent, before[1])
+
+
+def test_what_is_frozen_when_the_step_comes_was_trained_all_the_same() -> None:
+    """As a loop does that freezes a discriminator but for its own step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    compressor = Compressor(model, torch.randn(2, 5), 0.3, bits=8)
+    layer, optimizer = compressor.layers["0"], SGD(compressor.weights(), lr=0.1)
+    x, y = batch()
+    for _ in range(30):
+        layer.requires_grad_(True)
+        optimizer.zero_grad()
+        (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+        optimizer.step()
+        layer.requires_grad_(False)
+        compressor.step(optimizer)
+    assert compressor.formats.adam.state[layer.bit_depth]["step"] == 30
+    assert (layer.bit_depth < 8).any()
 
 
 def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

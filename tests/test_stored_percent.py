@@ -128,6 +128,16 @@ def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
     assert 3.7 <= compressor.size().stored_percent <= 4.1
 
 
+def test_a_layer_that_is_frozen_now_and_then_does_not_make_others_pay() -> None:
+    compressor, optimizer = started(6.0, Mlp())
+    for first in range(0, STEPS, 20):
+        compressor.layers["one"].requires_grad_(first % 40 == 0)
+        train(compressor, optimizer, first, first + 20)
+    assert compressor.gamma < 1
+    assert 5.4 <= compressor.size().stored_percent <= 6.6
+    assert all(int(layer.live_rows().sum()) > 5 for layer in compressor.layers.values())
+
+
 def test_gamma_on_the_path_is_what_presses() -> None:
     compressor, optimizer = started(4.0)
     train(compressor, optimizer, 0, STEPS // 4)
