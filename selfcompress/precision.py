@@ -6,36 +6,47 @@ from typing import Any
 
 import torch
 
+_FULL = ("ieee", "none")
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, whatever the user has allowed, float32 is computed with as it is."""
+    """Inside, whatever the user has allowed, float32 is computed with as it is on `device`."""
     # Torch has an old and a new way to say so. It refuses to read the old one where it contradicts
     # the new one, so the old one is set as well; unless the user has them contradict each other.
     backends: Any = torch.backends  # not all of it has types
     matmul, convolutions = None, None
     with suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
-    with suppress(RuntimeError):
-        convolutions = backends.cudnn.allow_tf32
-    kinds = (
-        backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
-        backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,
-    )  # fmt: skip
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            convolutions = backends.cudnn.allow_tf32
+    # From the general to the particular.
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    on_gpus = [cudnn, backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    on_cpus = [mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    kinds = [backends, *on_gpus, *on_cpus]
     allowed = [kind.fp32_precision for kind in kinds]
+    changed = []
     try:
-        if matmul is not None:
+        if matmul not in (None, "highest"):
             torch.set_float32_matmul_precision("highest")
-        if convolutions is not None:
+        if convolutions:
             backends.cudnn.allow_tf32 = False
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
+        # No more than is needed: what is set no longer follows what is more general.
+        for kind in (backends, *(on_gpus if device.type == "cuda" else on_cpus)):
+            if kind.fp32_precision not in _FULL:
+                changed.append((kind, kind.fp32_precision))
+                kind.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if matmul is not None:
+        if matmul not in (None, "highest"):
             torch.set_float32_matmul_precision(matmul)
-        if convolutions is not None:
-            backends.cudnn.allow_tf32 = convolutions
-        for kind, precision in zip(kinds, allowed, strict=True):
+        if convolutions:
+            backends.cudnn.allow_tf32 = True
+        for kind, precision in reversed(changed):
             kind.fp32_precision = precision
+        for kind, precision in zip(kinds, allowed, strict=True):
+            if kind.fp32_precision != precision:
+                kind.fp32_precision = precision

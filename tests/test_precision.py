@@ -19,10 +19,17 @@ ALLOWED = [
 ]
 
 PROGRAM = """
-import os, sys
+import os, sys, warnings
 import torch
 import torch.backends as b
 from selfcompress.precision import full_precision
+
+warnings.simplefilter("ignore")  # of autocast without a GPU
+KINDS = {
+    "cpu": (b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn),
+    "cuda": (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn),
+}
+GENERAL = (b, b.cudnn, b.mkldnn)
 
 def read(get):
     try:
@@ -30,27 +37,51 @@ def read(get):
     except RuntimeError:  # old and new ways to say it contradict each other
         return "a contradiction"
 
-def now():
-    kinds = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
-    old = (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32)
-    return [kind.fp32_precision for kind in kinds], [read(get) for get in old]
+def old():
+    return [read(get) for get in (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32)]
 
-def check(allowed):
+def now():
+    kinds = (*GENERAL, *KINDS["cpu"], *KINDS["cuda"])
+    return [kind.fp32_precision for kind in kinds], old()
+
+def check(allowed, device):
     exec(allowed)
     before = now()
-    with full_precision(torch.device("cpu")):
-        inside, old = now()
-    assert inside == ["ieee"] * 6, (allowed, inside)
-    for was, value, safe in zip(before[1], old, ("highest", False)):
-        assert value == safe or was == "a contradiction", (allowed, old)
-    assert now() == before, (allowed, before, now())
+    with full_precision(torch.device(device)):
+        inside = [kind.fp32_precision for kind in KINDS[device]]
+        readable = old()
+    assert {*inside} <= {"ieee", "none"}, inside
+    for was, value in list(zip(before[1], readable))[: 1 + (device == "cuda")]:
+        assert value != "a contradiction" or was == value, readable
+    assert now() == before, (before, now())
+
+def check_after(allowed, device):
+    # What is set later is followed as if nothing had been compared in between.
+    found = []
+    for compares in (False, True):
+        reading, writing = os.pipe()
+        if not os.fork():
+            exec(allowed)
+            if compares:
+                with full_precision(torch.device(device)):
+                    pass
+            b.fp32_precision = "ieee"
+            os.write(writing, repr(now()).encode())
+            os._exit(0)
+        os.wait()
+        found.append(os.read(reading, 10_000))
+    assert found[0] == found[1], found
 
 for allowed in sys.argv[1:]:
-    process = os.fork()  # torch cannot be brought back from all of these states
-    if not process:
-        check(allowed)
-        os._exit(0)
-    assert os.waitpid(process, 0)[1] == 0, allowed
+    for device in KINDS:
+        for checks in (check, check_after):
+            if checks is check_after and device == "cuda":
+                continue  # cuDNN's TensorFloat-32, allowed in the old way, stays so
+            process = os.fork()  # torch cannot be brought back from all of these states
+            if not process:
+                checks(allowed, device)
+                os._exit(0)
+            assert os.waitpid(process, 0)[1] == 0, (allowed, device, checks)
 """
 
 

@@ -43,7 +43,8 @@ def exit_code(
     mistakes = (UserError, *mistakes)
     try:
         code = command()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed: `>&-`
+            sys.stdout.flush()
         return code
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
