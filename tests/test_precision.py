@@ -38,7 +38,8 @@ def read(get):
         return "a contradiction"
 
 def old():
-    return [read(get) for get in (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32)]
+    matmul = torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_tf32
+    return [read(get) for get in (*matmul, lambda: b.cudnn.allow_tf32)]
 
 def now():
     kinds = (*GENERAL, *KINDS["cpu"], *KINDS["cuda"])
@@ -51,7 +52,7 @@ def check(allowed, device):
         inside = [kind.fp32_precision for kind in KINDS[device]]
         readable = old()
     assert {*inside} <= {"ieee", "none"}, inside
-    for was, value in list(zip(before[1], readable))[: 1 + (device == "cuda")]:
+    for was, value in list(zip(before[1], readable))[: 3 if device == "cuda" else 1]:
         assert value != "a contradiction" or was == value, readable
     assert now() == before, (before, now())
 
