@@ -60,6 +60,10 @@ def clear_lingering(graph: ChannelGraph, model: nn.Module) -> None:
 
 
 def _lingering(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
-    """By parameter: (entries,) int64, where it has such a bias."""
+    """By parameter: (entries,) int64, where it has such a bias. One that is frozen stays."""
     lingering = analyse(graph, model).lingering
-    return {name: torch.from_numpy(positions) for name, positions in lingering.items()}
+    return {
+        name: torch.from_numpy(positions)
+        for name, positions in lingering.items()
+        if model.get_parameter(name).requires_grad
+    }

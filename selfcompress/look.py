@@ -4,7 +4,7 @@ import copy
 import operator
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,14 @@ def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
     Objects that cannot be looked into, or lie deeper, are leaves themselves.
     """
     for leaf in pytree.tree_leaves(returned):
-        if depth and hasattr(leaf, "__dict__") and not isinstance(leaf, CLOSED):
-            yield from leaves_of(list(vars(leaf).values()), depth - 1)
+        inside = [] if isinstance(leaf, CLOSED) else list(getattr(leaf, "__dict__", {}).values())
+        # Subclasses of containers are none to pytree.
+        if isinstance(leaf, Mapping):
+            inside += leaf.values()
+        elif isinstance(leaf, list | tuple | set | frozenset):
+            inside += leaf
+        if depth and inside:
+            yield from leaves_of(inside, depth - 1)
         else:
             yield leaf
 

@@ -3,6 +3,7 @@ no trace in the model."""
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -378,3 +379,18 @@ def test_an_error_of_ours_is_told_and_keeps_channels(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match=r"relu \[relu\] ran into IndexError .* report this"):
         graph = trace(Function(F.relu))
     assert "list index out of range" in frozen_by(graph, "a")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([x[:, :0], x], 1),
+        lambda x: torch.split(x, [0, 6], 1)[1],
+        lambda x: x + x.mean().mean(0),
+        lambda x: x + torch.sum(x.sum(), dim=-1),
+    ],
+)
+def test_nothing_is_to_be_reported_of_what_is_legitimate(function: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert frozen_by(trace(Function(function)), "a")

@@ -887,3 +887,16 @@ def test_a_model_that_keeps_its_features_has_a_dense_copy_after_a_step() -> None
     one_step(compressor, sgd(compressor))
     dense = to_dense(compressor.model).eval()
     torch.testing.assert_close(dense(X), compressor.model.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_is_frozen_is_not_driven_to_zero() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    nn.init.constant_(model[0].bias, 0.5)
+    model[0].bias.requires_grad_(False)
+    compressor = Compressor(model, X, 0.0, interval=2)
+    optimizer = sgd(compressor)
+    with torch.no_grad():
+        model[0].bit_depth[2] = 0
+    for _ in range(8):
+        one_step(compressor, optimizer)
+    assert torch.equal(model[0].bias, torch.full((6,), 0.5))

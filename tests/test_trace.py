@@ -874,3 +874,47 @@ def test_cuts_of_a_model_that_hides_what_it_returns_are_said_to_be_unchecked() -
     kill(compressor.model, "body.0", [1, 4])
     with pytest.warns(UserWarning, match="cannot be checked: no tensor is found"):
         assert compressor.cut() is not None
+
+
+class Output(dict):  # type: ignore[type-arg]
+    """A dict of a user's own, as libraries return."""
+
+
+class Outputs(list):  # type: ignore[type-arg]
+    pass
+
+
+@pytest.mark.parametrize("kind", [lambda y: Output(box=y), lambda y: Outputs([y])])
+def test_what_is_returned_in_a_subclass_of_a_container_is_not_cut(kind: Any) -> None:
+    class Boxes(Two):
+        def forward(self, x: Any) -> Any:
+            return kind(super().forward(x))
+
+    compressor = Compressor(Boxes().double(), X, 0.0, bits=8)
+    layers = {layer.name: layer for layer in compressor.report().layers}
+    assert layers["b"].removable == 0
+    assert snapshot(compressor.model, X).outputs
+
+
+class Side(nn.Module):
+    """Its loop reads one more tensor: an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.main, self.turn = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x).relu()
+        self.side = self.turn(h)
+        return self.main(h)
+
+
+def test_a_layer_whose_output_is_only_kept_keeps_what_has_bits() -> None:
+    model = Side().double()
+    compressor = Compressor(model, torch.randn(8, 6, dtype=torch.float64), 0.0, bits=8)
+    kill(model, "turn", [1])
+    kill(model, "a", [0])
+    assert compressor.cut() is not None
+    assert len(compressor.layers["turn"].rows) == 2
+    model(torch.randn(8, 6, dtype=torch.float64))
+    assert model.side.shape == (8, 3)

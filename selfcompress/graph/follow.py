@@ -164,7 +164,7 @@ class _Builder:
         for node in part.nodes:
             self._visit(node, hazards)
             for value in self._tensors(node) if node in part.watched else ():
-                self._freeze(value.ids, part.watched[node])
+                self._watch(node, value, part.watched[node])
 
     def _visit(self, node: torch.fx.Node, hazards: set[torch.fx.Node]) -> None:
         inputs = list(dict.fromkeys(v for n in node.all_input_nodes for v in self._tensors(n)))
@@ -335,6 +335,14 @@ class _Builder:
         if not looked_up:  # so far
             self.read.add(name)
         return self._opaque(node, inputs + looked_up, f"shares its weight with {name}")
+
+    def _watch(self, node: torch.fx.Node, value: _Value, why: str) -> None:
+        """Have somebody whom nothing is known about read a value, which is needed then."""
+        self._freeze(value.ids, why)
+        made, nowhere = self._new(1), np.zeros(1, np.int64)
+        self._freeze(made, why)
+        read = _Value(f"{value.name}.watched", made, Layout((1,), (1,)), nowhere)
+        self._emit(node, Kind.OPAQUE, [value], read, (nowhere,))
 
     def _indices(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
         """What stands for indices: nothing is known about their values, and nothing may go."""
@@ -521,6 +529,8 @@ class _Builder:
             raise _CannotFollowError(f"cannot be run on channel numbers ({error})") from error
         results = pytree.tree_leaves(moved)
         shapes = pytree.tree_leaves(fact)
+        if not all(r.numel() for r in results):
+            raise _CannotFollowError("makes a tensor without elements")
         if [tuple(r.shape) for r in results] != [s.sizes for s in shapes]:
             raise _CannotFollowError("gives another shape on channel numbers")
         every = np.concatenate([v.ids for v in inputs])

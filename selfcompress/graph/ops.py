@@ -274,7 +274,7 @@ def worked_on(
         last = _INSTANCE_NORMS.get(type(module), _SPATIAL_MODULES.get(type(module)))
     elif function_of(node) in _REDUCTIONS:
         dims = args[0] if args else kwargs.get("dim")
-        if dims is None:
+        if dims is None or not rank:
             return None
         listed = dims if isinstance(dims, tuple | list) else [dims]
         return {dim % rank for dim in listed}
