@@ -180,6 +180,8 @@ class Compressor:
                 "exclude it"
             )
         self._expect_samples(observed)
+        for name, last in observed.makes_last.items():
+            self.layers[name].makes_last = last
         self.graph = channel_graph(model, example_input, observed)
         self._warn_of_idle(observed)
         if bit_step is None:

@@ -135,7 +135,7 @@ def test_a_layer_that_is_frozen_now_and_then_does_not_make_others_pay() -> None:
         train(compressor, optimizer, first, first + 20)
     assert compressor.gamma < 1
     assert 5.4 <= compressor.size().stored_percent <= 6.6
-    assert all(int(layer.live_rows().sum()) > 5 for layer in compressor.layers.values())
+    assert all(int(layer.live_rows().sum()) >= 5 for layer in compressor.layers.values())
 
 
 def test_gamma_on_the_path_is_what_presses() -> None:

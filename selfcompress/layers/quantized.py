@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers.placing import Placed, few_gaps, place, take, zeros
+from selfcompress.layers.placing import Placed, few_gaps, is_told, place, take
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 
@@ -53,6 +53,8 @@ class QuantizedLayer(Placed):
             if no dimension does.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
+        makes_last: whether its outputs, batches of images, lie channels_last in memory; None as
+            long as that could not be told.
     """
 
     weight: nn.Parameter
@@ -70,6 +72,7 @@ class QuantizedLayer(Placed):
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
+    makes_last: bool | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As any module's, but formats stay exact: in half precision a depth could round down."""
@@ -208,8 +211,11 @@ class QuantizedLayer(Placed):
         raise NotImplementedError
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._note_samples(input)
+        return self._laid_out(self._output(input, *args, **kwargs), input)
+
+    def _output(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
-        self._note_samples(x)
         if not self.rows.numel():
             out = self._nothing(x, *args, **kwargs)
             return out if self.bias is None else self.add_bias(out)
@@ -222,10 +228,27 @@ class QuantizedLayer(Placed):
         if self.rows.numel() < self.out_width:
             if self.grouped or not few_gaps(self.out_width - len(self.rows), self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
-                out = place(values, self.rows, self.out_width, self.channel_dim, like=x)
+                out = place(values, self.rows, self.out_width, self.channel_dim)
                 return out if self.bias is None else self.add_bias(out)
             weight = place(weight, self.rows, self.out_width, self.row_dim)
         return self.compute(x, weight, self.bias, *args, **kwargs)
+
+    def _laid_out(self, out: Tensor, input: Tensor) -> Tensor:
+        """`out` as it has lain in memory so far, if the layer has hardly any channels by now.
+
+        Else a `view` of what it is added to may fail.
+        """
+        if self.channel_dim != -3 or out.dim() != 4:  # all but batches of images
+            return out
+        if min(self.rows.numel(), self.columns.numel(), input.shape[1]) > 1:
+            if is_told(input) and is_told(out):
+                last = not out.is_contiguous()
+                if self.makes_last is not last:  # not always, for torch.compile
+                    self.makes_last = last
+        elif self.makes_last is not None:
+            layout = torch.channels_last if self.makes_last else torch.contiguous_format
+            out = out.contiguous(memory_format=layout)
+        return out
 
     def _note_samples(self, x: Tensor) -> None:
         dim = self.batch_dim
@@ -244,7 +267,7 @@ class QuantizedLayer(Placed):
         narrow = x.narrow(self.channel_dim, 0, 1).to("meta", row.dtype)
         shape = list(self.compute(narrow, row, None, *args, **kwargs).shape)
         shape[self.channel_dim] = self.out_width
-        return zeros(shape, x, x)
+        return x.new_zeros(shape)
 
 
 class _QuantConv(QuantizedLayer):
