@@ -34,7 +34,13 @@ from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.graph.observe import Observed, observe
 from selfcompress.idle_rows import IdleRows
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
+from selfcompress.layers.placing import lies_last
+from selfcompress.layers.quantized import (
+    OwnForward,
+    QuantizedLayer,
+    make_last,
+    quantized_layers,
+)
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.look import (
@@ -180,8 +186,7 @@ class Compressor:
                 "exclude it"
             )
         self._expect_samples(observed)
-        for name, last in observed.makes_last.items():
-            self.layers[name].makes_last = last
+        make_last(self.layers.values(), any(lies_last(m.weight) for m in self.layers.values()))
         self.graph = channel_graph(model, example_input, observed)
         self._warn_of_idle(observed)
         if bit_step is None:

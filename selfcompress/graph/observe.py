@@ -19,7 +19,6 @@ from selfcompress.layers.quantized import (
     EMBEDDINGS,
     FLOAT_LAYERS,
     OwnForward,
-    QuantizedLayer,
     layer_widths,
 )
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
@@ -42,7 +41,6 @@ class Observed:
             running.
         rewritten: names of layers of users' classes that have other parameters after they have run.
         bypassed: names of modules in whose place one is called that they have replaced.
-        makes_last: name of a quantised layer → its `makes_last`.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,7 +51,6 @@ class Observed:
     read_elsewhere: set[str] = field(default_factory=set)
     rewritten: set[str] = field(default_factory=set)
     bypassed: set[str] = field(default_factory=set)
-    makes_last: dict[str, bool | None] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Observed:
@@ -127,8 +124,6 @@ class _Watch(TorchFunctionMode):
         self.running.pop()
         if name is None or output is None:  # it has raised an error
             return
-        if isinstance(module, QuantizedLayer):
-            self.seen.makes_last[name] = module.makes_last
         if type(module) in (nn.MultiheadAttention, QuantAttention):
             names = ("query", "key", "value")
             given = dict(zip(names, args, strict=False)) | kwargs

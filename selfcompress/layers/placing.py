@@ -31,10 +31,16 @@ def layout_of(tensor: Tensor) -> torch.memory_format:
     return last if only else torch.contiguous_format
 
 
-def is_told(tensor: Tensor) -> bool:
-    """Whether it lies in memory in one way alone; of one channel or pixel it lies in both."""
-    last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
-    return tensor.is_contiguous() != tensor.is_contiguous(memory_format=last)
+def lies_last(tensor: Tensor) -> bool:
+    """Whether it is channels_last by its strides: `is_contiguous` takes one pixel for both."""
+    layout = LAYOUTS.get(tensor.dim())
+    if layout is None or not tensor.numel():
+        return False
+    ordinary, other = (
+        torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+        for memory_format in (torch.contiguous_format, layout)
+    )
+    return tensor.stride() == other != ordinary
 
 
 def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:

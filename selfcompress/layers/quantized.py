@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers.placing import Placed, few_gaps, is_told, place, take
+from selfcompress.layers.placing import Placed, few_gaps, place, take
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 
@@ -53,8 +53,7 @@ class QuantizedLayer(Placed):
             if no dimension does.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
-        makes_last: whether its outputs, batches of images, lie channels_last in memory; None as
-            long as that could not be told.
+        makes_last: whether its outputs, batches of images, are to lie channels_last in memory.
     """
 
     weight: nn.Parameter
@@ -72,7 +71,7 @@ class QuantizedLayer(Placed):
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
-    makes_last: bool | None = None
+    makes_last = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As any module's, but formats stay exact: in half precision a depth could round down."""
@@ -234,20 +233,14 @@ class QuantizedLayer(Placed):
         return self.compute(x, weight, self.bias, *args, **kwargs)
 
     def _laid_out(self, out: Tensor, input: Tensor) -> Tensor:
-        """`out` as it has lain in memory so far, if the layer has hardly any channels by now.
+        """`out`, channels_last if that is how the network computes.
 
-        Else a `view` of what it is added to may fail.
+        With one channel nothing shows how a tensor lies: it would be taken for contiguous, and what
+        it is added to would no longer lie as `view` needs it.
         """
-        if self.channel_dim != -3 or out.dim() != 4:  # all but batches of images
-            return out
-        if min(self.rows.numel(), self.columns.numel(), input.shape[1]) > 1:
-            if is_told(input) and is_told(out):
-                last = not out.is_contiguous()
-                if self.makes_last is not last:  # not always, for torch.compile
-                    self.makes_last = last
-        elif self.makes_last is not None:
-            layout = torch.channels_last if self.makes_last else torch.contiguous_format
-            out = out.contiguous(memory_format=layout)
+        few = min(self.rows.numel(), self.columns.numel(), input.shape[self.channel_dim]) < 2
+        if few and self.makes_last and out.dim() == 4:
+            out = out.contiguous(memory_format=torch.channels_last)
         return out
 
     def _note_samples(self, x: Tensor) -> None:
@@ -435,6 +428,12 @@ FLOAT_LAYERS = (
 """The types of layers that multiply with a weight."""
 EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 """Those that look vectors up in it."""
+
+
+def make_last(layers: Iterable[QuantizedLayer], last: bool) -> None:
+    """Tell convolutions of images whether the network computes in channels_last."""
+    for layer in layers:
+        layer.makes_last = last and layer.channel_dim == -3
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
