@@ -34,13 +34,7 @@ from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.graph.observe import Observed, observe
 from selfcompress.idle_rows import IdleRows
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.placing import lies_last
-from selfcompress.layers.quantized import (
-    OwnForward,
-    QuantizedLayer,
-    make_last,
-    quantized_layers,
-)
+from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.look import (
@@ -186,7 +180,6 @@ class Compressor:
                 "exclude it"
             )
         self._expect_samples(observed)
-        make_last(self.layers.values(), any(lies_last(m.weight) for m in self.layers.values()))
         self.graph = channel_graph(model, example_input, observed)
         self._warn_of_idle(observed)
         if bit_step is None:

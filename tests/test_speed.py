@@ -53,9 +53,10 @@ def test_what_may_lie_either_way_is_taken_for_contiguous() -> None:
 class Views(nn.Module):
     """Takes pixels of channels_last tensors for rows, which it can only without a copy."""
 
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stem, self.branch, self.head = nn.Conv2d(3, 24, 1), branch, nn.Linear(24, 5)
+        self.stem, self.branch = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Any:
         x = self.stem(x)
@@ -63,34 +64,14 @@ class Views(nn.Module):
         return self.head(x.permute(0, 2, 3, 1).view(-1, x.shape[1]))
 
 
-def conv(ins: int, outs: int, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(ins, outs, 3, padding=1, **options)
-
-
 @pytest.mark.parametrize("live", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("branch", "dead"),
-    [
-        (lambda: nn.Sequential(conv(24, 24)), "branch.0"),
-        (lambda: nn.Sequential(conv(24, 24, groups=24)), "branch.0"),
-        (lambda: nn.Sequential(conv(24, 12), nn.ReLU(), conv(12, 24)), "branch.0"),
-        (lambda: nn.Sequential(conv(24, 24, groups=24), nn.ReLU(), conv(24, 24)), "branch.2"),
-        (lambda: nn.Sequential(conv(24, 9), nn.BatchNorm2d(9), conv(9, 24)), "branch.0"),
-    ],
-)
-def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(
-    branch: Callable[[], nn.Module], dead: str, live: int
-) -> None:
-    model, x = Views(branch()).to(memory_format=LAST), torch.randn(2, 3, 4, 4)
-    x = x.contiguous(memory_format=LAST)
-    compressor = Compressor(model, x, 0.0, bits=8)
+def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(live: int) -> None:
+    model, x = Views().to(memory_format=LAST), torch.randn(2, 3, 4, 4)
+    compressor = Compressor(model, x.contiguous(memory_format=LAST), 0.0, bits=8)
     with torch.no_grad():
-        compressor.layers[dead].bit_depth[live:] = 0
-        for name, parameter in model.named_parameters():
-            if name.startswith("branch") and name.endswith("bias"):
-                parameter.zero_()
+        compressor.layers["branch"].bit_depth[live:] = 0
+        model.branch.bias.zero_()  # type: ignore[union-attr]
     assert compressor.cut() is not None
-    model(x)
 
 
 def test_rows_of_a_matrix_lie_in_their_own_way() -> None:

@@ -19,7 +19,6 @@ from selfcompress.layers.quantized import (
     EMBEDDINGS,
     FLOAT_LAYERS,
     QuantizedLayer,
-    make_last,
     quantized_layers,
     weight_shape,
 )
@@ -76,8 +75,6 @@ def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
         module = model.get_submodule(layer.name)
         assert isinstance(module, QuantizedLayer)
         _fill_layer(module, layer, contents.layers[layer.name], device)
-    last = any(layer.channels_last for layer in header.layers)
-    make_last(quantized_layers(model).values(), last)
     for norm in header.norms:
         module = model.get_submodule(norm.name)
         assert isinstance(module, PlacedBatchNorm)

@@ -14,7 +14,7 @@ from selfcompress.file import header as h
 from selfcompress.file import integers
 from selfcompress.file.streams import DTYPES, checksum, is_stored, representable, stored_dtype
 from selfcompress.layers.batch_norms import PlacedBatchNorm
-from selfcompress.layers.placing import lies_last
+from selfcompress.layers.placing import LAYOUTS
 from selfcompress.layers.quantized import (
     FLOAT_LAYERS,
     QuantizedLayer,
@@ -137,12 +137,12 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
         grouped=layer.grouped,
         dtype=_dtype(name, layer.weight),  # type: ignore[arg-type]
         exponent_dtype=_dtype(name, layer.exponent),  # type: ignore[arg-type]
-        channels_last=lies_last(layer.weight),
+        channels_last=_is_channels_last(layer.weight),
     )
 
 
 def _tensor(name: str, tensor: Tensor) -> h.Tensor:
-    return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), lies_last(tensor))
+    return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), _is_channels_last(tensor))
 
 
 def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
@@ -253,3 +253,15 @@ def _require_formats(name: str, layer: QuantizedLayer) -> None:
     live = depth > 0
     if not representable(depth[live], layer.exponent[live], layer.weight.dtype):
         raise ValueError(f"the exponents of layer {name} are out of the range of its weights")
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """By its strides: `is_contiguous` takes kernels of one pixel for both."""
+    layout = LAYOUTS.get(tensor.dim())
+    if layout is None or not tensor.numel():
+        return False
+    ordinary, other = (
+        torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+        for memory_format in (torch.contiguous_format, layout)
+    )
+    return tensor.stride() == other != ordinary

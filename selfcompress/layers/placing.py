@@ -1,5 +1,6 @@
 """Put channels into their places among others, or take them out, and keep how tensors lie."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -11,36 +12,35 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _FEW_GAPS = 8, 0.7  # channels, or of them all: up to so many zeros cost less than copies
 
 
-def place(values: Tensor, rows: Tensor, width: int, dim: int) -> Tensor:
-    """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0."""
+def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | None = None) -> Tensor:
+    """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0.
+
+    Args:
+        like: what the result lies like, if it cannot be told from `values`: of a single channel.
+    """
     last = _channels_last(values, dim)
     if last is not None:
         wide = last.new_zeros((*last.shape[:-1], width)).index_copy_(-1, rows, last)
         return wide.movedim(-1, dim)
     shape = list(values.shape)
     shape[dim] = width
-    layout = layout_of(values)
-    wide = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
-    return wide.zero_().index_copy_(dim, rows, values)
+    return zeros(shape, values, values if like is None else like).index_copy_(dim, rows, values)
 
 
-def layout_of(tensor: Tensor) -> torch.memory_format:
-    """How it lies in memory; what may be taken for either is contiguous."""
-    last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
-    only = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
-    return last if only else torch.contiguous_format
+def zeros(shape: Sequence[int], of: Tensor, like: Tensor) -> Tensor:
+    """Zeros of the type of one tensor, which lie in memory as it does, or else like another."""
+    layout = layout_of(of, like)
+    return torch.empty(shape, dtype=of.dtype, device=of.device, memory_format=layout).zero_()
 
 
-def lies_last(tensor: Tensor) -> bool:
-    """Whether it is channels_last by its strides: `is_contiguous` takes one pixel for both."""
-    layout = LAYOUTS.get(tensor.dim())
-    if layout is None or not tensor.numel():
-        return False
-    ordinary, other = (
-        torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
-        for memory_format in (torch.contiguous_format, layout)
-    )
-    return tensor.stride() == other != ordinary
+def layout_of(*tensors: Tensor) -> torch.memory_format:
+    """How the first of them lies in memory of which that can be told; contiguous, if of none."""
+    for tensor in tensors:
+        last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
+        is_last = tensor.is_contiguous(memory_format=last)
+        if tensor.is_contiguous() != is_last:
+            return last if is_last else torch.contiguous_format
+    return torch.contiguous_format
 
 
 def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfcompress.layers.placing import Placed, few_gaps, place, take
+from selfcompress.layers.placing import Placed, few_gaps, place, take, zeros
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 
@@ -53,7 +53,6 @@ class QuantizedLayer(Placed):
             if no dimension does.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
-        makes_last: whether its outputs, batches of images, are to lie channels_last in memory.
     """
 
     weight: nn.Parameter
@@ -71,7 +70,6 @@ class QuantizedLayer(Placed):
     row_dim = 0
     fan_in_dim = 1
     channel_dim = -1
-    makes_last = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As any module's, but formats stay exact: in half precision a depth could round down."""
@@ -210,11 +208,8 @@ class QuantizedLayer(Placed):
         raise NotImplementedError
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._note_samples(input)
-        return self._laid_out(self._output(input, *args, **kwargs), input)
-
-    def _output(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
+        self._note_samples(x)
         if not self.rows.numel():
             out = self._nothing(x, *args, **kwargs)
             return out if self.bias is None else self.add_bias(out)
@@ -227,21 +222,11 @@ class QuantizedLayer(Placed):
         if self.rows.numel() < self.out_width:
             if self.grouped or not few_gaps(self.out_width - len(self.rows), self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
-                out = place(values, self.rows, self.out_width, self.channel_dim)
+                like = input if self.channel_dim == -3 else None  # convolutions of images
+                out = place(values, self.rows, self.out_width, self.channel_dim, like=like)
                 return out if self.bias is None else self.add_bias(out)
             weight = place(weight, self.rows, self.out_width, self.row_dim)
         return self.compute(x, weight, self.bias, *args, **kwargs)
-
-    def _laid_out(self, out: Tensor, input: Tensor) -> Tensor:
-        """`out`, channels_last if that is how the network computes.
-
-        With one channel nothing shows how a tensor lies: it would be taken for contiguous, and what
-        it is added to would no longer lie as `view` needs it.
-        """
-        few = min(self.rows.numel(), self.columns.numel(), input.shape[self.channel_dim]) < 2
-        if few and self.makes_last and out.dim() == 4:
-            out = out.contiguous(memory_format=torch.channels_last)
-        return out
 
     def _note_samples(self, x: Tensor) -> None:
         dim = self.batch_dim
@@ -260,7 +245,7 @@ class QuantizedLayer(Placed):
         narrow = x.narrow(self.channel_dim, 0, 1).to("meta", row.dtype)
         shape = list(self.compute(narrow, row, None, *args, **kwargs).shape)
         shape[self.channel_dim] = self.out_width
-        return x.new_zeros(shape)
+        return zeros(shape, x, x) if self.channel_dim == -3 else x.new_zeros(shape)
 
 
 class _QuantConv(QuantizedLayer):
@@ -428,12 +413,6 @@ FLOAT_LAYERS = (
 """The types of layers that multiply with a weight."""
 EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 """Those that look vectors up in it."""
-
-
-def make_last(layers: Iterable[QuantizedLayer], last: bool) -> None:
-    """Tell convolutions of images whether the network computes in channels_last."""
-    for layer in layers:
-        layer.makes_last = last and layer.channel_dim == -3
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
