@@ -139,11 +139,7 @@ class FormatStepper:
                 (layer.bit_depth, self._drop),
                 (layer.weight, self._norm_of(layer)),
             ):
-                # It may be thawed later, and a frozen one takes no hook.
-                trainable = parameter.requires_grad
-                parameter.requires_grad_(True)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-                parameter.requires_grad_(trainable)
+                self._hooks.append(_hooked(parameter, collect))
 
     def stop(self) -> None:
         """Collect nothing any more, until `watch` is called again."""
@@ -160,8 +156,7 @@ class FormatStepper:
         self.stop()
         for layer in self.layers.values():
             for parameter in (layer.bit_depth, layer.exponent):
-                parameter.requires_grad_(True)  # else it would take no hook
-                parameter.register_post_accumulate_grad_hook(self._drop)
+                _hooked(parameter, self._drop)
                 parameter.requires_grad_(False)
 
     def _forget(self) -> None:
@@ -404,6 +399,15 @@ class FormatStepper:
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
+
+
+def _hooked(parameter: Tensor, collect: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `collect` called with every gradient, of a parameter that is thawed later too."""
+    trainable = parameter.requires_grad
+    parameter.requires_grad_(True)  # else it would take no hook
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(collect)
+    parameter.requires_grad_(trainable)
+    return handle
 
 
 def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:

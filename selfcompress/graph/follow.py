@@ -339,21 +339,22 @@ class _Builder:
     def _watch(self, node: torch.fx.Node, value: _Value, why: str) -> None:
         """Have somebody whom nothing is known about read a value, which is needed then."""
         self._freeze(value.ids, why)
-        made, nowhere = self._new(1), np.zeros(1, np.int64)
-        self._freeze(made, why)
-        read = _Value(f"{value.name}.watched", made, Layout((1,), (1,)), nowhere)
-        self._emit(node, Kind.OPAQUE, [value], read, (nowhere,))
+        self._stand_in(node, f"{value.name}.watched", [value], why)
 
     def _indices(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
         """What stands for indices: nothing is known about their values, and nothing may go."""
         for value in inputs:
             self._freeze(value.ids, f"{self._label(node)} reads values out of it")
-        made = self._new(1)
-        self._freeze(made, "it is looked up in an embedding")
-        layout = Layout((1,), (1,))
-        read = _Value(f"{self._name(node)}.indices", made, layout, np.zeros(1, np.int64))
-        self._emit(node, Kind.OPAQUE, inputs, read, (np.zeros(1, np.int64),) * len(inputs))
-        return read
+        name = f"{self._name(node)}.indices"
+        return self._stand_in(node, name, inputs, "it is looked up in an embedding")
+
+    def _stand_in(self, node: torch.fx.Node, name: str, inputs: list[_Value], why: str) -> _Value:
+        """A single frozen channel, of which is known only that it depends on `inputs`."""
+        made, nowhere = self._new(1), np.zeros(1, np.int64)
+        self._freeze(made, why)
+        value = _Value(name, made, Layout((1,), (1,)), nowhere)
+        self._emit(node, Kind.OPAQUE, inputs, value, (nowhere,) * len(inputs))
+        return value
 
     def _layer_of(self, node: torch.fx.Node) -> str:
         """The layer of a user's class that computes a node in its forward(); else empty."""
