@@ -74,20 +74,22 @@ def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(live: int)
     assert compressor.cut() is not None
 
 
-def test_rows_of_a_matrix_lie_in_their_own_way() -> None:
+@pytest.mark.parametrize(("live", "height"), [(0, 4), (1, 4), (1, 1)])
+def test_rows_of_a_matrix_lie_in_their_own_way(live: int, height: int) -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.mix, self.head = nn.Conv2d(3, 8, 1), nn.Linear(4, 4), nn.Linear(128, 5)
+            self.stem, self.mix = nn.Conv2d(3, 8, 1), nn.Linear(16, 16)
+            self.head = nn.Linear(8 * height * 16, 5)
 
         def forward(self, x: Tensor) -> Any:
             x = self.stem(x)
             return self.head(x.reshape(len(x), -1) + self.mix(x).view(len(x), -1))
 
-    model, x = Rows().to(memory_format=LAST), torch.randn(2, 3, 4, 4)
+    model, x = Rows().to(memory_format=LAST), torch.randn(2, 3, height, 16)
     compressor = Compressor(model, x.contiguous(memory_format=LAST), 0.0, bits=8)
     with torch.no_grad():
-        compressor.layers["mix"].bit_depth.zero_()
+        compressor.layers["mix"].bit_depth[live:] = 0
     assert compressor.cut() is not None
 
 
