@@ -63,11 +63,14 @@ def build(
 
     Raises:
         UnknownModelError: there is no such model.
+        ValueError: `width` is below 1, or the model is not made for `image_size`.
         Exception: of any kind, from some of torchvision's, if `image_size` does not suit them.
     """
     default = default_width(name)
     if default is None:
         return _from_torchvision(name.removeprefix(TORCHVISION), classes, image_size)
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1, not {width}")
     return _MODELS[name][1](classes, default if width is None else width, image_size)
 
 

@@ -63,8 +63,6 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes: int = 10, width: int = 32) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
         self.first = ConvBlock(3, width, 3)
         blocks = []
         i = width

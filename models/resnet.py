@@ -53,8 +53,6 @@ class ResNet(nn.Module):
 
     def __init__(self, classes: int = 10, width: int = 16, depth: int = 20) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 8, 14, 20, ... (6n + 2), not {depth}")
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)

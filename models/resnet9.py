@@ -52,8 +52,6 @@ class ResNet9(nn.Module):
         self, classes: int = 10, width: int = 64, widths: Mapping[str, int] | None = None
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
         w = {
             "prep.conv": width,
             "layer1.conv": 2 * width,

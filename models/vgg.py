@@ -35,8 +35,6 @@ class VGG16(nn.Module):
 
     def __init__(self, classes: int = 10, width: int = 64) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
         layers: list[nn.Module] = []
         i = 3
         for blocks, times in STAGES:

@@ -92,8 +92,6 @@ class ViT(nn.Module):
 
     def __init__(self, classes: int = 10, width: int = 192, image_size: int = 32) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8, not {image_size}")
         heads = _largest_divisor(width, at_most=max(1, width // HEAD_WIDTH))

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -89,11 +88,11 @@ class Compressor:
             that of the schedule, or 0.01.
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
-        multiple: where dead channels allow, tensors keep a multiple of so many channels, for
-            speed, until `finish` (of half as many, where more would be dead than live), and if it
-            is above 1, batch norms the channels that they make.
-            What is kept for it has neither weights nor norm entries; a bias may stay, which nobody
-            reads.
+        multiple: for speed, tensors keep so many of their dead channels until `finish` that their
+            widths are multiples of this (or of a half, a quarter … of it, where more would be dead
+            than live). If it is above 1, a batch norm also keeps its input as wide as its output.
+            Such channels have neither weights nor norm entries; a bias, which nobody reads, may
+            stay.
 
     Raises:
         ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or
@@ -341,7 +340,8 @@ class Compressor:
         self._require_alike(averages)
         if not self.frozen:
             gamma = None if self.path is None else self.path.gamma(self.steps)
-            self.gamma = self.gamma if gamma is None else gamma
+            if gamma is not None:
+                self.gamma = gamma
             fit = (self.steps + 1) % FIT_INTERVAL == 0
             self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
             self._keep_alike(averages)
@@ -675,10 +675,7 @@ class Compressor:
     def _apply(self, plan: Plan, optimizer: Optimizer | None) -> None:
         optimizers = [self.formats.adam] + ([] if optimizer is None else [optimizer])
         apply_plan(plan, self.model, optimizers)
-        self.graph.remove(plan.removed)
-        self.graph.silent[plan.silent] = True
-        for name, kept in plan.rows.items():
-            self.graph.origin[name] = self.graph.origin[name][np.array(kept, dtype=np.int64)]
+        self.graph.shrink(plan.removed, plan.silent, plan.rows)
         if not self.frozen:
             self.formats.watch()
 

@@ -334,8 +334,8 @@ class FormatStepper:
         called = sorted(count for count in self.collected.samples.values() if count)
         if not called:
             return 1
-        # Where whose rows are tokens is not known, the fewest are samples. Else most layers see all
-        # samples: an expert, or a head for what has a label, sees some.
+        # Where samples cannot be told from tokens, the smallest count is that of samples. Else the
+        # most frequent is: an expert, or a head for what has a label, sees some of them.
         return statistics.mode(called) if self.told_apart else called[0]
 
     def _remember(

@@ -47,14 +47,18 @@ class Schedule:
         return step >= self.end * self.steps
 
     def share(self, step: int) -> float:
-        """Of γ, from 0 to 1, that presses at `step`."""
+        """The fraction of γ, from 0 to 1, that presses at `step`."""
         progress = self.progress(step)
         if progress < 0:
             return 0.0
         return float(RISE_FROM ** max(0.0, 1 - progress / RISE)) if self.rise else 1.0
 
     def least_bits(self, step: int, at_first: float) -> float:
-        """The bits that a channel has at the least, unless it has none."""
+        """The bit depth that a channel has at the least, unless it has none: from `at_first` to 2.
+
+        Args:
+            at_first: the bit depth that channels started at.
+        """
         coarse = (self.progress(step) - COARSE_FROM) / (1 - COARSE_FROM)
         return at_first - min(1.0, max(0.0, coarse)) * max(0.0, at_first - 2)
 

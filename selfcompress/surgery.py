@@ -5,9 +5,8 @@ model, to an average of it, or on every process of many; making it needs the cha
 applying it does not.
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from selfcompress.graph.channels import ChannelGraph
 from selfcompress.graph.liveness import Liveness
 from selfcompress.graph.ops import WITH_ROWS, Kind
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
-from selfcompress.layers.placing import layout_of
+from selfcompress.layers.placing import Placed, layout_of
 from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
 
 Index = list[int]
@@ -58,7 +57,7 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays, as plain data: it can be printed, and saved with `to_json`.
+    """What stays, as plain data: it can be printed, and is JSON by `dataclasses.asdict`.
 
     Attributes:
         keep: name of a parameter or buffer → [(dim, kept indices)].
@@ -87,18 +86,6 @@ class Plan:
         if self and not lines:
             lines = [f"{len(self.removed)} channels that nothing was left of"]
         return "\n".join(lines) or "nothing to cut"
-
-    def to_json(self) -> str:
-        """The plan as JSON text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote."""
-        data = json.loads(text)
-        keep = {n: [(dim, kept) for dim, kept in cuts] for n, cuts in data["keep"].items()}
-        wiring = {name: Wiring(**values) for name, values in data["wiring"].items()}
-        return cls(**(data | {"keep": keep, "wiring": wiring}))
 
 
 def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: int = 1) -> Plan:
@@ -345,10 +332,10 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width
         module.aligned = wiring.in_width == wiring.out_width and wiring.rows == wiring.columns
-    if isinstance(module, QuantizedLayer | PlacedBatchNorm):
+    if isinstance(module, Placed):
         module.rows = torch.tensor(wiring.rows, dtype=torch.int64).to(module.rows.device)
     if wiring.columns is not None:
-        assert isinstance(module, QuantizedLayer | PlacedBatchNorm)
+        assert isinstance(module, Placed)
         columns = torch.tensor(wiring.columns, dtype=torch.int64)
         module.columns = columns.to(module.columns.device)
     if isinstance(module, _QuantConv) and wiring.groups is not None:

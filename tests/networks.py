@@ -330,9 +330,7 @@ class Cut:
     def apply(self, plan: Plan, *optimizers: Optimizer) -> None:
         """Apply `plan` to the model and bring the graph up to date."""
         apply_plan(plan, self.model, optimizers)
-        self.graph.remove(plan.removed)
-        for name, kept in plan.rows.items():
-            self.graph.origin[name] = self.graph.origin[name][kept]
+        self.graph.shrink(plan.removed, plan.silent, plan.rows)
 
     def cut(self, *optimizers: Optimizer) -> Plan:
         self.settle()

@@ -37,6 +37,7 @@ from selfcompress.file.load import load, set_up
 from selfcompress.file.read import Contents, read, unpack
 from selfcompress.file.write import pack
 from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
@@ -255,7 +256,7 @@ def test_the_format_is_what_the_documentation_says() -> None:
     live = [int(d) for m in layers.values() for d in integer_depth(m.bit_depth).tolist() if d > 0]
     assert [bits.number(4) + 1 for _ in live] == live
     bits.to_byte()
-    modules: list[QuantizedLayer | PlacedBatchNorm] = [*layers.values(), *norms.values()]
+    modules: list[Placed] = [*layers.values(), *norms.values()]
     for module in modules:
         for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):
             if len(indices) < width:

@@ -14,7 +14,7 @@ from selfcompress.file import header as h
 from selfcompress.file import integers
 from selfcompress.file.streams import DTYPES, checksum, is_stored, representable, stored_dtype
 from selfcompress.layers.batch_norms import PlacedBatchNorm
-from selfcompress.layers.placing import LAYOUTS
+from selfcompress.layers.placing import LAYOUTS, Placed
 from selfcompress.layers.quantized import (
     FLOAT_LAYERS,
     QuantizedLayer,
@@ -166,7 +166,7 @@ def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _placement(module: QuantizedLayer | PlacedBatchNorm) -> np.ndarray:
+def _placement(module: Placed) -> np.ndarray:
     """Which output channels there are rows or entries for, and which inputs they read."""
     parts = [np.zeros(0, bool)]
     for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):

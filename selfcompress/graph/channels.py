@@ -154,8 +154,17 @@ class ChannelGraph:
                 reached.add(node.name)
         return all(node.name in reached for node in self.of_kind(Kind.OUTPUT))
 
-    def remove(self, ids: list[int]) -> None:
-        """Strike ids from every tensor."""
+    def shrink(self, ids: list[int], silent: list[int], rows: dict[str, list[int]]) -> None:
+        """Bring the graph up to date after a cut.
+
+        Args:
+            ids: to be struck from every tensor.
+            silent: ids that nobody computes or reads any more, in their places.
+            rows: module name → the indices of the rows that it has kept.
+        """
+        self.silent[silent] = True
+        for name, indices in rows.items():
+            self.origin[name] = self.origin[name][np.array(indices, np.int64)]
         removed = np.zeros_like(self.removed)
         removed[ids] = True
         stays = {name: ~removed[ids] for name, ids in self.ids.items()}

@@ -24,7 +24,10 @@ class Connection:
         self, graph: ChannelGraph, layers: Mapping[str, QuantizedLayer], min_channels: int
     ) -> None:
         self.graph, self.layers, self.min_channels = graph, layers, min_channels
-        self._vital: tuple[set[str] | None, set[str]] = None, set()  # without these, these are
+        self._vital: tuple[set[str] | None, set[str]] = (
+            None,
+            set(),
+        )  # empty layers → those that must keep a row then
 
     @torch.no_grad()
     def keep(self) -> None:

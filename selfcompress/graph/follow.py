@@ -43,6 +43,7 @@ from selfcompress.graph.trace import Part, Trace, trace
 from selfcompress.graph.tracer import Shape, owner_of
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import (
     EMBEDDINGS,
     FLOAT_LAYERS,
@@ -222,7 +223,7 @@ class _Builder:
             return Kind.OPAQUE, self._tied(node, module, inputs)
         if isinstance(module, OwnForward):
             raise _CannotFollowError("computes in a way of its own that cannot be traced")
-        if isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
+        if isinstance(module, (Placed, *FLOAT_LAYERS)):
             return self._layer(node, self._target(node), inputs, fact)
         if name := self._layer_of(node):
             return self._layer(node, name, self._multiplied(node, name), fact)
@@ -264,7 +265,7 @@ class _Builder:
             raise _CannotFollowError("is a constant written into the code")
         long = [dim for dim, size in enumerate(fact.sizes) if size > 1]
         hidden = bool(self.untraceable) and owner in self.read_elsewhere
-        layer = isinstance(module, (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS))
+        layer = isinstance(module, (Placed, *FLOAT_LAYERS))
         if id(tensor) in self.shared or len(long) > 1 or layer or hidden:
             raise _CannotFollowError(
                 "is a tensor of the model that is not indexed by channel alone"

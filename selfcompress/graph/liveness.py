@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfcompress.graph.channels import ChannelGraph, Node
 from selfcompress.graph.ops import WITH_ROWS, Kind
 from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import QuantizedLayer, _QuantConv
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
@@ -343,14 +344,14 @@ class _Analysis:
     def _positions(self, node: Node) -> np.ndarray:
         """(rows,): the output channel of each row."""
         module = self.modules[node.module]
-        if isinstance(module, QuantizedLayer | PlacedBatchNorm):
+        if isinstance(module, Placed):
             return self._array(node.module, "rows")
         return np.arange(len(self._live(node)))
 
     def columns(self, node: Node) -> np.ndarray:
         """(columns,): the input channel of each column, or of each entry of a norm."""
         module = self.modules[node.module]
-        if isinstance(module, QuantizedLayer | PlacedBatchNorm):
+        if isinstance(module, Placed):
             return self._array(node.module, "columns")
         return np.arange(len(self.graph.sources[node.name][0]))
 

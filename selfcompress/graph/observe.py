@@ -35,7 +35,7 @@ class Observed:
         read_elsewhere: names of modules whose parameters or buffers are read while they are not
             running.
         rewritten: names of layers of users' classes that have other parameters after they have run.
-        bypassed: names of modules in whose place one is called that they have replaced.
+        bypassed: names of modules that have replaced others, which are called all the same.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

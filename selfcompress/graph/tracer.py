@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from selfcompress.graph.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
 from selfcompress.graph.widths_read import Read
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.look import CLOSED, copied, kept_modes, leaves_of, without_compile
@@ -60,7 +60,7 @@ class _Known:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is one of those that have taken the place of torch's."""
-    ours = QuantizedLayer | PlacedBatchNorm | QuantAttention | QuantRecurrent | TiedLinear
+    ours = Placed | QuantAttention | QuantRecurrent | TiedLinear
     return isinstance(module, ours)
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.graph.ops import product_of
 from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import FLOAT_LAYERS, QuantizedLayer
 
 _OF_INPUTS, _OF_OUTPUTS = (
@@ -53,7 +54,7 @@ def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
     kinds = {
         layer: type(layer)
         for layer in module.modules()
-        if isinstance(layer, QuantizedLayer | PlacedBatchNorm) or type(layer) in FLOAT_LAYERS
+        if isinstance(layer, Placed) or type(layer) in FLOAT_LAYERS
     }
     try:
         for layer, kind in kinds.items():
@@ -148,6 +149,6 @@ def _is_made_by(
     """Whether what `node` reads is what `layer` made, with no other layer in between."""
     while node.args and isinstance(node.args[0], torch.fx.Node):
         node = node.args[0]
-        if isinstance(calls.get(node), (QuantizedLayer, PlacedBatchNorm, *FLOAT_LAYERS)):
+        if isinstance(calls.get(node), (Placed, *FLOAT_LAYERS)):
             return calls[node] is layer
     return False

@@ -20,12 +20,9 @@ class PlacedBatchNorm(Placed, _BatchNorm):
     Attributes:
         columns: (entries,) the input channel that each entry normalises.
         rows: (entries,) the output channel that each entry computes.
-        in_width, out_width: channels of the input and the output.
         aligned: whether every entry's channel has the same index in the input and the output.
     """
 
-    in_width: int
-    out_width: int
     aligned: bool
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Put channels into their places among others, or take them out, and keep how tensors lie."""
+"""Put channels into their places among others, or take them out, and keep the memory format."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By dimensions, how tensors lie whose channels are last in memory."""
+"""Number of dimensions → the memory format in which channels are last."""
 
 _FEW_GAPS = 8, 0.7  # channels, or of them all: up to so many zeros cost less than copies
 
@@ -16,7 +16,7 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | Non
     """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0.
 
     Args:
-        like: what the result lies like, if it cannot be told from `values`: of a single channel.
+        like: has the memory format of the result, if `values`, of a single channel, do not tell.
     """
     last = _channels_last(values, dim)
     if last is not None:
@@ -28,13 +28,13 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | Non
 
 
 def zeros(shape: Sequence[int], of: Tensor, like: Tensor) -> Tensor:
-    """Zeros of the type of one tensor, which lie in memory as it does, or else like another."""
+    """Zeros of the type and memory format of one tensor, or of another if that does not tell."""
     layout = layout_of(of, like)
     return torch.empty(shape, dtype=of.dtype, device=of.device, memory_format=layout).zero_()
 
 
 def layout_of(*tensors: Tensor) -> torch.memory_format:
-    """How the first of them lies in memory of which that can be told; contiguous, if of none."""
+    """The memory format of the first tensor whose strides decide it; contiguous, if none do."""
     for tensor in tensors:
         last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
         is_last = tensor.is_contiguous(memory_format=last)
@@ -52,13 +52,13 @@ def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
 
 
 def _channels_last(values: Tensor, dim: int) -> Tensor | None:
-    """`values`, channels last, if they lie so in memory: torch's own indexing would change that."""
+    """`values`, channels last, if their memory format is that: torch's indexing would change it."""
     last = values.movedim(dim, -1)
     return last if last.is_contiguous() and not values.is_contiguous() else None
 
 
 def few_gaps(gaps: int, width: int) -> bool:
-    """Whether so many of `width` channels are few."""
+    """Whether filling so many of `width` channels with zeros costs less than copies around them."""
     count, share = _FEW_GAPS
     return gaps <= max(count, share * width)
 
@@ -72,10 +72,13 @@ class Placed(nn.Module):
     Attributes:
         columns: (columns,) int64, the input channel that each column or entry reads.
         rows: (rows,) int64, the output channel that each row or entry computes.
+        in_width, out_width: channels of the input and the output.
     """
 
     rows: Tensor
     columns: Tensor
+    in_width: int
+    out_width: int
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Have the indices follow the parameters to another device."""

@@ -1,9 +1,9 @@
 """Torch layers that quantise their own weight.
 
-A quantised layer keeps only the rows that still have bits. Rows that were cut leave a gap in the
-output, so each layer remembers which output channels its rows compute (`rows`) and places them
-there; every other output channel is exactly the bias, or 0. In the same way it remembers which
-input channels it reads (`columns`).
+A row that loses its bits computes zeros, and is cut out of the layer soon after. Rows that were cut
+leave a gap in the output, so each layer remembers which output channels its rows compute (`rows`)
+and places them there; every other output channel is exactly the bias, or 0. In the same way it
+remembers which input channels it reads (`columns`).
 
 Few gaps are filled with zeros in the weight, which is small; many are made in the output, so that
 nothing is computed for them.
@@ -32,19 +32,21 @@ def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tens
 
 
 class QuantizedLayer(Placed):
-    """What all quantised layers share: a weight of live rows with learnable formats.
+    """What all quantised layers share: a weight of rows with learnable formats.
+
+    Rows are those that have not been cut, with bits (`live_rows`) or without.
 
     Attributes:
-        weight: (live rows, fan-in ...) float weight behind the quantiser; rows and fan-in change
+        weight: (rows, fan-in ...) float weight behind the quantiser; rows and fan-in change
             places in transposed convolutions, see `row_dim`.
         bias: (output channels,) or None; a channel without a row outputs exactly its bias.
-        bit_depth, exponent: (live rows,) the format of each row. They are parameters, but belong
+        bit_depth, exponent: (rows,) the format of each row. They are parameters, but belong
             to the compressor: it collects their gradients as they arrive and steps them itself.
-        rows: (live rows,) the output channel that each row computes.
+        rows: (rows,) the output channel that each row computes.
         columns: (columns,) the input channel that each column of the weight reads; of a grouped
             convolution, what its groups read, one after the other.
         groups: of a convolution, groups that still have rows (1 if there are none).
-        slots: (live rows,) int64, group · `group_width` + index within the group: where each row
+        slots: (rows,) int64, group · `group_width` + index within the group: where each row
             would be if all groups were as wide as the widest; of grouped convolutions only.
         group_width: rows of the widest group; of grouped convolutions only.
         at_start: channels of its input and output, and groups; of grouped convolutions only.
@@ -117,12 +119,12 @@ class QuantizedLayer(Placed):
         return shape[: max(0, len(shape) + self.channel_dim)]
 
     @property
-    def out_width(self) -> int:
+    def out_width(self) -> int:  # type: ignore[override]
         """Channels of the output, with or without a row behind them."""
         return layer_widths(self)[1]
 
     @property
-    def in_width(self) -> int:
+    def in_width(self) -> int:  # type: ignore[override]
         """Channels of the input."""
         return layer_widths(self)[0]
 
@@ -137,7 +139,7 @@ class QuantizedLayer(Placed):
         return self.weight_by_row().shape[1:].numel()
 
     def weight_by_row(self) -> Tensor:
-        """(live rows, fan-in ...): the weight, rows first."""
+        """(rows, fan-in ...): the weight, rows first."""
         return self.by_row(self.weight)
 
     def by_row(self, weight: Tensor) -> Tensor:
