@@ -47,7 +47,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,20 @@ class Collected:
     norms: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
     samples: dict[QuantizedLayer, int] = field(default_factory=dict)
     exponents: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
+
+
+class Pressure(NamedTuple):
+    """What the penalty says of rows, (rows of all layers,) each.
+
+    Attributes:
+        price: of a bit.
+        layer_of: the number of the row's layer.
+        least_rows: how many rows of that layer keep bits.
+    """
+
+    price: Tensor
+    layer_of: Tensor
+    least_rows: Tensor
 
 
 class FormatStepper:
@@ -260,7 +274,7 @@ class FormatStepper:
         pressure = None
         if self._penalties and gamma > 0:
             layer_of = of_rows(layers, range(len(layers)))
-            pressure = self._prices(gamma), layer_of, of_rows(layers, least_rows)
+            pressure = Pressure(self._prices(gamma), layer_of, of_rows(layers, least_rows))
         for group in self.adam.param_groups:
             group["capturable"] = depth.is_cuda
         self._replays[fit](
@@ -288,7 +302,7 @@ class FormatStepper:
         exponents: dict[QuantizedLayer, Tensor],
         scale: Tensor,
         numbers: Tensor,
-        pressure: tuple[Tensor, Tensor, Tensor] | None,
+        pressure: Pressure | None,
         trained: tuple[bool, ...],
     ) -> None:
         """All that a step computes.
@@ -297,8 +311,7 @@ class FormatStepper:
             norms, exponents: as they were collected.
             scale: what the loss was multiplied with, a scalar.
             numbers: (2,) half the number of samples, and the least that a bit depth is moved to.
-            pressure: (rows of all layers,) each: the price of a bit, the number of the layer, and
-                how many of its rows keep bits; None: bit depths stay.
+            pressure: None: bit depths stay.
             trained: of every layer, whether it is; others stay as they are.
         """
         layers = list(self.layers.values())
@@ -314,8 +327,7 @@ class FormatStepper:
             for layer, part in zip(exponents, parts, strict=True):
                 layer.exponent.grad = part.to(layer.exponent)
         if pressure is not None:
-            price, layer_of, least_rows = pressure
-            moved = self._moved(depth, price, least, layer_of.long(), least_rows.long())
+            moved = self._moved(depth, least, pressure)
             sides = zip(moved.split(sizes), depth.split(sizes), trained, strict=True)
             depth = torch.cat([new if moves else old for new, old, moves in sides])
         self.adam.step()
@@ -386,15 +398,14 @@ class FormatStepper:
         # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
         return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
-    def _moved(
-        self, depth: Tensor, price: Tensor, least: Tensor, layer_of: Tensor, least_rows: Tensor
-    ) -> Tensor:
+    def _moved(self, depth: Tensor, least: Tensor, pressure: Pressure) -> Tensor:
         """(rows of all layers,) the bit depths a step nearer to what is wanted."""
         step = self.adam.param_groups[0]["lr"]
-        wanted = self._wanted(depth, price)
+        wanted = self._wanted(depth, pressure.price)
         # The least is in the middle of the depths that round up to it.
         target = wanted.maximum(least).clamp(max=self.most_bits)
         change = (target - depth).clamp(-step, step)
+        layer_of, least_rows = pressure.layer_of.long(), pressure.least_rows.long()
         given_up = _given_up(wanted, depth, layer_of, least_rows, len(self.layers))
         change = change.masked_fill(given_up, -GIVING_UP * step)
         # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
@@ -411,7 +422,10 @@ def _hooked(parameter: Tensor, collect: Callable[[Tensor], None]) -> RemovableHa
 
 
 def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:
-    """What is kept about the worth of a layer's rows: the average, and of how many steps."""
+    """What is kept about the worth of a layer's rows: the average, and of how many steps.
+
+    Adam, which loads it, asks for the latter by this name.
+    """
     return {"worth": torch.zeros_like(layer.bit_depth), "step": layer.bit_depth.new_zeros(())}
 
 
