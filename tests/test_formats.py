@@ -24,7 +24,7 @@ from selfcompress.formats import (
     _given_up,
 )  # fmt: skip
 from selfcompress.layers.quantized import quantized_layers
-from selfcompress.quantizer import fake_quantize, fit_exponent
+from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 from selfcompress.size import q_bits
 
 GAMMA = 0.01
@@ -162,7 +162,22 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
     assert (layer.bit_depth == 8).all()  # and none gets more than it started with
 
 
-ROW = st.tuples(st.floats(-9, 9) | st.just(-math.inf), st.integers(0, 8))
+@pytest.mark.parametrize(("want", "bits"), [(0.9, 0), (1.1, 2), (1.9, 2), (2.1, 3), (6.9, 7)])
+def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> None:
+    """And if it is one, at two."""
+    compressor, optimizer = linear(gamma=1e-9, bit_step=0.1, interval=10**6)
+    (layer,) = compressor.layers.values()
+    x, y = batch()
+    for _ in range(200):
+        optimizer.zero_grad()
+        (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
+        compressor.step(optimizer)
+        wanted = compressor.formats.wanted(1.0)  # less by 1 at four times the price
+        compressor.gamma = 4 ** float(wanted.min() - want)
+    assert integer_depth(layer.bit_depth).min() == bits
+
+
+ROW = st.tuples(st.floats(-9, 9) | st.sampled_from([-math.inf, 0.9, 1.0, 1.9]), st.integers(0, 8))
 
 
 @given(
