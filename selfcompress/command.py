@@ -38,7 +38,7 @@ from selfcompress.training.config import DatasetName
 from selfcompress.training.data import load as load_dataset
 from selfcompress.training.data import read_image
 from selfcompress.training.errors import UserError, exit_code, out_of_memory
-from selfcompress.training.loop import evaluate
+from selfcompress.training.evaluate import evaluate
 from selfcompress.training.runs import NETWORK
 
 TOP = 5  # classes that `predict` names

@@ -654,7 +654,7 @@ import torch
 from selfcompress import load
 from selfcompress.training.augment import normalise
 from selfcompress.training.data import load as load_dataset
-from selfcompress.training.loop import evaluate
+from selfcompress.training.evaluate import evaluate
 run, result = sys.argv[1:]
 torch.set_num_threads(1)
 data = load_dataset("digits", Path(), 8, torch.device("cpu"))

@@ -18,11 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10
 
 from models import NAMES, default_width
-from selfcompress.training import loop, runs
+from selfcompress.training import loop, runs, setup
 from selfcompress.training.config import Config
 from selfcompress.training.data import load as load_dataset
 from selfcompress.training.errors import UserError
 from selfcompress.training.lock import LOCK, hold
+from selfcompress.training.setup import run_dir
 
 TINY = (
     "--dataset digits --width 4 --image-size 8 --epochs 4 --batch-size 128 --device cpu "
@@ -221,7 +222,7 @@ def test_default_width_is_the_models(tmp_path: Path) -> None:
     ):
         config = Config(model=model).resolved("digits", 8, default_width(model))
         assert config.width == width
-        assert loop._run_dir(config, dataset) == Path("runs") / name
+        assert run_dir(config, dataset) == Path("runs") / name
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_unknown_model_is_refused_before_anything_is_loaded(
     def unwanted(*_: object) -> None:
         raise AssertionError("the dataset was loaded")
 
-    monkeypatch.setattr(loop, "load", unwanted)
+    monkeypatch.setattr(setup, "load", unwanted)
     result = cli(*TINY, "--model", "resnet19")
     assert result[0] == 2
     assert_refused(result, "'resnet19'", "resnet9, resnet20", "torchvision:resnet18")

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from selfcompress.file.write import pack
 from selfcompress.formats import Collected
 from selfcompress.graph.follow import channel_graph
 from selfcompress.look import kept_modes
-from selfcompress.precision import full_precision
 from selfcompress.replay import Replay
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
@@ -34,12 +32,14 @@ from selfcompress.text import first_line
 from selfcompress.training import runs
 from selfcompress.training.augment import Augment, normalise
 from selfcompress.training.board import Board, epoch_line, widths_figure
-from selfcompress.training.config import Config, DatasetName, gamma_name
-from selfcompress.training.data import Dataset, Split, choose, load
+from selfcompress.training.config import Config
+from selfcompress.training.data import Dataset
 from selfcompress.training.errors import UserError, out_of_memory
+from selfcompress.training.evaluate import evaluate, loss_and_accuracy
 from selfcompress.training.filesize import FileSize
 from selfcompress.training.memory import keep_freed
 from selfcompress.training.read_late import late
+from selfcompress.training.setup import autocast_of, device_of, load_data, run_dir
 from selfcompress.training.size_control import SizeControl
 from selfcompress.training.summary import about_of, headline_of, result_of, summary_of, title_of
 
@@ -77,12 +77,12 @@ def run(
     config.validate()
     for warning in config.without_effect():
         print(f"warning: {warning}", file=sys.stderr)
-    device = _device(config)
+    device = device_of(config)
     if device.type == "cpu":
         keep_freed()
-    dataset_name, dataset = _load(config, device)
+    dataset_name, dataset = load_data(config, device)
     config = config.resolved(dataset_name, dataset.image_size, default_width)
-    folder = runs.RunFolder(_run_dir(config, dataset), config.as_json())
+    folder = runs.RunFolder(run_dir(config, dataset), config.as_json())
     summary = None if config.overwrite else folder.check()
     if summary is not None:
         print(f"{folder.path} is finished; --overwrite starts it over")
@@ -133,7 +133,7 @@ class Run:
                 f"{len(dataset.train)} training images do not fill a batch of {self.batch_size}; "
                 "choose a smaller --batch-size"
             )
-        self.autocast = _autocast(config, device)
+        self.autocast = autocast_of(config, device)
 
         examples = next(dataset.train.batches(EXAMPLES))[0]
         self.examples = normalise(examples, dataset.mean, dataset.std)
@@ -326,7 +326,7 @@ class Run:
         started = time.perf_counter()
         self._settle(last=epoch == self.epochs - 1)
         with self.autocast:  # as in training: what it is in float32 is told of the final network
-            test_loss, accuracy = _evaluate(
+            test_loss, accuracy = loss_and_accuracy(
                 self.model, self.dataset, self.dataset.test, self.batch_size
             )
         if not math.isfinite(test_loss):
@@ -474,67 +474,3 @@ class Run:
         if self.compressor is None:
             return None
         return self.compressor.gamma if self.config.gamma is None else self.config.gamma
-
-
-def evaluate(
-    model: nn.Module, dataset: Dataset, split: Split, batch_size: int
-) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0-1) on `split`: the quantised network, in float32."""
-    with full_precision(split.labels.device):
-        return _evaluate(model, dataset, split, batch_size)
-
-
-@torch.no_grad()
-def _evaluate(
-    model: nn.Module, dataset: Dataset, split: Split, batch_size: int
-) -> tuple[float, float]:
-    model.eval()
-    sums = torch.zeros(2, device=split.labels.device)
-    for images, labels in split.batches(batch_size):
-        logits = model(normalise(images, dataset.mean, dataset.std)).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
-    loss, correct = sums.tolist()
-    return loss / len(split), correct / len(split)
-
-
-def _load(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
-    """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
-    name, dataset = choose(
-        config.dataset, lambda name: load(name, config.data_dir, config.image_size, device)
-    )
-    if dataset.image_size < 8:
-        raise UserError(
-            f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"
-        )
-    return name, dataset
-
-
-def _run_dir(config: Config, dataset: Dataset) -> Path:
-    if config.run_dir is not None:
-        return config.run_dir
-    if config.float_baseline:
-        how = "float"
-    elif config.target_size is not None:
-        how = f"size{FileSize.parse(config.target_size)}"
-    else:
-        assert config.gamma is not None
-        how = f"gamma{gamma_name(config.gamma)}"
-    model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
-    width = "" if config.width is None else f"-w{config.width}"
-    return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here")
-    use_cuda = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
-def _autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    gains = device.type == "cuda" or (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    enabled = config.precision == "bf16" or (config.precision == "auto" and gains)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

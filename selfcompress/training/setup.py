@@ -1,0 +1,56 @@
+"""What a run starts with: its device, its data, the name of its folder, its precision."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from selfcompress.training.config import Config, DatasetName, gamma_name
+from selfcompress.training.data import Dataset, choose, load
+from selfcompress.training.errors import UserError
+from selfcompress.training.filesize import FileSize
+
+
+def load_data(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
+    """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
+    name, dataset = choose(
+        config.dataset, lambda name: load(name, config.data_dir, config.image_size, device)
+    )
+    if dataset.image_size < 8:
+        raise UserError(
+            f"images of {dataset.image_size} pixels are too small: give --image-size 8 or more"
+        )
+    return name, dataset
+
+
+def run_dir(config: Config, dataset: Dataset) -> Path:
+    """The folder asked for, or one named after what the run is of."""
+    if config.run_dir is not None:
+        return config.run_dir
+    if config.float_baseline:
+        how = "float"
+    elif config.target_size is not None:
+        how = f"size{FileSize.parse(config.target_size)}"
+    else:
+        assert config.gamma is not None
+        how = f"gamma{gamma_name(config.gamma)}"
+    model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
+    width = "" if config.width is None else f"-w{config.width}"
+    return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"
+
+
+def device_of(config: Config) -> torch.device:
+    """The device asked for, or a GPU if there is one."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here")
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def autocast_of(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 where that is asked for or, if nothing is, faster."""
+    gains = device.type == "cuda" or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    enabled = config.precision == "bf16" or (config.precision == "auto" and gains)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
