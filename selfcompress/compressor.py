@@ -15,7 +15,7 @@ compressor.finish(loader)
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,32 +26,24 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from selfcompress.convert import quantize_layers
+from selfcompress.examine import expect_samples, observe_float, observe_quantised, warn_of_idle
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.graph.connection import Connection
 from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
-from selfcompress.graph.observe import Observed, observe
 from selfcompress.idle_rows import IdleRows
-from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.layers.recurrent import QuantRecurrent
+from selfcompress.inputs import Inputs, batch_size, batches_like
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
-from selfcompress.look import (
-    Inputs,
-    batch_size,
-    detached_copy,
-    moved_like,
-    positional,
-    without_compile,
-)
+from selfcompress.look import detached_copy, without_compile
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.reestimate import reestimate
 from selfcompress.report import Report, make_report
+from selfcompress.restore import plan_towards, require_same_kind
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
-from selfcompress.surgery import Plan, apply_plan, check_optimizer, make_plan, plan_cut
-from selfcompress.text import first_line
+from selfcompress.surgery import Plan, apply_plan, check_optimizer, plan_cut
 from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
 
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
@@ -160,7 +152,7 @@ class Compressor:
         lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise ValueError(f"{lazy[0]} has no shape yet (a lazy layer): run the model once first")
-        observed = _observe(model, example_input)
+        observed = observe_float(model, example_input)
         self.starting_weights = starting_weights(model)
         self.left_in_float = quantize_layers(
             model,
@@ -171,16 +163,10 @@ class Compressor:
             rewritten=observed.rewritten,
         )
         self.layers = quantized_layers(model)
-        observed = _observe_quantised(model, example_input)
-        if observed.bypassed:
-            raise ValueError(
-                f"{min(observed.bypassed)} is called past the model, from a list or as "
-                "torch.compile has made it: put it into an nn.ModuleList, compile it later, or "
-                "exclude it"
-            )
-        self._expect_samples(observed)
+        observed = observe_quantised(model, example_input)
+        expect_samples(self.layers, observed, batch_size(example_input))
         self.graph = channel_graph(model, example_input, observed)
-        self._warn_of_idle(observed)
+        warn_of_idle(model, self.graph, self.layers, observed)
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
@@ -236,45 +222,6 @@ class Compressor:
 
     def _stored_bits(self, model: nn.Module) -> int:
         return measure(model, None, self.starting_weights).stored_bits
-
-    def _warn_of_idle(self, observed: Observed) -> None:
-        """Name the layers that would miss what is cut in front of them."""
-        followed = {node.module for node in self.graph.nodes}
-        modules = dict(self.model.named_modules())
-        idle = []
-        for name in self.layers:
-            owner = name.rpartition(".")[0]
-            if isinstance(modules[owner], QuantAttention | QuantRecurrent):  # they call no parts
-                name = owner
-            apart = any(not o or name.startswith(f"{o}.") for o in self.graph.untraceable)
-            if not observed.counts[name] and name not in followed and not apart:
-                idle.append(name)
-        if idle and followed:
-            warnings.warn(
-                f"not called on example_input: {', '.join(idle[:3])}{' …' if idle[3:] else ''}. If "
-                "your loop calls it, it may miss channels that were cut: then wrap the model in a "
-                "module that calls all of it, and compress that one",
-                stacklevel=3,
-            )
-
-    def _expect_samples(self, observed: Observed) -> None:
-        """Tell layers which dimension of their input counts samples."""
-        batch = batch_size(self.example_input)
-        if batch < 2:
-            return
-        shapes = {}
-        for name in self.layers:
-            args, kwargs = observed.arguments.get(name, ((), {}))
-            read = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-            shapes[name] = read[0].shape if read else torch.Size()
-        for name, layer in self.layers.items():
-            layer.expect(shapes[name], batch)
-        if all(layer.batch_dim is None for layer in self.layers.values()):
-            for name, layer in self.layers.items():
-                layer.expect_rows(shapes[name], batch)
-        if all(layer.batch_dim is None for layer in self.layers.values()):
-            for layer in self.layers.values():
-                layer.batch_dim = 0
 
     @property
     def gamma(self) -> float:
@@ -529,27 +476,9 @@ class Compressor:
         models = [self.model, *map(_averaged, averages)]
         if self.model.training and not self.graph.held:  # perhaps nothing was differentiated yet
             self._note_held()
-        reestimate(models, self._batches(loader), self.graph.held)
+        reestimate(models, batches_like(self.example_input, loader), self.graph.held)
         for model in models:
             settle_statistics(self.graph, model, measured=True)
-
-    def _batches(self, loader: Iterable[Any]) -> Iterator[Inputs]:
-        """What the model is called with, batch by batch, on its device and in its precision."""
-        several = isinstance(self.example_input, tuple)
-        count = len(positional(self.example_input))
-        for batch in loader:
-            if isinstance(batch, list | tuple):
-                inputs = tuple(batch[:count]) if several else batch[0]
-            elif isinstance(batch, Tensor) or (several and count == 1):
-                inputs = (batch,) if several else batch
-            elif not several and not isinstance(self.example_input, Tensor):
-                inputs = batch  # something of the user's own
-            else:
-                kind = type(batch).__name__
-                raise ValueError(
-                    f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
-                )
-            yield moved_like(inputs, self.example_input)
 
     def report(self) -> Report:
         """By layer: is it quantised, how many of its channels can leave, and if not, why."""
@@ -618,8 +547,8 @@ class Compressor:
             if state["optimizer"] is None:
                 raise ValueError("the state holds no optimiser: save state_dict(optimizer)")
             check_optimizer(optimizer)
-            self._require_same_kind(state, optimizer)
-        plan = self._plan_towards(state)
+            require_same_kind(state, optimizer)
+        plan = plan_towards(state, self.graph, self.model)
         self._apply(plan, optimizer)
         self.model.load_state_dict(state["model"])
         self.formats.load_state_dict(state["formats"])
@@ -640,37 +569,6 @@ class Compressor:
                 warnings.warn(
                     f"the saved training had {name}={saved}, this one has {value}", stacklevel=2
                 )
-
-    def _require_same_kind(self, state: dict[str, Any], optimizer: Optimizer) -> None:
-        if state["optimizer_type"] != type(optimizer).__name__:
-            raise ValueError(
-                f"the state holds {state['optimizer_type']}, not {type(optimizer).__name__}"
-            )
-        saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-        if saved != [len(group["params"]) for group in optimizer.param_groups]:
-            raise ValueError("the saved optimiser has other parameter groups")
-
-    def _plan_towards(self, state: dict[str, Any]) -> Plan:
-        """The plan that turns this uncut model into the saved one; all checks come before."""
-        removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
-        if removed.shape != self.graph.removed.shape or rows.keys() != self.graph.origin.keys():
-            raise ValueError(
-                "the saved state is of another model: its channels do not match (where forward() "
-                "goes by values, build it with the seed and the example_input of before)"
-            )
-        fits = all((kept < len(self.graph.origin[name])).all() for name, kept in rows.items())
-        if not fits or state["model"].keys() != self.model.state_dict().keys():
-            raise ValueError("the saved state is of another model: its layers do not match")
-        by_layer = {name: r.numpy() for name, r in rows.items()}
-        plan = make_plan(self.graph, self.model, removed, silent, by_layer)
-        for name, tensor in self.model.state_dict().items():
-            shape = list(tensor.shape)
-            for dim, kept in plan.keep.get(name, []):
-                shape[dim] = len(kept)
-            saved = state["model"].get(name)
-            if saved is None or list(saved.shape) != shape:
-                raise ValueError(f"the saved state is of another model: {name} does not match")
-        return plan
 
     def _apply(self, plan: Plan, optimizer: Optimizer | None) -> None:
         optimizers = [self.formats.adam] + ([] if optimizer is None else [optimizer])
@@ -737,28 +635,3 @@ def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
             kept *= len(indices) / parameter.shape[dim]
         before, after = before + size, after + round(size * kept)
     return after <= (1 - _WORTH_RECOMPILING) * before
-
-
-def _observe_quantised(model: nn.Module, example_input: Inputs) -> Observed:
-    """Run the model once its layers are quantised, which those of users' classes may not bear."""
-    own = [n for n, layer in quantized_layers(model).items() if isinstance(layer, OwnForward)]
-    try:
-        return observe(model, example_input)
-    except Exception as error:  # whatever a user's forward() does
-        if not own:
-            raise
-        raise ValueError(
-            f"with quantised layers the model does not run: {first_line(error)}; build it anew and "
-            f"exclude those of your own classes ({', '.join(own[:3])}{' …' if own[3:] else ''})"
-        ) from error
-
-
-def _observe(model: nn.Module, example_input: Inputs) -> Observed:
-    """Run the float model once; a wrong input is told apart here from one we cannot trace."""
-    try:
-        return observe(model, example_input)
-    except Exception as error:  # whatever the user's forward() does
-        reason = first_line(error)
-        if isinstance(example_input, dict):
-            reason += " (a dict is one argument: give a tuple of forward()'s arguments, in order)"
-        raise ValueError(f"the model does not accept example_input: {reason}") from error

@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 from selfcompress.convert import replace
 from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
+from selfcompress.inputs import Inputs, positional
 from selfcompress.layers.quantized import quantized_layers
-from selfcompress.look import Inputs, positional, without_compile
+from selfcompress.look import without_compile
 from selfcompress.text import first_line
 
 if TYPE_CHECKING:

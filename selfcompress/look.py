@@ -14,14 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-Inputs = Tensor | tuple[Any, ...]
-"""What a model is called with: one tensor, or all its positional arguments."""
-
-
-def positional(inputs: Inputs) -> tuple[Any, ...]:
-    """`inputs` as the arguments of a call."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
-
+from selfcompress.inputs import Inputs, device_of
 
 CLOSED = (
     int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
@@ -46,40 +39,6 @@ def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
             yield from leaves_of(inside, depth - 1)
         else:
             yield leaf
-
-
-def device_of(inputs: Inputs) -> torch.device:
-    """Where the first tensor of `inputs` is."""
-    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def moved_like(inputs: Any, example: Inputs) -> Any:
-    """`inputs` on the device of `example`; floats of the type of those in their places there."""
-    device = device_of(example)
-    leaves, structure = pytree.tree_flatten(inputs)
-    places = pytree.tree_leaves(example)
-    if len(places) != len(leaves):
-        places = leaves
-    moved = [
-        leaf.to(device, place.dtype if _both_float(leaf, place) else None)
-        if isinstance(leaf, Tensor)
-        else leaf
-        for leaf, place in zip(leaves, places, strict=True)
-    ]
-    return pytree.tree_unflatten(moved, structure)
-
-
-def _both_float(*values: Any) -> bool:
-    return all(isinstance(value, Tensor) and value.is_floating_point() for value in values)
-
-
-def batch_size(inputs: Inputs) -> int:
-    """The samples that `inputs` hold: the length of the first tensor; 0 if there is none."""
-    leaves = pytree.tree_leaves(inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
-    return len(tensors[0]) if tensors else 0
 
 
 def without_compile(model: nn.Module) -> nn.Module:

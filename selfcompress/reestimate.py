@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from selfcompress.look import Inputs, kept_modes, positional
+from selfcompress.inputs import Inputs, positional
+from selfcompress.look import kept_modes
 
 
 @torch.no_grad()

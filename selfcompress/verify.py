@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfcompress.inputs import Inputs, device_of, positional
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.look import Inputs, device_of, leaves_of, positional, undisturbed
+from selfcompress.look import leaves_of, undisturbed
 from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
 

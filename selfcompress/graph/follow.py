@@ -41,6 +41,7 @@ from selfcompress.graph.ops import (
 )
 from selfcompress.graph.trace import Part, Trace, trace
 from selfcompress.graph.tracer import Shape, owner_of
+from selfcompress.inputs import Inputs, batch_size
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.placing import Placed
@@ -51,7 +52,6 @@ from selfcompress.layers.quantized import (
     QuantizedLayer,
     layer_widths,
 )
-from selfcompress.look import Inputs, batch_size
 from selfcompress.text import first_line
 
 

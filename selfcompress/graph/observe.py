@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.graph.ops import PRODUCTS
+from selfcompress.inputs import Inputs, device_of, positional
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
-from selfcompress.look import Inputs, copied, device_of, positional, seed_everything, undisturbed
+from selfcompress.look import copied, seed_everything, undisturbed
 
 
 @dataclass

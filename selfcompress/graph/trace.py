@@ -21,15 +21,8 @@ from selfcompress.graph.ops import taken
 from selfcompress.graph.other_sizes import other_ways
 from selfcompress.graph.tracer import Tracer, has_layers, has_tensors, is_ours
 from selfcompress.graph.widths_read import held, kept_whole, noting_widths
-from selfcompress.look import (
-    Inputs,
-    device_of,
-    is_torchs,
-    kept_attributes,
-    positional,
-    seed_everything,
-    undisturbed,
-)
+from selfcompress.inputs import Inputs, device_of, positional
+from selfcompress.look import is_torchs, kept_attributes, seed_everything, undisturbed
 from selfcompress.text import first_line
 
 

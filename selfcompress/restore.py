@@ -1,0 +1,50 @@
+"""Bring a fresh model to the shape of a saved one, if the two go together."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from selfcompress.graph.channels import ChannelGraph
+from selfcompress.surgery import Plan, make_plan
+
+
+def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -> Plan:
+    """The plan that cuts an uncut `model` to the shape of the saved one.
+
+    Args:
+        state: of a `Compressor`.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
+    if removed.shape != graph.removed.shape or rows.keys() != graph.origin.keys():
+        raise ValueError(
+            "the saved state is of another model: its channels do not match (where forward() "
+            "goes by values, build it with the seed and the example_input of before)"
+        )
+    fits = all((kept < len(graph.origin[name])).all() for name, kept in rows.items())
+    if not fits or state["model"].keys() != model.state_dict().keys():
+        raise ValueError("the saved state is of another model: its layers do not match")
+    by_layer = {name: r.numpy() for name, r in rows.items()}
+    plan = make_plan(graph, model, removed, silent, by_layer)
+    for name, tensor in model.state_dict().items():
+        shape = list(tensor.shape)
+        for dim, kept in plan.keep.get(name, []):
+            shape[dim] = len(kept)
+        saved = state["model"].get(name)
+        if saved is None or list(saved.shape) != shape:
+            raise ValueError(f"the saved state is of another model: {name} does not match")
+    return plan
+
+
+def require_same_kind(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Refuse an optimiser that the saved one's state is not for."""
+    if state["optimizer_type"] != type(optimizer).__name__:
+        raise ValueError(
+            f"the state holds {state['optimizer_type']}, not {type(optimizer).__name__}"
+        )
+    saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    if saved != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError("the saved optimiser has other parameter groups")
