@@ -24,8 +24,10 @@ from torch.optim import (
 )
 
 from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.fast_widths import without_what_is_fast
 from selfcompress.graph.liveness import Liveness
-from selfcompress.graph.ops import WITH_ROWS, Kind
+from selfcompress.graph.ops import WITH_ROWS
+from selfcompress.graph.removable import removable
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
 from selfcompress.layers.placing import Placed, layout_of
 from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
@@ -95,26 +97,11 @@ def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: i
     `multiple` above 1, so do, for speed, as many as it takes for tensors to have a multiple of it,
     and for batch norms to make the channels that they read.
     """
-    removed = graph.constrain(alive.gone, alive.rows, model)
+    removed = removable(graph, alive.gone, alive.rows, model)
     if multiple > 1:
-        removed = _without_what_is_fast(graph, model, alive, removed, multiple)
+        removed = without_what_is_fast(graph, model, alive.rows, removed, multiple)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
     return make_plan(graph, model, removed, alive.gone & ~removed, rows)
-
-
-def _without_what_is_fast(
-    graph: ChannelGraph, model: nn.Module, alive: Liveness, removed: np.ndarray, multiple: int
-) -> np.ndarray:
-    """`removed` without the channels that make the network faster where they are."""
-    norms = [n for n in graph.of_kind(Kind.NORM) if model.get_submodule(n.module).aligned]
-    while True:
-        # Aligned first, norms have the same channels kept in front and behind to round up.
-        kept = graph.round_up(graph.align(removed, norms), multiple)
-        kept = graph.constrain(kept, alive.rows, model)
-        in_vain = graph.misaligned(kept, norms)
-        if not in_vain:
-            return kept
-        norms = [node for node in norms if node not in in_vain]
 
 
 def make_plan(
@@ -127,7 +114,7 @@ def make_plan(
     """The plan that removes channel ids and keeps just the given rows of each module.
 
     Args:
-        removed: (number of ids at the start,) bool; see `ChannelGraph.constrain`.
+        removed: (number of ids at the start,) bool; see `removable`.
         silent: the same, of channels that keep their places but are read no more.
         rows: module name → indices, for every module that may lose rows.
     """

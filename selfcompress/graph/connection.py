@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from selfcompress.graph.channels import ChannelGraph
+from selfcompress.graph.ops import Kind
 from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.quantizer import fit_exponent
 
@@ -42,7 +43,7 @@ class Connection:
             least = min(self.min_channels, len(layer.rows))
             # An empty layer lost its rows in a cut, so the network is connected without it.
             if count == 0 and least == 0 and len(layer.rows):
-                if self.graph.connected(dead | {name} | self._empty()):
+                if connected(self.graph, dead | {name} | self._empty()):
                     dead.add(name)
                 else:
                     least = 1
@@ -59,7 +60,7 @@ class Connection:
         if self._vital[0] != empty:
             gone = set(empty)
             for name in self.layers:
-                if self.graph.connected(gone | {name}):
+                if connected(self.graph, gone | {name}):
                     gone.add(name)
             self._vital = empty, self.layers.keys() - gone
         return [
@@ -69,6 +70,22 @@ class Connection:
 
     def _empty(self) -> set[str]:
         return {name for name, layer in self.layers.items() if len(layer.rows) == 0}
+
+
+def connected(graph: ChannelGraph, without: set[str]) -> bool:
+    """Whether the output still depends on the input when these modules' outputs don't.
+
+    Of modules that are in no trace that cannot be said, so it is not.
+    """
+    if without - {node.module for node in graph.nodes}:
+        return False
+    reached: set[str] = set()
+    for node in graph.nodes:
+        if node.kind is Kind.INPUT or (
+            node.module not in without and any(i in reached for i in node.inputs)
+        ):
+            reached.add(node.name)
+    return all(node.name in reached for node in graph.of_kind(Kind.OUTPUT))
 
 
 def _revive(layer: QuantizedLayer, count: int) -> None:

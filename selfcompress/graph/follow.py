@@ -6,7 +6,6 @@ each one goes; what is not understood has its ids frozen.
 """
 
 import inspect
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -18,13 +17,12 @@ import numpy as np
 import torch
 import torch.fx
 import torch.nn.functional as F
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.channels import ChannelGraph, Ids, Layout, Node, Step, TensorName, call
+from selfcompress.graph.channels import ChannelGraph, Layout, Node, Step, TensorName, call
+from selfcompress.graph.ids import ChannelIds, Ids
 from selfcompress.graph.in_place import alias_hazards, redirect_in_place
 from selfcompress.graph.observe import Observed, observe
 from selfcompress.graph.ops import (
@@ -34,11 +32,10 @@ from selfcompress.graph.ops import (
     function_of,
     kind_of_call,
     kind_of_module,
-    product_of,
     reads_sizes,
-    reads_type,
     worked_on,
 )
+from selfcompress.graph.products import is_only_multiplied, product_of
 from selfcompress.graph.trace import Part, Trace, trace
 from selfcompress.graph.tracer import Shape, owner_of
 from selfcompress.inputs import Inputs, batch_size
@@ -124,9 +121,7 @@ class _Builder:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.first = {module: name for name, module in model.named_modules()}
         self.miscounted = traced.miscounted
-        self.count = 0
-        self.unions: list[tuple[np.ndarray, np.ndarray]] = []
-        self.freezes: list[tuple[np.ndarray, str]] = []
+        self.ids = ChannelIds()
         self.result = ChannelGraph()
         self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
         self.made_by: dict[str, _Value] = {}  # by layers
@@ -172,7 +167,7 @@ class _Builder:
         if node.op == "output":
             self._emit(node, Kind.OUTPUT, inputs)
             for value in inputs:
-                self._freeze(value.ids, "it is an output of the model")
+                self.ids.freeze(value.ids, "it is an output of the model")
             return
         if node.op == "get_attr" and not node.users:
             self.values[node] = None  # forward() puts another tensor in its place, perhaps
@@ -273,7 +268,7 @@ class _Builder:
         if not long:  # one number for all channels
             return self._opaque(node, [], "is a single number", Kind.PARAMETER)
         grid = tuple(size if dim in long else 1 for dim, size in enumerate(fact.sizes))
-        ids, layout = self._new(fact.sizes[long[0]]), Layout(fact.sizes, grid)
+        ids, layout = self.ids.new(fact.sizes[long[0]]), Layout(fact.sizes, grid)
         value = _Value(self._name(node), ids, layout, np.arange(len(ids)))
         self._emit(node, Kind.PARAMETER, [], value, (), tensor=name, tensor_dim=long[0])
         self.parameters[name] = value
@@ -319,9 +314,9 @@ class _Builder:
         value = inputs[0]
         ids_read = value.ids[source]
         if name in self.made:
-            self._unite(self.made[name][0], ids_read)
+            self.ids.unite(self.made[name][0], ids_read)
         else:
-            self.made[name] = (ids_read, self._new(widths[1]))
+            self.made[name] = (ids_read, self.ids.new(widths[1]))
         grid = tuple(widths[1] if dim == axis else 1 for dim in range(len(fact.sizes)))
         layout, numbers = Layout(fact.sizes, grid), np.arange(widths[1])
         result = _Value(self._name(node), self.made[name][1], layout, numbers)
@@ -339,20 +334,20 @@ class _Builder:
 
     def _watch(self, node: torch.fx.Node, value: _Value, why: str) -> None:
         """Have somebody whom nothing is known about read a value, which is needed then."""
-        self._freeze(value.ids, why)
+        self.ids.freeze(value.ids, why)
         self._stand_in(node, f"{value.name}.watched", [value], why)
 
     def _indices(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
         """What stands for indices: nothing is known about their values, and nothing may go."""
         for value in inputs:
-            self._freeze(value.ids, f"{self._label(node)} reads values out of it")
+            self.ids.freeze(value.ids, f"{self._label(node)} reads values out of it")
         name = f"{self._name(node)}.indices"
         return self._stand_in(node, name, inputs, "it is looked up in an embedding")
 
     def _stand_in(self, node: torch.fx.Node, name: str, inputs: list[_Value], why: str) -> _Value:
         """A single frozen channel, of which is known only that it depends on `inputs`."""
-        made, nowhere = self._new(1), np.zeros(1, np.int64)
-        self._freeze(made, why)
+        made, nowhere = self.ids.new(1), np.zeros(1, np.int64)
+        self.ids.freeze(made, why)
         value = _Value(name, made, Layout((1,), (1,)), nowhere)
         self._emit(node, Kind.OPAQUE, inputs, value, (nowhere,) * len(inputs))
         return value
@@ -390,7 +385,7 @@ class _Builder:
         if (given or "") != bias:
             raise _CannotFollowError("adds something else than its bias")
         read = [tensor for tensor in (product.weight, product.bias) if tensor is not None]
-        if not all(_is_only_multiplied(t, len(self.facts[t].sizes)) for t in read):
+        if not all(is_only_multiplied(t, len(self.facts[t].sizes)) for t in read):
             raise _CannotFollowError(
                 "computes with its weight or bias, or with their sizes, in a way of its own too"
             )
@@ -440,7 +435,7 @@ class _Builder:
         if any(len(other.ids) != len(value.ids) for other in entries):
             raise _CannotFollowError("has entries that are not indexed by its channels alone")
         for other in entries:
-            self._unite(value.ids, other.ids)
+            self.ids.unite(value.ids, other.ids)
         self.made[name] = (value.ids, value.ids)
         self.own_norms[name] += self.runs
         result = _Value(self._name(node), value.ids, value.layout, value.copies)
@@ -504,7 +499,7 @@ class _Builder:
             if long != {1} or self.untraceable or self.calls[self._target(node)] > 1:
                 raise _CannotFollowError("has its channels elsewhere, or is called more than once")
         for ids in tied[1:]:
-            self._unite(tied[0], ids)
+            self.ids.unite(tied[0], ids)
         alike = len(inputs) == 1 and not tensor
         copies = inputs[0].copies if alike else np.arange(len(tied[0]))
         result = _Value(self._name(node), tied[0], Layout(fact.sizes, tuple(grid)), copies)
@@ -569,9 +564,9 @@ class _Builder:
         """Freeze what the node reads and makes; all that it makes is one frozen channel."""
         reason = f"{self._label(node)} {why}"
         for value in inputs:
-            self._freeze(value.ids, reason)
-        fact, made = self.facts[node], self._new(1)
-        self._freeze(made, reason)
+            self.ids.freeze(value.ids, reason)
+        fact, made = self.facts[node], self.ids.new(1)
+        self.ids.freeze(made, reason)
         leaves, structure = pytree.tree_flatten(fact)
         values = []
         for index, leaf in enumerate(leaves):
@@ -665,19 +660,9 @@ class _Builder:
 
         return evaluate
 
-    def _new(self, count: int) -> Ids:
-        self.count += count
-        return np.arange(self.count - count, self.count)
-
-    def _unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        self.unions.append((a, b))
-
-    def _freeze(self, ids: np.ndarray, why: str) -> None:
-        self.freezes.append((ids, why))
-
     def graph(self) -> ChannelGraph:
         """All that was followed, with equal ids where channels are the same."""
-        graph, count = self.result, self.count
+        graph = self.result
         self._freeze_unread()
         for name, module in self.modules.items():
             if isinstance(module, OwnForward) and self.calls[name] and name not in self.made:
@@ -688,7 +673,7 @@ class _Builder:
                 self.spoiled.setdefault(name, "is also called by code that cannot be traced")
         for name in self.spoiled.keys() & self.made.keys():
             for ids in self.made[name]:
-                self._freeze(ids, f"{name}, in one of its calls, {self.spoiled[name]}")
+                self.ids.freeze(ids, f"{name}, in one of its calls, {self.spoiled[name]}")
         for index, node in enumerate(graph.nodes):
             if node.module in self.spoiled:
                 graph.nodes[index] = replace(node, kind=Kind.OPAQUE)
@@ -696,17 +681,9 @@ class _Builder:
                     nowhere = np.zeros(len(graph.ids[node.name]), np.int64)
                     graph.sources[node.name] = (nowhere,) * len(node.inputs)
         graph.untraceable = self.untraceable
-        a = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in self.unions)])
-        b = np.concatenate([np.zeros(0, np.int64), *(b for _, b in self.unions)])
-        pairs = coo_array((np.ones(len(a), bool), (a, b)), shape=(count, count))
-        root = connected_components(pairs, directed=False)[1].astype(np.int64)
+        root, graph.frozen, graph.reasons = self.ids.resolved()
         graph.ids = {name: root[ids] for name, ids in graph.ids.items()}
-        graph.frozen = np.zeros(root.max(initial=-1) + 1, bool)
         graph.removed, graph.silent = np.zeros_like(graph.frozen), np.zeros_like(graph.frozen)
-        for ids, why in self.freezes:
-            for i in np.unique(root[ids]).tolist():
-                graph.frozen[i] = True
-                graph.reasons.setdefault(i, why)
         graph.origin = self._origin()
         graph.spoiled = self.spoiled
         return graph
@@ -721,7 +698,7 @@ class _Builder:
                     unread[name][source[source >= 0]] = False
         for name, rest in unread.items():
             if rest.any():
-                self._freeze(self.result.ids[name][rest], f"of {name} only a part is read")
+                self.ids.freeze(self.result.ids[name][rest], f"of {name} only a part is read")
 
     def _origin(self) -> dict[str, np.ndarray]:
         """Rows can go from every quantised layer, of norms from those that were followed."""
@@ -748,36 +725,6 @@ def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
             numbers = first
     table: np.ndarray = numbers.contiguous().numpy()
     return table
-
-
-def _is_only_multiplied(tensor: torch.fx.Node, rank: int) -> bool:
-    """Whether a tensor of the model is read as weight and bias of products alone.
-
-    Its sizes may be read but for how many channels there are: those of a kernel, that is.
-    """
-    return all(
-        reads_type(user)
-        or _reads_kernel(user, rank)
-        or (user.target in CASTS and _is_only_multiplied(user, rank))
-        or ((product := product_of(user)) is not None and product.input is not tensor)
-        for user in tensor.users
-    )
-
-
-def _reads_kernel(node: torch.fx.Node, rank: int) -> bool:
-    """Whether a node reads sizes of a weight of `rank` dimensions, and none of the first two."""
-    if node.target in ("dim", "ndimension") or (node.target is getattr and node.args[1] == "ndim"):
-        return True
-    kernel = set(range(2, rank))
-    if node.target == "size" and len(node.args) > 1:
-        return {node.args[1] % rank} <= kernel  # type: ignore[operator]
-    if node.target != "size" and not (node.target is getattr and node.args[1] == "shape"):
-        return False
-    picked = [
-        range(rank)[user.args[1]] if user.target is operator.getitem else range(rank)  # type: ignore[index]
-        for user in node.users
-    ]
-    return all({*([dims] if isinstance(dims, int) else dims)} <= kernel for dims in picked)
 
 
 def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.ops import PRODUCTS
+from selfcompress.graph.products import PRODUCTS
 from selfcompress.inputs import Inputs, device_of, positional
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear

@@ -6,7 +6,6 @@ An operation that is in no table freezes the channels it touches.
 import builtins
 import operator
 from collections.abc import Hashable
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -129,56 +128,6 @@ def taken(number: Any, kind: str) -> Any:
         kind: "bool", "int", "float" or "len".
     """
     return getattr(builtins, kind)(number)
-
-
-PRODUCTS: dict[Any, type[nn.Module]] = {
-    F.linear: nn.Linear, F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d,
-    F.conv_transpose1d: nn.ConvTranspose1d, F.conv_transpose2d: nn.ConvTranspose2d,
-    F.conv_transpose3d: nn.ConvTranspose3d,
-}  # fmt: skip
-"""What layers multiply with their weight with → the type of layer."""
-LOOKUPS: dict[Any, type[nn.Module]] = {
-    F.embedding: nn.Embedding, F.embedding_bag: nn.EmbeddingBag,
-}  # fmt: skip
-"""The same, of what looks vectors up."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """The arguments of a convolution, a matrix product, or a lookup in an embedding.
-
-    Attributes:
-        layer: the type of layer that computes so.
-        input, weight, bias: the nodes that it reads; of tensors of the model, these.
-        groups: of a convolution.
-    """
-
-    layer: type[nn.Module]
-    input: Any
-    weight: Any
-    bias: Any
-    groups: int
-
-
-def product_of(node: torch.fx.Node) -> Product | None:
-    """What a node is given that calls what a layer computes with, as a function; else None."""
-    layer = (PRODUCTS | LOOKUPS).get(node.target) if node.op == "call_function" else None
-    if layer is None:
-        return None
-
-    def given(name: str, index: int, default: Any = None) -> Any:
-        return node.kwargs.get(name, node.args[index] if len(node.args) > index else default)
-
-    weight = _before_casts(given("weight", 1))
-    bias = None if node.target in LOOKUPS else _before_casts(given("bias", 2))
-    groups = 1 if node.target in LOOKUPS or layer is nn.Linear else given("groups", 6, 1)
-    return Product(layer, given("input", 0), weight, bias, groups)
-
-
-def _before_casts(value: Any) -> Any:
-    while isinstance(value, torch.fx.Node) and value.op == "call_method" and value.target in CASTS:
-        value = value.args[0]
-    return value
 
 
 def reads_sizes(node: torch.fx.Node) -> bool:

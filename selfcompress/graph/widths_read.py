@@ -12,7 +12,7 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.ops import product_of
+from selfcompress.graph.products import product_of
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import FLOAT_LAYERS, QuantizedLayer

@@ -1,0 +1,84 @@
+"""Dead channels that stay for a while: torch is slow at odd widths and at gaps among channels."""
+
+import numpy as np
+from torch import nn
+
+from selfcompress.graph.channels import ChannelGraph, Node
+from selfcompress.graph.ops import Kind
+from selfcompress.graph.removable import removable
+from selfcompress.layers.placing import few_gaps
+
+
+def without_what_is_fast(
+    graph: ChannelGraph,
+    model: nn.Module,
+    rows: dict[str, np.ndarray],
+    removed: np.ndarray,
+    multiple: int,
+) -> np.ndarray:
+    """`removed`, (number of ids,) bool, without channels that make a network faster where they are.
+
+    Args:
+        rows: module name → (rows,) bool, the rows that stay.
+        multiple: of channels, which tensors have then if they can, and if above 1, batch norms
+            read just the channels that they make.
+    """
+    norms = [n for n in graph.of_kind(Kind.NORM) if model.get_submodule(n.module).aligned]
+    while True:
+        # Aligned first, norms have the same channels kept in front and behind to round up.
+        kept = _rounded_up(graph, _aligned(graph, removed, norms), multiple)
+        kept = removable(graph, kept, rows, model)
+        in_vain = _misaligned(graph, kept, norms)
+        if not in_vain:
+            return kept
+        norms = [node for node in norms if node not in in_vain]
+
+
+def _rounded_up(graph: ChannelGraph, removed: np.ndarray, multiple: int) -> np.ndarray:
+    """As much of `removed` as leaves tensors with multiples of `multiple` channels, if it can.
+
+    No more channels are kept than there are live ones: where that would not do, it is half of
+    `multiple`, or half of that.
+    """
+    kept, free = removed.copy(), _may_be_kept(graph)
+    for ids in graph.ids.values():
+        if len(np.unique(ids)) < len(ids) or not free[ids].all():
+            continue
+        live, of = int((~removed[ids]).sum()), multiple
+        while -live % of > min(live, len(ids) - live):
+            of //= 2
+        gone = ids[kept[ids]]
+        kept[gone[: (len(gone) - len(ids)) % of]] = False
+    return kept
+
+
+def _aligned(graph: ChannelGraph, removed: np.ndarray, norms: list[Node]) -> np.ndarray:
+    """As much of `removed` as leaves `norms` the channels that they make, where few are gone.
+
+    Else what they make would have to be put into its places.
+    """
+    removed, free = removed.copy(), _may_be_kept(graph)
+    for node in norms:
+        reads, makes = removed[graph.reads(node)], removed[graph.ids[node.name]]
+        gaps = graph.reads(node)[reads & ~makes]
+        if free[gaps].all() and few_gaps(len(gaps), int((~makes).sum())):
+            removed[gaps] = False
+    return removed
+
+
+def _misaligned(graph: ChannelGraph, removed: np.ndarray, norms: list[Node]) -> list[Node]:
+    """Those of `norms` that will not read just the channels that they make."""
+    return [n for n in norms if (removed[graph.reads(n)] != removed[graph.ids[n.name]]).any()]
+
+
+def _may_be_kept(graph: ChannelGraph) -> np.ndarray:
+    """(number of ids,) bool: those that may stay in their places though they are dead.
+
+    Not what grouped convolutions or layers left in float read or make: those would compute with
+    it, and train it.
+    """
+    free = np.ones_like(graph.removed)
+    for node in graph.of_kind(Kind.LAYER, Kind.GROUPED):
+        if node.kind is Kind.GROUPED or node.module not in graph.origin:
+            free[graph.reads(node)] = free[graph.ids[node.name]] = False
+    return free
