@@ -18,15 +18,7 @@ from selfcompress.layers.quantized import (
     weight_shape,
 )
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
-from selfcompress.layers.twins import (
-    TWINS,
-    keep_hooks,
-    keep_noted,
-    names_of_ours,
-    names_of_user,
-    of_same_class,
-    twin_of,
-)
+from selfcompress.layers.twins import TWINS, of_same_class, twin_of
 from selfcompress.size import WEIGHTED, count_weights
 
 
@@ -95,7 +87,7 @@ def quantize_layers(
             if not why:
                 new = of_same_class(twin.from_float(module, bits, integer_bits), module)
             if new is None:
-                why = why or f"its class {_named(module)} has what a quantised layer needs"
+                why = why or f"it or its class {_named(module)} has what a quantised layer needs"
         elif module not in ties and count_weights(module, set()):
             why = "its parameters are of no known layer"
         if why:
@@ -112,10 +104,6 @@ def quantize_layers(
     made = [part for new in twins.values() for part in new.modules()]
     if not any(isinstance(part, QuantizedLayer) for part in made):
         raise ValueError("nothing to compress: the model has no layer to quantise")
-    for old, new in twins.items():
-        keep_hooks(old, new)
-        kind: Any = type(new)
-        keep_noted(old, new, names_of_user(old) - names_of_ours(kind))
     for name, module in every:
         if module in twins:
             replace(model, name, twins[module])

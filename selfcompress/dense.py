@@ -7,18 +7,12 @@ from torch import Tensor, fx, nn
 
 from selfcompress.convert import replace
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.batch_norms import PlacedBatchNorm, norm_options
-from selfcompress.layers.embeddings import TiedLinear, embedding_options
+from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
+from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.placing import place
-from selfcompress.layers.quantized import (
-    EMBEDDINGS,
-    OwnForward,
-    QuantizedLayer,
-    QuantLinear,
-    conv_options,
-)
+from selfcompress.layers.quantized import EMBEDDINGS, OwnForward, QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent, matrices_of
-from selfcompress.layers.twins import TWINS, keep_hooks, keep_noted, names_of_user
+from selfcompress.layers.twins import TWINS, without_ours
 from selfcompress.look import detached_copy, without_compile
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
@@ -50,12 +44,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             new = _ordinary(module)
             if new is None:
                 continue
-            own = getattr(type(module), "own_class", None)
-            if own is not None and type(new) in _KINDS.values():
-                new = _of_class(own, new)
-            keep_hooks(module, new)
-            keep_noted(module, new, names_of_user(module))
-            made[module] = new.train(module.training)
+            made[module] = new
             if isinstance(module, TiedLinear):
                 tied[new] = module.embedding
         if module in made:
@@ -77,33 +66,33 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
     if isinstance(module, QuantAttention):
         return module.to_float()
     if isinstance(module, QuantRecurrent):
-        return module.to_float(_kind_of(type(module)))
+        return module.to_float(_kind_of(module))
     if isinstance(module, PlacedBatchNorm):
         return _norm(module)
     if isinstance(module, TiedLinear):
-        new = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        new.bias = module.bias
-        return new
+        return without_ours(nn.Linear, module)  # type: ignore[no-any-return]
     if isinstance(module, QuantizedLayer):
         own = isinstance(module, OwnForward)  # which does more than what would be picked around
         return _grouped(module) if module.grouped and not own else _layer(module)
     return None
 
 
-def _of_class(own: type[nn.Module], plain: nn.Module) -> nn.Module:
-    new = object.__new__(own)
-    vars(new).update(vars(plain))
-    return new
+def _kind_of(module: nn.Module) -> Any:
+    """The class that a module had before its twin took its place: torch's, or the user's own."""
+    kind: Any = type(module)
+    return getattr(kind, "own_class", None) or next(
+        _KINDS[known] for known in kind.__mro__ if known in _KINDS
+    )
 
 
 def _layer(layer: QuantizedLayer) -> nn.Module:
-    if isinstance(layer, QuantLinear):
-        options: dict[str, Any] = {"in_features": layer.in_width, "out_features": layer.out_width}
-    elif isinstance(layer, EMBEDDINGS):
-        options = embedding_options(layer)
-    else:
-        options = conv_options(layer) | {"groups": layer.dense_groups}
-    return _filled(type(layer), options, layer.dense_weight(), layer.bias)
+    new = without_ours(_kind_of(layer), layer)
+    new.weight = nn.Parameter(layer.dense_weight())
+    if layer.grouped:
+        new.groups = layer.dense_groups
+    if isinstance(layer, EMBEDDINGS):
+        del new.bias
+    return new  # type: ignore[no-any-return]
 
 
 def _grouped(layer: QuantizedLayer) -> nn.Module:
@@ -111,21 +100,18 @@ def _grouped(layer: QuantizedLayer) -> nn.Module:
         return _layer(layer)
     # torch wants groups of equal width: the rows that some lack are zeros.
     slots = layer.groups * layer.group_width
-    weight = place(layer.quantized_weight(), layer.slots, slots, 0)
-    options = conv_options(layer) | {"in_channels": len(layer.columns), "out_channels": slots}
-    core = _filled(type(layer), options, weight, None)
-    where = torch.full((layer.out_width,), slots, device=weight.device)
+    core = without_ours(_kind_of(layer), layer)
+    core.weight = nn.Parameter(place(layer.quantized_weight(), layer.slots, slots, 0))
+    core.bias, core.in_channels, core.out_channels = None, len(layer.columns), slots
+    where = torch.full((layer.out_width,), slots, device=core.weight.device)
     where[layer.rows] = layer.slots
     columns = layer.columns if len(layer.columns) < layer.in_width else None
     return _picking(core, columns, where, layer.bias, layer.channel_dim)
 
 
 def _norm(norm: PlacedBatchNorm) -> nn.Module:
-    every = norm.num_features == norm.in_width == norm.out_width
-    core: Any = _kind_of(type(norm))(**norm_options(norm), device="meta")
-    core._parameters.update(norm._parameters)
-    core._buffers.update(norm._buffers)
-    if every:
+    core = without_ours(_kind_of(norm), norm)
+    if norm.num_features == norm.in_width == norm.out_width:
         return core  # type: ignore[no-any-return]
     if norm.aligned and norm.can_be_folded:
         core.num_features = norm.out_width
@@ -137,48 +123,38 @@ def _norm(norm: PlacedBatchNorm) -> nn.Module:
     columns = norm.columns if norm.num_features < norm.in_width else None
     where = torch.full((norm.out_width,), norm.num_features, device=norm.rows.device)
     where[norm.rows] = torch.arange(norm.num_features, device=norm.rows.device)
-    return _picking(core if norm.num_features else None, columns, where, None, 1)
-
-
-def _kind_of(twin: type) -> Any:
-    """torch's own type, for a twin of a user's type too."""
-    return next(_KINDS[kind] for kind in twin.__mro__ if kind in _KINDS)
-
-
-def _filled(twin: type, options: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
-    kind = _kind_of(twin)
-    if kind not in EMBEDDINGS:
-        options["bias"] = bias is not None
-    new: Any = kind(**options, device="meta")
-    new.weight = nn.Parameter(weight)
-    if bias is not None:
-        new.bias = bias
-    return new  # type: ignore[no-any-return]
+    return _picking(core, columns, where, None, 1, empty=not norm.num_features)
 
 
 def _picking(
-    core: nn.Module | None, columns: Tensor | None, where: Tensor, bias: Tensor | None, dim: int
+    core: nn.Module,
+    columns: Tensor | None,
+    where: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    empty: bool = False,
 ) -> nn.Module:
     """A module that feeds the channels `columns` to `core` and spreads what it makes.
 
     Args:
-        core: None if no channel is left.
+        core: an ordinary layer, which hands its hooks over, and what a user has put on it.
         columns: None for all channels.
         where: (output channels,) the channel of core's output; one past its last for zeros.
         bias: (output channels,) added at the end.
         dim: of the channels.
+        empty: whether no channel is left, so that there are only zeros.
     """
     root, graph = nn.Module(), fx.Graph()
     root.register_buffer("where", where)
     x = graph.placeholder("input")
-    if core is not None and columns is not None:
+    if not empty and columns is not None:
         root.register_buffer("columns", columns)
         x = graph.call_method("index_select", (x, dim, graph.get_attr("columns")))
-    if core is not None:
+    if not empty:
         root.add_module("core", core)
         x = graph.call_module("core", (x,))
     zeros = graph.call_function(torch.zeros_like, (graph.call_method("narrow", (x, dim, 0, 1)),))
-    made = zeros if core is None else graph.call_function(torch.cat, ([x, zeros], dim))
+    made = zeros if empty else graph.call_function(torch.cat, ([x, zeros], dim))
     out = graph.call_method("index_select", (made, dim, graph.get_attr("where")))
     if bias is not None:
         root.register_parameter("bias", nn.Parameter(bias))
@@ -186,4 +162,14 @@ def _picking(
         column = graph.call_method("view", (graph.get_attr("bias"), *shape))
         out = graph.call_function(torch.add, (out, column))
     graph.output(out)
-    return fx.GraphModule(root, graph, class_name="PickChannels")
+    whole = fx.GraphModule(root, graph, class_name="PickChannels").train(core.training)
+    fresh = vars(nn.Module())
+    for name, value in list(vars(core).items()):
+        if "_hook" in name:
+            vars(whole)[name], vars(core)[name] = value, fresh[name]
+        elif not hasattr(whole, name):
+            vars(whole)[name] = value
+    for held in ("_parameters", "_buffers", "_modules"):
+        for name in vars(core)[held].keys() - {*NORM_ENTRIES, "num_batches_tracked"}:
+            vars(whole)[held][name] = vars(core)[held].pop(name)
+    return whole

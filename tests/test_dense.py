@@ -101,6 +101,28 @@ def test_groups_that_stay_groups_are_not_spread_out() -> None:
     assert weights <= 12 * 9
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "dead"), [("residual", "two.1", "two.0"), ("grouped", "b", "b")]
+)
+def test_what_a_user_has_put_on_a_layer_is_on_what_takes_its_place(
+    name: str, layer: str, dead: str
+) -> None:
+    cut = prepare(name, torch.float64)
+    calls: list[str] = []
+    plain = cut.model.get_submodule(layer)
+    plain.note, plain.extra = "mine", nn.Parameter(torch.ones(3))  # type: ignore[assignment]
+    plain.register_forward_hook(lambda *args: calls.append("hook"))
+    kill(cut.model, dead, [0])
+    cut.cut()
+    dense = to_dense(cut.model)
+    new = dense.get_submodule(layer)
+    assert isinstance(new, torch.fx.GraphModule)
+    assert (new.note, len(new.get_parameter("extra"))) == ("mine", 3)
+    assert sum("extra" in key for key in dense.state_dict()) == 1
+    dense(cut.x)
+    assert calls == ["hook"]
+
+
 def test_a_layer_with_two_names_stays_one() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     model.add_module("again", model[0])

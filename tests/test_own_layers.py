@@ -194,6 +194,12 @@ class Softplus(nn.Module):
         return F.softplus(bias)
 
 
+def with_rows(ins: int, outs: int, size: int) -> nn.Module:
+    conv = nn.Conv2d(ins, outs, size)
+    conv.register_buffer("rows", torch.arange(3))  # a user's own, under a name of ours
+    return conv
+
+
 def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
     conv = nn.Conv2d(ins, outs, size)
     nn.utils.parametrize.register_parametrization(conv, "bias", Softplus())
@@ -215,6 +221,7 @@ def with_made_bias(ins: int, outs: int, size: int) -> nn.Module:
         (WithCompute, "has what a quantised layer needs"),
         (WithFanIn, "has what a quantised layer needs"),
         (WithExponent, "has what a quantised layer needs"),
+        (with_rows, "has what a quantised layer needs"),
         (Packed, "its weight or bias is of another shape or type"),
         (with_made_bias, "its weight is computed from other parameters"),
     ],

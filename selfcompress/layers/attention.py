@@ -4,11 +4,13 @@ Rows of its projections lose their bits and are stored no more, but attention co
 width: which channels its heads mix is not followed.
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from selfcompress.layers.become import become
 from selfcompress.layers.quantized import QuantLinear
 
 
@@ -25,27 +27,26 @@ class QuantAttention(nn.MultiheadAttention):
     @classmethod
     def from_float(cls, layer: nn.MultiheadAttention, bits: float, integer_bits: bool) -> Self:
         """A quantised attention that takes over the parameters of `layer`."""
-        options: dict[str, Any] = {"batch_first": layer.batch_first, "device": "meta"}
-        options["add_zero_attn"] = layer.add_zero_attn
-        new = cls(layer.embed_dim, layer.num_heads, layer.dropout, **options)
+        new: Self = become(cls, layer)
         projection = nn.Linear(layer.embed_dim, 3 * layer.embed_dim, bias=False, device="meta")
         projection.weight, projection.bias = layer.in_proj_weight, layer.in_proj_bias
         new.in_proj = QuantLinear.from_float(projection, bits, integer_bits)
         new.out_proj = QuantLinear.from_float(layer.out_proj, bits, integer_bits)
         new.in_proj_weight = new.in_proj_bias = None  # type: ignore[assignment]
-        new.bias_k, new.bias_v = layer.bias_k, layer.bias_v
-        return new.train(layer.training)
+        return new
 
     def to_float(self) -> nn.MultiheadAttention:
         """An ordinary attention with the quantised weights baked in."""
-        options: dict[str, Any] = {"batch_first": self.batch_first, "device": "meta"}
-        options["add_zero_attn"] = self.add_zero_attn
-        new = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, **options)
+        new: nn.MultiheadAttention = become(nn.MultiheadAttention, self)
+        del new._modules["in_proj"]
         new.in_proj_weight = nn.Parameter(self.in_proj.dense_weight())
+        new.in_proj_bias = self.in_proj.bias  # type: ignore[assignment]
+        new.out_proj = NonDynamicallyQuantizableLinear(
+            self.embed_dim, self.embed_dim, self.out_proj.bias is not None, device="meta"
+        )
         new.out_proj.weight = nn.Parameter(self.out_proj.dense_weight())
-        new.in_proj_bias, new.out_proj.bias = self.in_proj.bias, self.out_proj.bias  # type: ignore[assignment]
-        new.bias_k, new.bias_v = self.bias_k, self.bias_v
-        return new.train(self.training)
+        new.out_proj.bias = self.out_proj.bias  # type: ignore[assignment]
+        return new
 
     def forward(
         self,

@@ -4,13 +4,14 @@ In a residual branch a channel can be gone while the trunk that it is added to s
 branch's norm has no entry for it, and makes a zero in its place.
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfcompress.layers.become import become
 from selfcompress.layers.placing import Placed, few_gaps, place, take
 
 
@@ -28,16 +29,14 @@ class PlacedBatchNorm(Placed, _BatchNorm):
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:
         """A placed batch norm that takes over the parameters and statistics of `norm`."""
-        new = cls(**norm_options(norm), device="meta")
-        new._parameters.update(norm._parameters)
-        new._buffers.update(norm._buffers)
+        new: Self = become(cls, norm)
         every = norm.running_mean if norm.running_mean is not None else norm.weight
         where = every.device if every is not None else None
         new.columns = torch.arange(norm.num_features, device=where)
         new.rows = torch.arange(norm.num_features, device=where)
         new.in_width = new.out_width = norm.num_features
         new.aligned = True
-        return new.train(norm.training)
+        return new
 
     @property
     def can_be_folded(self) -> bool:
@@ -98,9 +97,3 @@ def recount(module: nn.Module, tensor: Tensor) -> None:
         module.num_parameters = len(tensor)
     elif isinstance(module, _BatchNorm) and not isinstance(module, PlacedBatchNorm):
         module.num_features = len(tensor)
-
-
-def norm_options(norm: _BatchNorm) -> dict[str, Any]:
-    """The constructor's arguments of a batch norm like `norm`."""
-    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-    return {name: getattr(norm, name) for name in names}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfcompress.layers.become import become
 from selfcompress.layers.placing import place
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer
 from selfcompress.quantizer import fake_quantize
@@ -17,12 +18,9 @@ class _Lookup(QuantizedLayer):
     row_dim = 1
     fan_in_dim = 0
 
-    @classmethod
-    def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer that takes over the weight of `layer`."""
-        new = cls(**embedding_options(layer), device="meta")
-        new.register_parameter("bias", None)
-        return new.adopt(layer, bits, integer_bits)
+    def start(self, bits: float, integer_bits: bool) -> None:
+        self.register_parameter("bias", None)
+        super().start(bits, integer_bits)
 
     def _in_front(self, shape: torch.Size) -> torch.Size:
         return shape
@@ -72,11 +70,10 @@ class TiedLinear(nn.Linear):
     @classmethod
     def from_float(cls, layer: nn.Linear, embedding: QuantEmbedding) -> Self:
         """What takes the place of `layer`, which shares its weight with an embedding."""
-        new = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        new: Self = become(cls, layer)
         del new._parameters["weight"]
-        new._parameters["bias"] = layer.bias
         vars(new)["embedding"] = embedding
-        return new.train(layer.training)
+        return new
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ever, but for the weight: to tie it again changes nothing, another cannot be had.
@@ -96,11 +93,3 @@ class TiedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """(output channels, dimensions of the embedding)."""
         return self.embedding.dense_weight()
-
-
-def embedding_options(layer: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments of an embedding like `layer`."""
-    names = ["num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"]
-    if isinstance(layer, nn.EmbeddingBag):
-        names += ["mode", "include_last_offset"]
-    return {name: getattr(layer, name) for name in names}

@@ -17,6 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfcompress.layers.become import become
 from selfcompress.layers.placing import Placed, few_gaps, place, take, zeros
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
@@ -86,22 +87,24 @@ class QuantizedLayer(Placed):
 
         return super()._apply(apply, recurse)
 
-    def adopt(self, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
-        """Take over the parameters (the same objects) and mode of an ordinary layer."""
-        weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
-        self.weight = weight
-        if not isinstance(layer, EMBEDDINGS):
-            self.bias = layer.bias  # type: ignore[assignment]
+    @classmethod
+    def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
+        """A quantised layer with all that an ordinary `layer` holds, and formats of `bits`."""
+        new: Self = become(cls, layer)
+        new.start(bits, integer_bits)
+        return new
+
+    def start(self, bits: float, integer_bits: bool) -> None:
+        """Give every row its first format, and its place."""
         # In the middle of the depths that round up to `bits`, so that neither direction is a step.
         start = bits - 0.5 if integer_bits else bits
-        bit_depth = torch.full((self.out_width,), float(start), device=weight.device)
+        where = self.weight.device
+        bit_depth = torch.full((self.out_width,), float(start), device=where)
         self.bit_depth = nn.Parameter(bit_depth)
         self.exponent = nn.Parameter(fit_exponent(self.weight_by_row(), bit_depth))
-        self.rows = torch.arange(self.out_width, device=weight.device)
-        self.columns = torch.arange(self.in_width, device=weight.device)
+        self.rows = torch.arange(self.out_width, device=where)
+        self.columns = torch.arange(self.in_width, device=where)
         self.integer_bits = integer_bits
-        return self.train(layer.training)
 
     def expect(self, shape: torch.Size, batch: int) -> None:
         """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
@@ -253,15 +256,12 @@ class QuantizedLayer(Placed):
 class _QuantConv(QuantizedLayer):
     """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
-    @classmethod
-    def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer that takes over the parameters of `layer`."""
-        new = cls(**conv_options(layer), device="meta").adopt(layer, bits, integer_bits)
-        if new.groups > 1:
-            new.slots = torch.arange(new.out_width, device=new.weight.device)
-            new.group_width = new.out_width // new.groups
-            new.at_start = new.in_width, new.out_width, new.groups
-        return new
+    def start(self, bits: float, integer_bits: bool) -> None:
+        super().start(bits, integer_bits)
+        if self.groups > 1:
+            self.slots = torch.arange(self.out_width, device=self.weight.device)
+            self.group_width = self.out_width // self.groups
+            self.at_start = self.in_width, self.out_width, self.groups
 
     def dense_weight(self) -> Tensor:
         """See `QuantizedLayer`; of a grouped convolution, for `dense_groups`."""
@@ -362,12 +362,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)
 
-    @classmethod
-    def from_float(cls, layer: nn.Linear, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer that takes over the parameters of `layer`."""
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        return new.adopt(layer, bits, integer_bits)
-
 
 def _is_followed(value: Any) -> bool:
     return isinstance(value, torch.fx.Proxy) and hasattr(value.tracer, "shows_parameters")
@@ -437,12 +431,3 @@ def weight_shape(layer: nn.Module, ins: int, outs: int) -> list[int]:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantised layers of `model` by name, in the order of `named_modules`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-
-
-def conv_options(layer: Any) -> dict[str, Any]:
-    """The constructor's arguments of a convolution like `layer`."""
-    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
-    names += ["groups", "padding_mode"]
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        names.append("output_padding")
-    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from selfcompress.layers.become import become
 from selfcompress.layers.quantized import QuantLinear
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -19,22 +20,13 @@ def matrices_of(layer: nn.Module) -> list[str]:
     return [name for name in names if name.startswith("weight")]
 
 
-def _as(kind: Any, layer: nn.Module) -> Any:
-    """An object of another `kind` with all that `layer` holds, which stays as it is."""
-    new: nn.Module = object.__new__(kind)
-    vars(new).update(vars(layer))
-    for held in ("_parameters", "_modules"):
-        vars(new)[held] = dict(vars(layer)[held])
-    return new
-
-
 class QuantRecurrent(nn.Module):
     """A recurrent layer in which `QuantLinear` layers hold the matrices, under the same names."""
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer that takes over the parameters of `layer`."""
-        new: Self = _as(cls, layer)
+        new: Self = become(cls, layer)
         for name in matrices_of(layer):
             matrix = new._parameters.pop(name)
             assert matrix is not None
@@ -47,7 +39,7 @@ class QuantRecurrent(nn.Module):
 
     def to_float(self, kind: Any) -> nn.Module:
         """A layer of an ordinary `kind` with the quantised weights baked in."""
-        new: nn.Module = _as(kind, self)
+        new: nn.Module = become(kind, self)
         for name, part in self._parts().items():
             del new._modules[name]
             new._parameters[name] = nn.Parameter(part.dense_weight())

@@ -7,7 +7,7 @@ whatever was put on it.
 import functools
 import itertools
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress.layers import batch_norms, embeddings, quantized, recurrent
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.become import become
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer
 
 TWINS: dict[type[nn.Module], Any] = {
@@ -78,13 +78,13 @@ def _own_classes(kind: type) -> list[type]:
 
 def of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
     """`twin`, of the class of the user's module too; None if the two do not go together."""
-    own = type(module)
-    if own in TWINS:
-        return twin
-    kinds: tuple[Any, Any] = type(twin), own
-    theirs = names_of_user(module).union(*map(vars, _own_classes(own)))
+    kinds: tuple[Any, Any] = type(twin), type(module)
+    own = kinds[1]
+    theirs = _names(module).union(*map(vars, _own_classes(own)))
     if theirs & names_of_ours(kinds[0]):
         return None
+    if own in TWINS:
+        return twin
     try:
         twin.__class__ = _combined(*kinds)
     except TypeError:  # with __slots__, say
@@ -101,27 +101,22 @@ def names_of_ours(twin: Hashable) -> frozenset[str]:
     names = {
         name for kind in ours for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
     }
-    return frozenset(names | {"own_class"}) - torchs - {"weight", "bias", "groups", "__module__"}
+    torchs |= {"weight", "bias", "groups", "out_proj", "__module__"}  # which have no class's name
+    return frozenset(names | {"own_class"}) - torchs
 
 
-@functools.cache
-def _names_of_torch(base: Hashable) -> frozenset[str]:
-    """The names that an object of torch's own type holds something under."""
-    assert isinstance(base, type)
-    sizes = 2
-    if issubclass(base, _BatchNorm | nn.modules.conv._ConvNd):
-        sizes = 1 if issubclass(base, _BatchNorm) else 3
-    plain = base(*[1] * sizes, device="meta")
-    return frozenset(name for held in _held(plain) for name in held)
+def _names(module: nn.Module) -> set[str]:
+    """The names that a module holds something under: attributes, parameters, buffers, modules."""
+    return {*vars(module), *module._parameters, *module._buffers, *module._modules}
 
 
-def names_of_user(module: nn.Module) -> set[str]:
-    """What a user has put on a layer or batch norm, or on what has taken its place."""
-    kind: Any = type(module)
-    names = {name for held in _held(module) for name in held} - _names_of_torch(_base_of(kind))
-    names -= {*getattr(module, "_flat_weights_names", ())}  # of as many layers as it has
-    twin = issubclass(kind, (*TWINS.values(), TiedLinear))
-    return names - names_of_ours(kind) if twin else names
+def without_ours(kind: Any, module: nn.Module) -> Any:
+    """An object of another `kind` with all that `module` holds but what a twin alone has."""
+    new, twin = become(kind, module), cast(Hashable, type(module))
+    for held in (vars(new), new._parameters, new._buffers, new._modules):
+        for name in names_of_ours(twin) & held.keys():
+            del held[name]
+    return new
 
 
 @functools.cache
@@ -144,23 +139,3 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
 def _blank(twin: Hashable, own: Hashable) -> Any:
     kind = _combined(twin, own)
     return object.__new__(kind)
-
-
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the user's hooks on a layer called for what replaces it."""
-    for key, value in vars(old).items():
-        if "_hook" in key:  # and whether those of backward are full
-            vars(new)[key] = value
-
-
-def keep_noted(old: nn.Module, new: nn.Module, names: Iterable[str]) -> None:
-    """Have what replaces a layer hold what the user has put on that under these `names`."""
-    for name in names:
-        for held, into in zip(_held(old), _held(new), strict=True):
-            if name in held:
-                into[name] = held[name]
-
-
-def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Its attributes, and where torch keeps its parameters, buffers and submodules."""
-    return vars(module), module._parameters, module._buffers, module._modules
