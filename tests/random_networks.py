@@ -184,6 +184,12 @@ _STRANGE = (
 )  # fmt: skip
 
 
+_ASSIGNMENTS = (
+    "{}[:, :, 0] = 0.25", "{}[:, :1] = -0.5", "{0}[:, :, :1] = {0}[:, :, -1:].clone()",
+    "{}[:, :1] += 1",
+)  # fmt: skip
+
+
 class _DoesNotFitError(Exception):
     """There is no tensor here that this operation could be applied to."""
 
@@ -651,7 +657,8 @@ class _Writer:
                 amount = self.conv(amount, shape[1], same=True)
         aliases = ("{}", "{}", "{}[:, :1]", "{0}.view({0}.shape)", "nn.Identity()")
         alias = self.let(self.call(self.random.choice(aliases), name))
-        change = self.random.choice(("{} += {}", "{} += {}", "{}.add_({})", "{} -= {}"))
+        changes = ("{} += {}", "{} += {}", "{}.add_({})", "{} -= {}", *_ASSIGNMENTS)
+        change = self.random.choice(changes)
         self.run(change.format(name, amount))
         self.maps.remove(name)
         self.offer(name)

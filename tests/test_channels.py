@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import check_exact
 from networks import NETWORKS, Cat, Chain, Flat, Grouped, Residual, Untraceable, block, prepare
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
@@ -301,6 +302,33 @@ def test_a_float_network_is_followed_too_and_has_macs(build: Callable[[], nn.Mod
     assert float_macs == Compressor(build(), X, 0.0).size().macs > 0
 
 
+class Assigned(nn.Module):
+    """Puts channels into items of a tensor, and reads some before and some afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)
+        self.c, self.d = nn.Conv2d(5, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x)))
+        before = x.mean((2, 3), keepdim=True)
+        x[:, :, 0] = 0
+        padded = torch.zeros_like(x)
+        padded[:, :, 1:] = before
+        y: Tensor = self.d(torch.relu(self.c(x + padded)))
+        return y
+
+
+def test_what_items_are_assigned_to_keeps_its_channels_alone() -> None:
+    model = Assigned().double()
+    compressor = Compressor(model, X.double(), 0.0, bits=8)
+    report = {layer.name: layer for layer in compressor.report().layers}
+    assert [report[name].removable for name in ("a", "b", "c")] == [6, 0, 4]
+    assert "setitem_" in report["b"].why
+    check_exact(compressor, X.double(), shrinks=False)
+
+
 class InPlace(nn.Module):
     """Changes a tensor in place that is read under another name afterwards."""
 
@@ -321,8 +349,23 @@ def add_to(x: Tensor, y: Tensor) -> None:
     x += y
 
 
+def assign_to(x: Tensor, y: Tensor) -> None:
+    x[:, :, 2] = y[:, :, 2]
+
+
+def assign_where(x: Tensor, y: Tensor) -> None:
+    x[y > 0] = 1.0
+
+
 @pytest.mark.parametrize(
-    "change", [add_to, lambda x, y: x.add_(y), lambda x, y: F.relu(x, inplace=True)]
+    "change",
+    [
+        add_to,
+        assign_to,
+        assign_where,
+        lambda x, y: x.add_(y),
+        lambda x, y: F.relu(x, inplace=True),
+    ],
 )
 def test_what_is_changed_in_place_is_seen_by_all_its_readers(
     change: Callable[[Tensor, Tensor], object],

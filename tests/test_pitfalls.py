@@ -563,7 +563,6 @@ def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -
     model[2].rate = 0.1
     model[2].register_buffer("peak", torch.tensor(2.0))
     model[2].act, model[2].gain = nn.ReLU(), nn.Parameter(torch.tensor(3.0))
-    model[2].bit_depth, model[2].channel_dim, model[2].compute = 3, 0, None
     seen: list[Any] = []
     model[2].register_full_backward_hook(lambda *given: seen.append(given))
     for index in (0, 1):

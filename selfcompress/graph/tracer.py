@@ -87,6 +87,9 @@ class _Countable(torch.fx.Proxy):
     def __getattr__(self, name: str) -> "_Attribute":
         return _Attribute(self, name)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", setitem_, (self, index, value), {})
+
     def __int__(self) -> int:
         return self.tracer.take("int", self)  # type: ignore[no-any-return]
 
@@ -102,6 +105,15 @@ class _Countable(torch.fx.Proxy):
 
 class _Attribute(_Countable, torch.fx.proxy.Attribute):
     """The same, for `x.shape` and its like."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(f"it assigns to items of .{self.attr}")
+
+
+def setitem_(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """`tensor[index] = value`, which gives the tensor: who reads it afterwards reads this."""
+    tensor[index] = value
+    return tensor
 
 
 def _in_place(function: Any) -> Any:
