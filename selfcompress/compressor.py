@@ -44,7 +44,7 @@ from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, plan_cut
-from selfcompress.verify import CutError, Snapshot, compare, is_random, snapshot
+from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
 
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
 _MISSED = 1.05  # times the size asked for is told
@@ -370,16 +370,18 @@ class Compressor:
                 "lists, dicts and objects in it are looked into",
                 stacklevel=5,
             )
+        after = snapshot(self.model, self.example_input)
         try:
-            compare(before, snapshot(self.model, self.example_input), plan, _CHECK_TOLERANCE)
+            compare(before, after, plan, _CHECK_TOLERANCE)
         except CutError:
-            if not is_random(self.model, self.example_input, _CHECK_TOLERANCE):
+            model, example = self.model, self.example_input
+            if is_random(model, example, _CHECK_TOLERANCE):
+                why = "computes something else each time, in eval mode too (dropout that stays on)"
+            elif jumps(model, example, before, after, _CHECK_TOLERANCE):
+                why = "sorts, compares or rounds, so that its output jumps where rounding differs"
+            else:
                 raise
-            warnings.warn(
-                "cuts cannot be checked: the model computes something else each time, in eval mode "
-                "too (dropout that stays on, say)",
-                stacklevel=5,
-            )
+            warnings.warn(f"cuts cannot be checked: the model {why}", stacklevel=5)
 
     @torch.no_grad()
     def preview(self, *, settled: bool = False) -> nn.Module:

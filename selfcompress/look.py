@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.inputs import Inputs, device_of
+from selfcompress.inputs import Inputs, device_of, positional
 
 CLOSED = (
     int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
@@ -67,8 +67,14 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Inside, a forward() may set attributes of modules, and put others in buffers' places."""
+    """Inside, a forward() may set attributes, put others in buffers' places, and register hooks."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    hooks = [
+        (held, dict(held))
+        for module in model.modules()
+        for key, held in vars(module).items()
+        if key.endswith("_hooks") and isinstance(held, dict)
+    ]
     for module, before in attributes.items():
         if not isinstance(module, torch.jit.ScriptModule):
             before["_buffers"] = dict(module._buffers)
@@ -78,6 +84,9 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
         for module, before in attributes.items():
             vars(module).clear()
             vars(module).update(before)
+        for held, content in hooks:
+            held.clear()
+            held.update(content)
 
 
 @contextmanager
@@ -89,12 +98,6 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
-    hooks = [
-        (held, dict(held))
-        for module in model.modules()
-        for key, held in vars(module).items()
-        if key.endswith("_hooks") and isinstance(held, dict)  # forward() may register some
-    ]
     containers = [
         (container, _content(container))
         for module in model.modules()
@@ -107,9 +110,6 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             with kept_attributes(model), kept_modes(model):
                 yield
         finally:
-            for held, content_of_hooks in hooks:
-                held.clear()
-                held.update(content_of_hooks)
             for container, content in containers:
                 _restore(container, content)
             for buffer, value in buffers.items():
@@ -190,6 +190,18 @@ def copied(leaf: Any, model: nn.Module) -> Any:
             return copy.deepcopy(leaf, {id(part): part for part in known})
     except Exception:  # it holds a lock, a file, or whatever else is only once there
         return leaf
+
+
+def called(model: nn.Module, inputs: Inputs) -> Any:
+    """What `model` returns for a copy of `inputs`: a forward() may change what it is given."""
+    copies: dict[int, Any] = {}  # of what is given twice there is one
+
+    def copy_of(leaf: Any) -> Any:
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone() if isinstance(leaf, Tensor) else copied(leaf, model)
+        return copies[id(leaf)]
+
+    return model(*pytree.tree_map(copy_of, positional(inputs)))
 
 
 def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfcompress.inputs import Inputs, device_of, positional
+from selfcompress.inputs import Inputs, device_of
 from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
-from selfcompress.look import leaves_of, undisturbed
+from selfcompress.look import called, leaves_of, undisturbed
 from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
+
+_SHAKE, _SHAKES = 4, 5  # units in the last place, and how often
+_AS_MUCH = 3  # times what that changes, a cut may change
 
 
 class CutError(RuntimeError):
@@ -55,7 +58,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
     try:
         with undisturbed(model, inputs), full_precision(device_of(inputs)):
             model.eval()
-            outputs = list(_tensors(model(*positional(inputs))))
+            outputs = list(_tensors(called(model, inputs)))
     finally:
         for handle in hooks:
             handle.remove()
@@ -121,3 +124,34 @@ def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
             runs.append(snapshot(model, inputs))
     pairs = zip(*(run.outputs for run in runs), strict=True)
     return any(_difference(a, b) > tolerance for a, b in pairs)
+
+
+def jumps(
+    model: nn.Module, inputs: Inputs, before: Snapshot, after: Snapshot, tolerance: float
+) -> bool:
+    """Whether all that a cut has changed changes as much when layers are rounded otherwise.
+
+    So it is where a forward() sorts, compares or rounds. What layers make is changed by some units
+    in the last place, at random; `after` is of `model` as it is.
+    """
+    moved = [0.0] * len(after.outputs)
+
+    def shake(layer: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+            return output
+        unit = _SHAKE * torch.finfo(output.dtype).eps * output.abs().amax()
+        return output + unit * torch.randn_like(output)
+
+    hooks = [layer.register_forward_hook(shake) for layer in quantized_layers(model).values()]
+    try:
+        for seed in range(_SHAKES):
+            with torch.random.fork_rng([d] if (d := device_of(inputs)).type == "cuda" else []):
+                torch.manual_seed(seed)
+                outputs = snapshot(model, inputs).outputs
+            for index, (a, b) in enumerate(zip(after.outputs, outputs, strict=False)):
+                moved[index] = max(moved[index], _difference(a, b))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    pairs = zip(before.outputs, after.outputs, moved, strict=False)
+    return all(_difference(a, b) <= max(tolerance, _AS_MUCH * m) for a, b, m in pairs)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from selfcompress import Compressor, to_dense
 from selfcompress.graph.liveness import settle_statistics
 from selfcompress.layers.quantized import QuantConv2d
-from selfcompress.surgery import Plan
+from selfcompress.surgery import Plan, plan_cut
 from selfcompress.verify import CutError, compare, snapshot
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -583,3 +583,161 @@ def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -
         assert type(holder.act) is nn.ReLU
     assert {"2.peak", "2.gain"} <= model.state_dict().keys()
     assert not hasattr(dense[2], "columns")
+
+
+class Detector(nn.Module):
+    """Sorts what it finds: a last place that is rounded otherwise puts it in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.ReLU())
+        self.more = nn.Sequential(nn.Conv2d(48, 48, 3, padding=1), nn.ReLU())
+        self.scores = nn.Conv2d(48, 21, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores, labels = self.scores(self.more(self.body(x))).flatten(2).max(1)
+        best, order = scores.sort()
+        return {"scores": best, "labels": labels.gather(1, order)}
+
+
+class Rounding(nn.Module):
+    """Rounds what it is given to 256 levels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, 2 / 255, 0, 0, 255)
+
+
+def rounded() -> nn.Module:
+    layers: list[nn.Module] = []
+    for width in (3, 48, 48, 48, 48):
+        layers += [nn.Conv2d(width, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 1)]
+        layers += [nn.ReLU(), Rounding()]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    return nn.Sequential(*layers, nn.Conv2d(48, 4, 1))
+
+
+@pytest.mark.parametrize("build", [Detector, rounded])
+def test_outputs_that_jump_where_rounding_differs_stop_no_training(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(build(), torch.rand(4, 3, 64, 64), 0.0, bits=8)
+    with torch.no_grad():
+        for layer in compressor.layers.values():
+            if len(layer.rows) == 48:
+                layer.bit_depth[torch.randperm(48)[:19]] = 0
+    with pytest.warns(UserWarning, match="cannot be checked: the model sorts, compares or rounds"):
+        assert compressor.cut() is not None
+
+
+def test_a_wrong_cut_is_noticed_though_outputs_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(graph: Any, model: nn.Module, alive: Any, multiple: int) -> Any:
+        alive.rows["0"][0] = False
+        return plan_cut(graph, model, alive, multiple)
+
+    torch.manual_seed(1)
+    compressor = Compressor(rounded(), torch.rand(4, 3, 16, 16), 0.0, bits=8)
+    monkeypatch.setattr("selfcompress.compressor.plan_cut", too_much)
+    with pytest.raises(CutError):
+        compressor.cut()
+
+
+class LazilyHooked(nn.Module):
+    """Its forward() registers hooks at its first call, as some of transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)])
+        self.heads = nn.ModuleList([nn.Conv2d(8, 5, 1), nn.Conv2d(16, 5, 1)])
+        self.found: list[Tensor] = []
+        self.hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.found = []
+            for stage in self.stages:
+                stage.register_forward_hook(lambda m, args, out: self.found.append(out))
+            self.hooked = True
+        self.found.clear()
+        for stage in self.stages:
+            x = stage(x)
+        maps = zip(self.heads, self.found, strict=True)
+        return torch.stack([head(found).mean((2, 3)) for head, found in maps]).sum(0)
+
+
+def test_hooks_that_forward_registers_once_do_not_pile_up() -> None:
+    model = LazilyHooked().double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    assert not model.hooked
+    assert not any(stage._forward_hooks for stage in model.stages)
+    cut_some(compressor)
+
+
+class TakesApart(nn.Module):
+    """Changes what it is given: normalises it in place, and takes it out of its dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch.pop("x")
+        x -= 0.5
+        x /= 0.25
+        y: Tensor = self.layers(x)
+        return y
+
+
+def test_the_example_stays_as_it_was_though_forward_changes_what_it_is_given() -> None:
+    example = {"x": X.clone()}
+    compressor = Compressor(TakesApart().double(), (example,), 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["layers.0"].bit_depth[:3] = 0
+    assert compressor.cut() is not None
+    assert torch.equal(example["x"], X)
+
+
+class Paste(nn.Module):
+    """Branches on values, so it is not traced, and changes what it is given."""
+
+    def forward(self, x: Tensor) -> None:
+        if x.abs().sum() >= 0:
+            x[:, 0] = x[:, 1:].mean(1)
+
+
+class Writes(nn.Module):
+    """Changes a tensor in a way that no operation of the trace shows."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.paste = way, Paste()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.deep, self.out = nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, other = self.a(x) * 1, self.b(x).flip(1)
+        if self.way == "list":
+            torch._foreach_add_([y], [other])
+        elif self.way == "out":
+            with torch.no_grad():
+                torch.add(y, other, out=y)
+        else:
+            self.paste(y)
+        z: Tensor = self.out(torch.relu(self.deep(y)).mean((2, 3)))
+        return z
+
+
+@pytest.mark.parametrize("way", ["list", "out", "module"])
+def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant(way: str) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="changes what it is given"):
+        compressor = Compressor(Writes(way).double(), X, 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["a"].bit_depth[0] = 0
+        assert compressor.layers["a"].bias is not None
+        compressor.layers["a"].bias[0] = 0
+    before = compressor.model.eval()(X)
+    compressor.cut()
+    torch.testing.assert_close(compressor.model(X), before)

@@ -13,12 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from selfcompress.graph.products import PRODUCTS
-from selfcompress.inputs import Inputs, device_of, positional
+from selfcompress.inputs import Inputs, device_of
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
-from selfcompress.look import copied, seed_everything, undisturbed
+from selfcompress.look import called, copied, seed_everything, undisturbed
 
 
 @dataclass
@@ -60,7 +60,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
         model.eval()
         seed_everything(device_of(inputs))
         with _Watch(model, seen):
-            model(*positional(inputs))
+            called(model, inputs)
     return seen
 
 

@@ -22,7 +22,7 @@ from selfcompress.graph.other_sizes import other_ways
 from selfcompress.graph.tracer import Tracer, has_layers, has_tensors, is_ours
 from selfcompress.graph.widths_read import held, kept_whole, noting_widths
 from selfcompress.inputs import Inputs, device_of, positional
-from selfcompress.look import is_torchs, kept_attributes, seed_everything, undisturbed
+from selfcompress.look import called, is_torchs, kept_attributes, seed_everything, undisturbed
 from selfcompress.text import first_line
 
 
@@ -112,7 +112,7 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
             for failed in part.inside:
                 pending += _children(failed, model.get_submodule(failed))
         # Once more for real: what forward() keeps in objects of its own is then no proxy.
-        model.eval()(*positional(example_input))
+        called(model.eval(), example_input)
     return result
 
 

@@ -15,7 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.ops import SIZE_ATTRIBUTES, reads_sizes, sized_by_values, taken
+from selfcompress.graph.ops import SIZE_ATTRIBUTES, is_in_place, reads_sizes, sized_by_values, taken
 from selfcompress.graph.widths_read import Read
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
@@ -51,6 +51,11 @@ class _Known:
     value: Any
     sizes: bool
     own: bool = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it is, or that are in it."""
+        return _tensors(self.value)
 
     def attribute(self, name: str) -> "_Known":
         """The same, of what `getattr` gives."""
@@ -220,9 +225,17 @@ class Tracer(torch.fx.Tracer):
     ) -> torch.fx.Proxy:
         if kind == "call_method" and target in ("reshape_as", "view_as"):
             target, args = "reshape", (args[0], args[1].shape)
+        given = [leaf for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
+        read = [self._known(leaf) for leaf in given]
+        made = [isinstance(p, _Attribute) or p.node.op != "get_attr" for p in given]
+        tensors = [t for k, is_made in zip(read, made, strict=True) if is_made for t in k.tensors]
+        versions = [tensor._version for tensor in tensors]
         value = self._compute(kind, target, *self._values((args, kwargs)))
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        read = [self._known(leaf) for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
+        module = self.root.get_submodule(target) if kind == "call_module" else None
+        plain = bool(args) and _is_proxy(args[0]) and is_in_place(proxy.node, module)
+        if versions != [t._version for t in tensors] and not plain:
+            raise RuntimeError(f"{proxy.node.name} changes what it is given")
         sizes = all(known.sizes for known in read)
         if _tensors(value):
             others = args[1:] if target is operator.getitem else args
