@@ -39,7 +39,7 @@ from selfcompress.look import detached_copy, without_compile
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.reestimate import reestimate
 from selfcompress.report import Report, make_report
-from selfcompress.restore import plan_towards, require_same_kind
+from selfcompress.restore import plan_towards, require_same_kind, require_same_order
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
@@ -47,7 +47,7 @@ from selfcompress.surgery import Plan, apply_plan, check_optimizer, plan_cut
 from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
 
 _WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
-_MISSED = 1.05  # times the size asked for is told
+_MISSED = 1.05  # times the size or the steps asked for is told
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
@@ -141,9 +141,14 @@ class Compressor:
         self.interval = interval
         self.frozen = False
         # What a state does not bring along, and a training that goes on should have the same.
-        self._asked = {
+        self._asked: dict[str, Any] = {
             "schedule": None if schedule is None else repr(schedule),
             "stored_percent": None if stored_percent is None else float(stored_percent),
+            "gamma": None if gamma is None else float(gamma),
+            "bits": float(bits),
+            "integer_bits": integer_bits,
+            "min_channels": min_channels,
+            "bit_step": bit_step,
         }
         self.steps = 0
         self.cuts = 0
@@ -198,10 +203,11 @@ class Compressor:
         target, least = stored_percent / 100 * start.float_bits, smallest.stored_bits
         if target < least:
             largest = max(smallest.layers, key=lambda layer: layer.stored_bits).name
+            largest = largest or "the model's own parameters"
             raise ValueError(
                 f"stored_percent={stored_percent:g} is less than the network can have: what is in "
                 "float or frozen and the rows that have to stay store "
-                f"{100 * least / start.float_bits:.3g} %, most of it in {largest or 'the model'}. "
+                f"{100 * least / start.float_bits:.3g} %, most of it in {largest}. "
                 "Layers that you will thaw: freeze them after making the Compressor"
             )
         if target >= start.stored_bits:
@@ -293,6 +299,12 @@ class Compressor:
             self.formats.step(self.price, self._least_bits(), self.connection.least_rows(), fit=fit)
             self._keep_alike(averages)
         self.steps += 1
+        if self.schedule is not None and self.steps == math.ceil(_MISSED * self.schedule.steps) + 1:
+            warnings.warn(
+                f"the schedule was of {self.schedule.steps} steps, but training goes on: give "
+                "Schedule the number of all steps, epochs * len(loader)",
+                stacklevel=2,
+            )
         if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
             if self.path is not None:  # which has counted all of these as gone
@@ -536,8 +548,8 @@ class Compressor:
             state: what `state_dict` returned, perhaps in another process.
             optimizer: of the type that was saved, over `weights()` in the same order.
 
-        γ becomes the saved one. Schedule and `stored_percent` stay those of this compressor; a
-        warning says if they were others.
+        γ becomes what it was when saved, unless this compressor was made with another. So are the
+        other options those of this compressor; a warning says if they were others.
 
         Raises:
             RuntimeError: this compressor has cut its model already.
@@ -552,6 +564,8 @@ class Compressor:
             require_same_kind(state, optimizer)
         plan = plan_towards(state, self.graph, self.model)
         self._apply(plan, optimizer)
+        if optimizer is not None:
+            require_same_order(state, optimizer)
         self.model.load_state_dict(state["model"])
         self.formats.load_state_dict(state["formats"])
         if optimizer is not None:
@@ -559,7 +573,8 @@ class Compressor:
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
         self.graph.held = set(state["held"])
-        self.gamma = state["gamma"]
+        if state["asked"]["gamma"] == self._asked["gamma"]:
+            self.gamma = state["gamma"]
         if self.path is not None and state["path"]:
             self.path.load_state_dict(state["path"])
         self.steps, self.cuts = state["steps"], state["cuts"]

@@ -89,7 +89,8 @@ def quantize_layers(
             if new is None:
                 why = why or f"it or its class {_named(module)} has what a quantised layer needs"
         elif module not in ties and count_weights(module, set()):
-            why = "its parameters are of no known layer"
+            own = ", ".join(n for n, _ in module.named_parameters(recurse=False))
+            why = f"its parameters ({own}) are of no known layer"
         if why:
             left[name] = why
         if new is not None:

@@ -103,6 +103,13 @@ def export_onnx(
         raise ExportError(f"torch cannot export the model to ONNX: {reason}") from error
     assert program is not None
     network = program.model_proto
+    for given in network.graph.input:
+        batch_of = given.type.tensor_type.shape.dim[:1]
+        if batch_of and not batch_of[0].dim_param:
+            raise ExportError(
+                f"the model goes by the size of the batch, which the file would have fixed at "
+                f"{batch_of[0].dim_value} (a loop over the batch, chunk, or int(x.shape[0]))"
+            )
     _strip(network.graph)
     _quantise(network.graph, _weights(model, dense))
     for key, text in (notes or {}).items():

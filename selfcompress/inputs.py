@@ -54,7 +54,7 @@ def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
     """What a model is called with, batch by batch, on the device and in the precision of `example`.
 
     Args:
-        loader: of batches (x, ...) or x; of the former as many are taken as `example` holds.
+        loader: of batches (x, ...), ((x, ...), ...) or x. As many are taken as `example` holds.
 
     Raises:
         ValueError: a batch is of another type.
@@ -64,6 +64,8 @@ def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
     for batch in loader:
         if isinstance(batch, list | tuple):
             inputs = tuple(batch[:count]) if several else batch[0]
+            if several and _is_nested(batch[0]) and not _is_nested(example[0]):  # ((x, ...), y)
+                inputs = tuple(batch[0])
         elif isinstance(batch, Tensor) or (several and count == 1):
             inputs = (batch,) if several else batch
         elif not several and not isinstance(example, Tensor):
@@ -74,3 +76,7 @@ def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
                 f"batches must be (x, ...) or x, not {kind}: a generator can make them so"
             )
         yield moved_like(inputs, example)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -85,7 +85,7 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
         elif quantized and name not in graph.origin:
             why = f"its rows stay too: {why}"
         if name in left_in_float:
-            node = any(node.module == name for node in graph.nodes)
+            node = name and any(node.module == name for node in graph.nodes)
             why = f"in float: {left_in_float[name]}" + (f"; {why}" if why and node else "")
         kind = type(module).__name__.removeprefix("Quant").removeprefix("Tied")
         weights = count_weights(module, seen)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfcompress.graph.channels import ChannelGraph
@@ -30,11 +30,13 @@ def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -
     by_layer = {name: r.numpy() for name, r in rows.items()}
     plan = make_plan(graph, model, removed, silent, by_layer)
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a module's get_extra_state() gives
+            continue
         shape = list(tensor.shape)
         for dim, kept in plan.keep.get(name, []):
             shape[dim] = len(kept)
         saved = state["model"].get(name)
-        if saved is None or list(saved.shape) != shape:
+        if not isinstance(saved, Tensor) or list(saved.shape) != shape:
             raise ValueError(f"the saved state is of another model: {name} does not match")
     return plan
 
@@ -48,3 +50,18 @@ def require_same_kind(state: dict[str, Any], optimizer: Optimizer) -> None:
     saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
     if saved != [len(group["params"]) for group in optimizer.param_groups]:
         raise ValueError("the saved optimiser has other parameter groups")
+
+
+def require_same_order(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Refuse an optimiser whose parameters, cut already, are in another order than the saved one's.
+
+    As far as shapes tell: of a saved moment, that of its parameter.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, kept in state["optimizer"]["state"].items():
+        for value in kept.values():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[index].shape:
+                raise ValueError(
+                    "the saved optimiser had its parameters in another order: make this one over "
+                    "weights() as that one was made"
+                )

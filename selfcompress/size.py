@@ -39,14 +39,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from selfcompress.graph.channels import ChannelGraph
+from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.quantized import (
+    EMBEDDINGS,
     FLOAT_LAYERS,
+    OwnForward,
     QuantizedLayer,
     layer_widths,
     of_rows,
+    quantized_layers,
 )
+from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
@@ -72,7 +77,8 @@ class LayerSize:
         mean_bits: mean integer bit depth of the live rows; 0 without any, 32 for a float layer.
         weights: weights of live rows (of all rows of a float layer).
         q_bits, stored_bits: see the module's docstring.
-        macs: multiply-accumulates per sample of the live rows.
+        macs: multiply-accumulates per sample of the live rows; of all rows and columns in
+            attention, recurrent layers and layers with a forward() of a user's own.
     """
 
     name: str
@@ -246,20 +252,28 @@ def measure(
     applications = graph.applications if graph else {}
     layers = []
     seen: set[Tensor] = set()
+    whole = (m for m in model.modules() if isinstance(m, QuantAttention | QuantRecurrent))
+    parts = {part for module in whole for part in module.children()}
     for name, module in model.named_modules():
-        layer = _measure_module(name, module, applications.get(name, 0), fold_norms, half, seen)
+        full = module in parts or isinstance(module, OwnForward)
+        times = applications.get(name, 0)
+        layer = _measure_module(name, module, times, full, fold_norms, half, seen)
         if layer.stored_bits or layer.out_width or layer.macs:
             layers.append(layer)
-    parameters = sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if n.rpartition(".")[2] not in ("bit_depth", "exponent")
-    )
+    quantized = quantized_layers(model).values()
+    formats = {p for layer in quantized for p in (layer.bit_depth, layer.exponent)}
+    parameters = sum(p.numel() for p in model.parameters() if p not in formats)
     return Size(tuple(layers), 32 * weights_at_start, parameters)
 
 
 def _measure_module(
-    name: str, module: nn.Module, applications: int, fold_norms: bool, half: bool, seen: set[Tensor]
+    name: str,
+    module: nn.Module,
+    applications: int,
+    full: bool,
+    fold_norms: bool,
+    half: bool,
+    seen: set[Tensor],
 ) -> LayerSize:
     if isinstance(module, QuantizedLayer):
         depth = integer_depth(module.bit_depth)
@@ -285,7 +299,7 @@ def _measure_module(
             weights=weights + in_float,
             q_bits=float(counted.sum()) * module.fan_in + 32.0 * in_float,
             stored_bits=stored,
-            macs=weights * applications,
+            macs=(_at_full_width(module) if full else weights) * applications,
         )
     folded = fold_norms and isinstance(module, PlacedBatchNorm) and module.can_be_folded
     new = _new(module, seen)
@@ -315,6 +329,14 @@ def _measure_module(
         stored_bits=stored,
         macs=sum(w.numel() for w in used) * applications,
     )
+
+
+def _at_full_width(layer: QuantizedLayer) -> int:
+    """The weights of a layer that computes with its `dense_weight`."""
+    if isinstance(layer, EMBEDDINGS):  # it looks up, and multiplies nothing else
+        return int(layer.live_rows().sum()) * layer.fan_in
+    kernel = layer.weight.shape[2:].numel()
+    return int(layer.out_width * (layer.in_width // layer.dense_groups) * kernel)
 
 
 def placement_bits(module: Any, rows: int, columns: int) -> int:

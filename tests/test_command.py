@@ -258,7 +258,7 @@ def test_mistakes_are_told_in_one_line(
     save(build("resnet9", 10, 2), other, About(architecture=Architecture("nonet", 10, 2, 8)))
     for arguments, says in (
         (["info", tmp_path / "text.scnn"], "no safetensors file"),
-        (["info", tmp_path], "it is no file"),
+        (["info", tmp_path], "it is a folder: give the net.scnn in it"),
         (["info", tmp_path / "absent.scnn"], "No such file"),
         (["predict", net], "no image"),
         (["predict", net, tmp_path / "absent.png"], "absent.png"),

@@ -471,7 +471,7 @@ FRESH_PROCESS = textwrap.dedent(
 
     torch.set_num_threads(1)
     saved = torch.load(sys.argv[1] + "/saved.pt", weights_only=True)
-    compressor, optimizer = started()
+    compressor, optimizer = started(gamma=1.0)
     torch.manual_seed(123)
     compressor.load_state_dict(saved, optimizer)
     compressor.model.eval()

@@ -151,6 +151,21 @@ def test_a_float_model_exports_too(tmp_path: Path) -> None:
         torch.testing.assert_close(run(tmp_path / "net.onnx", x), model(x))
 
 
+def test_a_batch_size_that_would_be_fixed_is_refused(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2)
+            return torch.cat([self.layer(a), b[:, :3]])
+
+    with pytest.raises(ExportError, match="would have fixed at 4"):
+        export_onnx(Halves(), torch.randn(4, 4), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_told_in_one_line(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -273,11 +273,11 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
             formats.adam, "step", lambda: None
         )  # torch's own: reads a count of steps
         for _ in range(2):
+            formats.note_loss_scale(torch.ones(()))
             for layer in layers.values():
                 formats.collected.norms[layer] = torch.ones(len(layer.rows))
                 formats.collected.exponents[layer] = torch.ones(len(layer.rows))
             assert q_bits(list(quantized_layers(model).values())).device.type == "cuda"
-            formats.note_loss_scale(torch.ones(()))
             formats.step(0.01, 2.0, [1, 1], fit=True)
         state = formats.adam.state[layers["0"].bit_depth]
         assert {kept.device.type for kept in state.values()} == {"cuda"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from networks import Residual, block, compressor_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -735,10 +735,103 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
     compressor(schedule=Schedule(100)).load_state_dict(state)
     with pytest.warns(UserWarning, match=r"had schedule=Schedule\(steps=100.*has None"):
         compressor().load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"had bits=4\.0, this one has 8\.0"):
+        compressor(schedule=Schedule(100), bits=8).load_state_dict(state)
     numbers: Any = Schedule(np.int64(100), begin=np.float64(0.1))  # type: ignore[arg-type]
     torch.save(compressor(schedule=numbers).state_dict(), file := io.BytesIO())
     file.seek(0)
     assert torch.load(file, weights_only=True)
+
+
+def test_another_gamma_asked_for_is_what_a_training_goes_on_with() -> None:
+    def compressor(gamma: float) -> Compressor:
+        return Compressor(nn.Sequential(block(3, 4)), X, gamma)
+
+    before = compressor(0.01)
+    before.gamma = 0.02  # by a schedule of the user's own
+    again, other = compressor(0.01), compressor(0.1)
+    again.load_state_dict(before.state_dict())
+    assert again.gamma == 0.02
+    with pytest.warns(UserWarning, match=r"had gamma=0\.01, this one has 0\.1"):
+        other.load_state_dict(before.state_dict())
+    assert other.gamma == 0.1
+
+
+def test_a_schedule_in_epochs_is_told() -> None:
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, schedule=Schedule(4))
+    optimizer = sgd(compressor)
+    for _ in range(5):
+        one_step(compressor, optimizer)
+    with pytest.warns(UserWarning, match=r"was of 4 steps, but training goes on: .*epochs \* len"):
+        one_step(compressor, optimizer)
+
+
+def test_a_module_with_a_state_of_its_own_goes_on() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.seen = nn.Sequential(block(3, 4)), {"steps": 0}
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layers(x)
+
+        def get_extra_state(self) -> Any:
+            return self.seen
+
+        def set_extra_state(self, state: Any) -> None:
+            self.seen = state
+
+    model, again = Counts(), Counts()
+    model.seen = {"steps": 3}
+    Compressor(again, X, 0.0).load_state_dict(Compressor(model, X, 0.0).state_dict())
+    assert again.seen == {"steps": 3}
+
+
+def test_an_optimiser_in_another_order_is_refused() -> None:
+    def fresh(order: int) -> tuple[Compressor, Optimizer]:
+        compressor = Compressor(nn.Sequential(block(3, 4), block(4, 5)), X, 0.0)
+        return compressor, AdamW(compressor.weights()[::order])
+
+    compressor, optimizer = fresh(1)
+    one_step(compressor, optimizer)
+    again, reversed_ = fresh(-1)
+    with pytest.raises(ValueError, match="in another order"):
+        again.load_state_dict(compressor.state_dict(optimizer), reversed_)
+
+
+def test_gradients_that_are_thrown_away_do_not_count() -> None:
+    """Those of an attack on the inputs, and of batches that are skipped."""
+    ended = []
+    for discards in (False, True):
+        torch.manual_seed(0)
+        compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.003, bits=8)
+        optimizer = sgd(compressor)
+        for _ in range(5):
+            if discards:
+                (-100 * compressor.model(X).square().mean()).backward()
+                for _ in range(3):
+                    (compressor.model(2 * X).mean() + compressor.penalty()).backward()
+            one_step(compressor, optimizer)
+        ended.append(compressor.formats.state_dict()["state"])
+    torch.testing.assert_close(*ended, rtol=0, atol=0)
+
+
+def test_batches_may_hold_their_inputs_together() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(block(3, 4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.layers(x + y)
+
+    found = []
+    for batch in ((X, X + 1, "labels"), ((X, X + 1), "labels")):
+        torch.manual_seed(0)
+        model: Any = Sum()
+        Compressor(model, (X, X), 0.0, bits=8).reestimate([batch])
+        found.append(model.layers[0][1].running_mean)
+    assert torch.equal(*found)
 
 
 def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:

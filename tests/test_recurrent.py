@@ -139,6 +139,10 @@ def test_its_macs_and_weights_are_counted() -> None:
     layers = {layer.name: layer for layer in compressor.size().layers}
     assert layers["rnn.weight_ih_l0"].macs == 6 * 24 * 5
     assert layers["rnn.weight_hh_l0"].macs == 6 * 24 * 6
+    with torch.no_grad():  # it computes at its full width all the same
+        compressor.layers["rnn.weight_hh_l0"].bit_depth[:2] = 0
+    assert {n.name: n.macs for n in compressor.size().layers}["rnn.weight_hh_l0"] == 6 * 24 * 6
+    compressor = started(Reader(nn.LSTM), TOKENS)
     assert compressor.size().q_percent == 25
     assert "a part of rnn" in reported(compressor)["rnn.weight_hh_l0"].why
     excluded = started(Reader(nn.LSTM), TOKENS, exclude=["rnn"])

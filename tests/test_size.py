@@ -317,7 +317,8 @@ def test_weights_of_unknown_layers_count_in_float() -> None:
     assert size.q_bits == 8 * (32 + 12) + 32 * 48
     assert by_name(size)["1"].weights == 48
     assert [entry.channels for entry in compressor.report().layers] == [8, 0, 2]
-    assert compressor.left_in_float == {"1": "its parameters are of no known layer"}
+    why = "its parameters (matrix, scale, shift) are of no known layer"
+    assert compressor.left_in_float == {"1": why}
     assert "2 of 3 layers are quantised, with 48 % of the weights" in str(compressor)
 
 

@@ -95,7 +95,10 @@ def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
 def _build(architecture: h.Architecture | None) -> nn.Module:
     """The starting network of a file that names one: without memory for its numbers."""
     if architecture is None:
-        raise h.FileError("it does not say how to build its network: give the starting model")
+        raise h.FileError(
+            "it does not say how to build its network: give the starting model (a "
+            "command: --model package.module:callable)"
+        )
     try:
         from models import build  # the example networks, which are no part of the library
     except Exception as error:  # it is not there, or whatever another one does when imported

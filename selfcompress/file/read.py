@@ -105,7 +105,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise h.FileError(f"{path} cannot be read as a packed network: it is no file")
+        why = "a folder: give the net.scnn in it" if Path(path).is_dir() else "no file"
+        raise h.FileError(f"{path} cannot be read as a packed network: it is {why}")
     if path.stat().st_size > _MAX_FILE:
         raise h.FileError(f"{path} has more than {_MAX_FILE:,} bytes: no network is packed in it")
     try:

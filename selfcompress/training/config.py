@@ -69,7 +69,7 @@ class Config:
     augment: Policy = "standard"
     """standard: random crop, flip. cutout: and a square is cut out. autoaugment: the paper's."""
     bits: float = 8.0
-    """Bit depth that every channel starts at; only a --target-size may give it more, up to 8."""
+    """Bit depth that every channel starts at and never exceeds (a --target-size may give it 8)."""
     fractional_bits: bool = False
     """The paper's fractional bit depths. Sizes are then smaller than what can be stored."""
     exclude: tuple[str, ...] = ()

@@ -316,7 +316,9 @@ def _image_folder(folder: Path) -> ImageFolder:
     """The image files below `folder`, which has one folder per class."""
     for needed in (folder.parent, folder):
         if not needed.is_dir():
-            raise UserError(f"there is no folder {needed}; images go in train/CLASS and test/CLASS")
+            raise UserError(
+                f"there is no folder {needed}: --data-dir is to hold train/CLASS and test/CLASS"
+            )
     found = sum(entry.is_dir() for entry in folder.iterdir())
     if found < 2:
         raise UserError(
