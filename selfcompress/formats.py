@@ -232,9 +232,11 @@ class FormatStepper:
 
         It is 1 unless a GradScaler or the averaging of accumulated batches multiplied the loss.
         """
-        # The loop has thrown away what it had: an attack's gradients, or a batch's that it skips.
+        # Has the loop thrown away what it had, an attack's gradients or a batch's that it skips?
+        # What is known of weights will be replaced, as their own gradients are.
         if all(layer.weight.grad is None for layer in self.layers.values()):
-            self._forget()
+            self.collected.exponents.clear()
+            self._loss_scale, self._penalties = None, 0
         self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
         self._penalties += 1
         self._penalised = True
