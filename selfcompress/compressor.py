@@ -262,11 +262,11 @@ class Compressor:
 
     def _came_back(self, gradient: Tensor) -> None:
         """The loss is differentiated: now, the modes of batch norms are those of training."""
-        self._note_held()
+        self._note_eval_norms()
         self.formats.note_loss_scale(gradient)
 
-    def _note_held(self) -> None:
-        self.graph.held = {name for name, norm in self._norms.items() if not norm.training}
+    def _note_eval_norms(self) -> None:
+        self.graph.eval_norms = {name for name, norm in self._norms.items() if not norm.training}
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
         """Step bit depths and exponents; every `interval` steps, cut what died.
@@ -488,9 +488,11 @@ class Compressor:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
         models = [self.model, *map(_averaged, averages)]
-        if self.model.training and not self.graph.held:  # perhaps nothing was differentiated yet
-            self._note_held()
-        reestimate(models, batches_like(self.example_input, loader), self.graph.held)
+        if (
+            self.model.training and not self.graph.eval_norms
+        ):  # perhaps nothing was differentiated yet
+            self._note_eval_norms()
+        reestimate(models, batches_like(self.example_input, loader), self.graph.eval_norms)
         for model in models:
             settle_statistics(self.graph, model, measured=True)
 
@@ -536,7 +538,7 @@ class Compressor:
             "frozen": self.frozen,
             "steps": self.steps,
             "cuts": self.cuts,
-            "held": sorted(self.graph.held),
+            "eval_norms": sorted(self.graph.eval_norms),
             "path": None if self.path is None else self.path.state_dict(),
             "asked": dict(self._asked),
         }
@@ -572,7 +574,7 @@ class Compressor:
             optimizer.load_state_dict(state["optimizer"])
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
-        self.graph.held = set(state["held"])
+        self.graph.eval_norms = set(state["eval_norms"])
         if state["asked"]["gamma"] == self._asked["gamma"]:
             self.gamma = state["gamma"]
         if self.path is not None and state["path"]:

@@ -14,16 +14,16 @@ from selfcompress.look import kept_modes
 
 @torch.no_grad()
 def reestimate(
-    models: Sequence[nn.Module], batches: Iterable[Inputs], held: Collection[str]
+    models: Sequence[nn.Module], batches: Iterable[Inputs], eval_norms: Collection[str]
 ) -> None:
     """Average the statistics of batch norms over `batches`, all batches alike, read once.
 
     As torch's `update_bn` does, but norms that are in eval mode while the network trains keep
-    theirs, be they `held` or left in it by a train() of the model's own.
+    theirs, be they `eval_norms` or left in it by a train() of the model's own.
 
     Args:
         models: a network and averages of it.
-        held: names of norms.
+        eval_norms: names of those that the loop has in it.
 
     Raises:
         ValueError: there is no batch; the statistics are what they were, as after any error.
@@ -32,7 +32,7 @@ def reestimate(
         for model in models:
             stack.enter_context(kept_modes(model))
             model.train()
-            for name in held:
+            for name in eval_norms:
                 model.get_submodule(name).eval()
         modules = (module for model in models for module in model.modules())
         norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]

@@ -73,7 +73,7 @@ def hold_norms(compressor: Compressor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, norm in compressor.model.named_modules():
         if isinstance(norm, _BatchNorm):
-            compressor.graph.held.add(name)
+            compressor.graph.eval_norms.add(name)
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.normal_(generator=generator)
                 norm.running_var.uniform_(0.5, 2, generator=generator)

@@ -1,4 +1,4 @@
-"""--target-size: sizes as text, the controller on simulated networks, the fit, and whole runs."""
+"""--target-size: sizes as text, the fit, and whole runs."""
 
 import json
 from collections.abc import Iterator

@@ -124,7 +124,7 @@ class ChannelGraph:
         untraceable: name of each module whose forward() cannot be traced → why.
         spoiled: name of each layer that is called in a way that cannot be followed → why.
         applications: name of each layer → how often its weight is applied for one sample.
-        held: names of the batch norms that are in eval mode while the network trains, so that
+        eval_norms: names of the batch norms that are in eval mode while the network trains, so that
             their statistics stay.
     """
 
@@ -141,7 +141,7 @@ class ChannelGraph:
     untraceable: dict[str, str] = field(default_factory=dict)
     spoiled: dict[str, str] = field(default_factory=dict)
     applications: dict[str, int] = field(default_factory=dict)
-    held: set[str] = field(default_factory=set)
+    eval_norms: set[str] = field(default_factory=set)
 
     def of_kind(self, *kinds: Kind) -> list[Node]:
         """The nodes of some kinds, in order of execution."""

@@ -88,7 +88,7 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
         fixed = ~read.isnan()
         if measured:
             fixed &= (norm.running_mean - read).abs() <= _ROUNDING * read.abs() + norm.eps
-        held = node.module in graph.held
+        held = node.module in graph.eval_norms
         if held:
             if norm.bias is None:
                 continue
@@ -363,7 +363,7 @@ class _Analysis:
     def _normed(self, node: Node, read: np.ndarray) -> np.ndarray | float:
         """What entries of a norm make of constants that they read."""
         norm = self.modules[node.module]
-        if node.module in self.graph.held and norm.running_mean is not None:
+        if node.module in self.graph.eval_norms and norm.running_mean is not None:
             assert isinstance(norm, _BatchNorm)
             return _in_evaluation(norm, torch.from_numpy(read)).numpy(force=True)
         return self._bias(node)

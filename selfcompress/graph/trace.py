@@ -20,7 +20,7 @@ from selfcompress.graph.observe import Observed, zeros_like_observed
 from selfcompress.graph.ops import taken
 from selfcompress.graph.other_sizes import other_ways
 from selfcompress.graph.tracer import Tracer, has_layers, has_tensors, is_ours
-from selfcompress.graph.widths_read import held, kept_whole, noting_widths
+from selfcompress.graph.widths_read import frozen_by_widths, kept_whole, noting_widths
 from selfcompress.inputs import Inputs, device_of, positional
 from selfcompress.look import called, is_torchs, kept_attributes, seed_everything, undisturbed
 from selfcompress.text import first_line
@@ -152,7 +152,7 @@ def _trace_part(
             if "" in more:
                 raise RuntimeError(more[""])
             failed = tracer.failed | more
-    tracer.watched |= held(reads, nodes, module)
+    tracer.watched |= frozen_by_widths(reads, nodes, module)
     module.eval()
     with noting_widths(module) as in_evaluation, _of_any_rank(module), kept_attributes(module):
         evaluated = Tracer(args, kwargs, in_evaluation, tracer.failed)

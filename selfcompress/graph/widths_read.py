@@ -99,7 +99,7 @@ def kept_whole(
     return {name for name, layer in module.named_modules() if layer in layers}
 
 
-def held(
+def frozen_by_widths(
     reads: Sequence[Read], nodes: Sequence[torch.fx.Node], module: nn.Module
 ) -> dict[torch.fx.Node, str]:
     """What keeps its channels since their number was read → why.
