@@ -141,7 +141,9 @@ class Size:
         return 100 * 32 * self.weights / self.float_bits
 
     def __str__(self) -> str:
-        head = ("layer", "channels", "of", "mean bits", "weights", "Q bits", "stored bits", "MACs")
+        head = (
+            "layer", "channels", "width", "mean bits", "weights", "Q bits", "stored bits", "MACs",
+        )  # fmt: skip
         rows: list[tuple[str, ...]] = [head]
         for layer in self.layers:
             own = (f"{layer.channels:,}", f"{layer.out_width:,}", f"{layer.mean_bits:.2f}")
@@ -151,8 +153,8 @@ class Size:
         text = "\n".join(aligned(rows, numbers=True))
         return (
             f"{text}\nQ {self.q_percent:.2f} % and stored {self.stored_percent:.2f} % of "
-            f"{self.float_bits:,} bits (32 per starting weight); channels: rows with bits, of the "
-            "width of the layer's output; mean bits: of those rows"
+            f"{self.float_bits:,} bits (32 per starting weight); channels: rows with bits; width: "
+            "of the layer's output as it is now; mean bits: of those rows"
         )
 
 
