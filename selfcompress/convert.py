@@ -10,13 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import QuantEmbedding, TiedLinear
-from selfcompress.layers.quantized import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    QuantizedLayer,
-    layer_widths,
-    weight_shape,
-)
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths, weight_shape
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
 from selfcompress.layers.twins import TWINS, of_same_class, twin_of
 from selfcompress.size import WEIGHTED, count_weights

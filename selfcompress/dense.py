@@ -9,8 +9,10 @@ from selfcompress.convert import replace
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.kinds import EMBEDDINGS
+from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.placing import place
-from selfcompress.layers.quantized import EMBEDDINGS, OwnForward, QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent, matrices_of
 from selfcompress.layers.twins import TWINS, without_ours
 from selfcompress.look import detached_copy, without_compile

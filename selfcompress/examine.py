@@ -10,7 +10,8 @@ from selfcompress.graph.channels import ChannelGraph
 from selfcompress.graph.observe import Observed, observe
 from selfcompress.inputs import Inputs
 from selfcompress.layers.attention import QuantAttention
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
+from selfcompress.layers.own_forward import OwnForward
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.text import first_line
 

@@ -42,15 +42,9 @@ from selfcompress.graph.channels import ChannelGraph
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
-from selfcompress.layers.quantized import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    OwnForward,
-    QuantizedLayer,
-    layer_widths,
-    of_rows,
-    quantized_layers,
-)
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths
+from selfcompress.layers.own_forward import OwnForward
+from selfcompress.layers.quantized import QuantizedLayer, of_rows, quantized_layers
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth

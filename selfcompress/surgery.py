@@ -29,8 +29,9 @@ from selfcompress.graph.liveness import Liveness
 from selfcompress.graph.ops import WITH_ROWS
 from selfcompress.graph.removable import removable
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS
 from selfcompress.layers.placing import Placed, layout_of
-from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, QuantizedLayer, _QuantConv
+from selfcompress.layers.quantized import QuantConv, QuantizedLayer
 
 Index = list[int]
 
@@ -325,7 +326,7 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         assert isinstance(module, Placed)
         columns = torch.tensor(wiring.columns, dtype=torch.int64)
         module.columns = columns.to(module.columns.device)
-    if isinstance(module, _QuantConv) and wiring.groups is not None:
+    if isinstance(module, QuantConv) and wiring.groups is not None:
         counts = np.bincount(wiring.groups) if wiring.groups else np.ones(1, np.int64)
         module.groups, module.group_width = len(counts), int(counts.max())
         first = np.cumsum(counts) - counts

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from selfcompress.inputs import Inputs, device_of
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer, quantized_layers
+from selfcompress.layers.own_forward import OwnForward
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.look import called, leaves_of, undisturbed
 from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan

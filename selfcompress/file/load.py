@@ -14,14 +14,9 @@ from selfcompress.file import header as h
 from selfcompress.file.read import Contents, LayerContents, read
 from selfcompress.file.streams import DTYPES, is_stored
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm, recount
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, weight_shape
 from selfcompress.layers.placing import LAYOUTS, Placed
-from selfcompress.layers.quantized import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    QuantizedLayer,
-    quantized_layers,
-    weight_shape,
-)
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
 from selfcompress.look import without_compile
 from selfcompress.surgery import Wiring, rewire

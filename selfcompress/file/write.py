@@ -14,13 +14,9 @@ from selfcompress.file import header as h
 from selfcompress.file import integers
 from selfcompress.file.streams import DTYPES, checksum, is_stored, representable, stored_dtype
 from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.kinds import FLOAT_LAYERS, layer_widths
 from selfcompress.layers.placing import LAYOUTS, Placed
-from selfcompress.layers.quantized import (
-    FLOAT_LAYERS,
-    QuantizedLayer,
-    layer_widths,
-    quantized_layers,
-)
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.look import without_compile
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure

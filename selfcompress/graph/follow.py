@@ -41,14 +41,10 @@ from selfcompress.graph.tracer import Shape, owner_of
 from selfcompress.inputs import Inputs, batch_size
 from selfcompress.layers.batch_norms import NORM_ENTRIES, PlacedBatchNorm
 from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths
+from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.placing import Placed
-from selfcompress.layers.quantized import (
-    EMBEDDINGS,
-    FLOAT_LAYERS,
-    OwnForward,
-    QuantizedLayer,
-    layer_widths,
-)
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.text import first_line
 
 

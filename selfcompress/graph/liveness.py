@@ -31,7 +31,7 @@ from selfcompress.graph.channels import ChannelGraph, Node
 from selfcompress.graph.ops import WITH_ROWS, Kind
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import Placed
-from selfcompress.layers.quantized import QuantizedLayer, _QuantConv
+from selfcompress.layers.quantized import QuantConv, QuantizedLayer
 
 _ROUNDING = 0.01  # of a mean: what autocast may do to it
 _NORMS = (Kind.NORM, Kind.OWN_NORM)
@@ -355,9 +355,9 @@ class _Analysis:
             return self._array(node.module, "columns")
         return np.arange(len(self.graph.sources[node.name][0]))
 
-    def _grouped(self, node: Node) -> _QuantConv:
+    def _grouped(self, node: Node) -> QuantConv:
         conv = self.modules[node.module]
-        assert isinstance(conv, _QuantConv)
+        assert isinstance(conv, QuantConv)
         return conv
 
     def _normed(self, node: Node, read: np.ndarray) -> np.ndarray | float:

@@ -16,7 +16,8 @@ from selfcompress.graph.products import PRODUCTS
 from selfcompress.inputs import Inputs, device_of
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
-from selfcompress.layers.quantized import EMBEDDINGS, FLOAT_LAYERS, OwnForward, layer_widths
+from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths
+from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
 from selfcompress.look import called, copied, seed_everything, undisturbed
 

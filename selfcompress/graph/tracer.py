@@ -19,8 +19,9 @@ from selfcompress.graph.ops import SIZE_ATTRIBUTES, is_in_place, reads_sizes, si
 from selfcompress.graph.widths_read import Read
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
+from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.placing import Placed
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent
 from selfcompress.look import CLOSED, copied, kept_modes, leaves_of, without_compile
 from selfcompress.text import first_line

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from selfcompress.graph.products import product_of
 from selfcompress.layers.batch_norms import PlacedBatchNorm
+from selfcompress.layers.kinds import FLOAT_LAYERS
 from selfcompress.layers.placing import Placed
-from selfcompress.layers.quantized import FLOAT_LAYERS, QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 
 _OF_INPUTS, _OF_OUTPUTS = (
     ("in_channels", "in_features"),

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfcompress.layers.become import become
+from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.placing import place
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer
+from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.quantizer import fake_quantize
 
 

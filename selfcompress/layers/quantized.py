@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfcompress.layers.become import become
+from selfcompress.layers.kinds import layer_widths
 from selfcompress.layers.placing import Placed, few_gaps, place, take, zeros
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
@@ -253,7 +254,7 @@ class QuantizedLayer(Placed):
         return zeros(shape, x, x) if self.channel_dim == -3 else x.new_zeros(shape)
 
 
-class _QuantConv(QuantizedLayer):
+class QuantConv(QuantizedLayer):
     """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
     def start(self, bits: float, integer_bits: bool) -> None:
@@ -294,25 +295,25 @@ class _QuantConv(QuantizedLayer):
         return out
 
 
-class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
+class QuantConv1d(QuantConv, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -2
 
 
-class QuantConv2d(_QuantConv, nn.Conv2d):  # type: ignore[misc]
+class QuantConv2d(QuantConv, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
 
 
-class QuantConv3d(_QuantConv, nn.Conv3d):  # type: ignore[misc]
+class QuantConv3d(QuantConv, nn.Conv3d):  # type: ignore[misc]
     """`nn.Conv3d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -4
 
 
-class _QuantConvTranspose(_QuantConv):
+class QuantConvTranspose(QuantConv):
     """A transposed convolution, not grouped: (input channels, rows, ...) is its weight."""
 
     row_dim = 1
@@ -335,21 +336,21 @@ class _QuantConvTranspose(_QuantConv):
         return out
 
 
-class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
+class QuantConvTranspose1d(QuantConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
     """`nn.ConvTranspose1d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -2
     _function = staticmethod(F.conv_transpose1d)
 
 
-class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+class QuantConvTranspose2d(QuantConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
     """`nn.ConvTranspose2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
     _function = staticmethod(F.conv_transpose2d)
 
 
-class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+class QuantConvTranspose3d(QuantConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
     """`nn.ConvTranspose3d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -4
@@ -361,71 +362,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)
-
-
-def _is_followed(value: Any) -> bool:
-    return isinstance(value, torch.fx.Proxy) and hasattr(value.tracer, "shows_parameters")
-
-
-class OwnForward(QuantizedLayer):
-    """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
-
-    That forward() goes on as it is written, and sees as `weight` what `dense_weight` gives.
-
-    Attributes:
-        own_class: the user's.
-    """
-
-    own_class: type[nn.Module]
-    _shows = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward: Any = self.own_class.forward
-        given = (*args, *kwargs.values())
-        # Our tracer is to see the parameter; and what calls itself is shown the weight already.
-        if self._shows or any(_is_followed(value) for value in given):
-            return forward(self, *args, **kwargs)
-        first = next((value for value in given if isinstance(value, Tensor)), None)
-        if first is not None:
-            self._note_samples(first)
-        # What is shown is put where torch.compile knows it to be looked for.
-        held: dict[str, Any] = self._parameters
-        weight, groups = held["weight"], self.groups if self.grouped else 1
-        try:
-            self._shows, held["weight"] = True, self.dense_weight()
-            if self.grouped:
-                self.groups = self.dense_groups
-            return forward(self, *args, **kwargs)
-        finally:
-            self._shows, held["weight"] = False, weight
-            if self.grouped:
-                self.groups = groups
-
-
-FLOAT_LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
-)  # fmt: skip
-"""The types of layers that multiply with a weight."""
-EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
-"""Those that look vectors up in it."""
-
-
-def layer_widths(layer: nn.Module) -> tuple[int, int]:
-    """Channels of the input and the output of a layer."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, EMBEDDINGS):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
-
-
-def weight_shape(layer: nn.Module, ins: int, outs: int) -> list[int]:
-    """The shape of the weight of one of `FLOAT_LAYERS`, were it of so many channels."""
-    groups, kernel = getattr(layer, "groups", 1), getattr(layer, "kernel_size", ())
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return [ins, outs // groups, *kernel]
-    return [outs, ins // groups, *kernel]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -16,7 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from selfcompress.layers import batch_norms, embeddings, quantized, recurrent
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.become import become
-from selfcompress.layers.quantized import OwnForward, QuantizedLayer
+from selfcompress.layers.own_forward import OwnForward
+from selfcompress.layers.quantized import QuantizedLayer
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Conv1d: quantized.QuantConv1d,
