@@ -98,7 +98,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, half_range, quantized, inside = ctx.saved_tensors
         grad = grads[0].to(step.dtype)
-        grad_inside = grad * inside
+        # Of a dead row everything is outside: what is not finite behind its zeros stays there.
+        grad_inside = torch.where(inside, grad, 0)
 
         over_row = list(range(1, weight.dim()))
         grad_bits = grad_exponent = None

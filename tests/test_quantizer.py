@@ -256,3 +256,12 @@ def test_clipping_the_tail_is_tried() -> None:
     weight = torch.cat([torch.linspace(-1, 1, 400), torch.tensor([3.0])])[None]
     b = torch.tensor([2.0])
     assert fit_exponent(weight, b) < math.log2(3) - 1
+
+
+def test_a_dead_row_has_no_gradient_though_what_comes_back_is_not_finite() -> None:
+    """As from √ at its zeros."""
+    weight = torch.randn(3, 4, requires_grad=True)
+    quantized = fake_quantize(weight, torch.tensor([4.0, 0.0, 4.0]), torch.full((3,), -3.0))
+    quantized.square().sum(1).sqrt().sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad[1] == 0).all() and weight.grad[[0, 2]].isfinite().all()
