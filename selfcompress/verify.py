@@ -117,14 +117,10 @@ def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
 
 def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
     """Whether `model` computes something else each time: dropout that eval mode leaves on, say."""
-    runs = []
-    device = device_of(inputs)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            runs.append(snapshot(model, inputs))
-    pairs = zip(*(run.outputs for run in runs), strict=True)
-    return any(_difference(a, b) > tolerance for a, b in pairs)
+    one, other = _runs(model, inputs, 2)
+    return len(one) != len(other) or any(
+        _difference(a, b) > tolerance for a, b in zip(one, other, strict=True)
+    )
 
 
 def jumps(
@@ -135,7 +131,6 @@ def jumps(
     So it is where a forward() sorts, compares or rounds. What layers make is changed by some units
     in the last place, at random; `after` is of `model` as it is.
     """
-    moved = [0.0] * len(after.outputs)
 
     def shake(layer: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
@@ -145,14 +140,23 @@ def jumps(
 
     hooks = [layer.register_forward_hook(shake) for layer in quantized_layers(model).values()]
     try:
-        for seed in range(_SHAKES):
-            with torch.random.fork_rng([d] if (d := device_of(inputs)).type == "cuda" else []):
-                torch.manual_seed(seed)
-                outputs = snapshot(model, inputs).outputs
-            for index, (a, b) in enumerate(zip(after.outputs, outputs, strict=False)):
-                moved[index] = max(moved[index], _difference(a, b))
+        shaken = _runs(model, inputs, _SHAKES)
     finally:
         for handle in hooks:
             handle.remove()
-    pairs = zip(before.outputs, after.outputs, moved, strict=False)
-    return all(_difference(a, b) <= max(tolerance, _AS_MUCH * m) for a, b, m in pairs)
+    for was, now, *others in zip(before.outputs, after.outputs, *shaken, strict=False):
+        moved = max(_difference(now, other) for other in others)
+        if _difference(was, now) > max(tolerance, _AS_MUCH * moved):
+            return False
+    return True
+
+
+def _runs(model: nn.Module, inputs: Inputs, count: int) -> list[list[Tensor]]:
+    """What `model` returns in as many runs, each with random numbers of its own."""
+    device = device_of(inputs)
+    runs = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seed in range(count):
+            torch.manual_seed(seed)
+            runs.append(snapshot(model, inputs).outputs)
+    return runs
