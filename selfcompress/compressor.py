@@ -146,9 +146,9 @@ class Compressor:
             "stored_percent": None if stored_percent is None else float(stored_percent),
             "gamma": None if gamma is None else float(gamma),
             "bits": float(bits),
-            "integer_bits": integer_bits,
-            "min_channels": min_channels,
-            "bit_step": bit_step,
+            "integer_bits": bool(integer_bits),
+            "min_channels": int(min_channels),
+            "bit_step": None if bit_step is None else float(bit_step),
         }
         self.steps = 0
         self.cuts = 0
@@ -565,17 +565,17 @@ class Compressor:
             check_optimizer(optimizer)
             require_same_kind(state, optimizer)
         plan = plan_towards(state, self.graph, self.model)
-        self._apply(plan, optimizer)
         if optimizer is not None:
-            require_same_order(state, optimizer)
+            require_same_order(state, optimizer, self.model)
+        self._apply(plan, optimizer)
         self.model.load_state_dict(state["model"])
         self.formats.load_state_dict(state["formats"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
         self.lingering.load(state["lingering"])
         self.idle.load(state["idle"])
-        self.graph.eval_norms = set(state["eval_norms"])
-        if state["asked"]["gamma"] == self._asked["gamma"]:
+        self.graph.eval_norms = set(state.get("eval_norms", ()))
+        if state["asked"].get("gamma", self._asked["gamma"]) == self._asked["gamma"]:
             self.gamma = state["gamma"]
         if self.path is not None and state["path"]:
             self.path.load_state_dict(state["path"])
@@ -583,7 +583,7 @@ class Compressor:
         if state["frozen"]:
             self.freeze()
         for name, value in self._asked.items():
-            saved = state["asked"][name]
+            saved = state["asked"].get(name, value)
             if saved != value:
                 warnings.warn(
                     f"the saved training had {name}={saved}, this one has {value}", stacklevel=2

@@ -65,7 +65,7 @@ def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
         if isinstance(batch, list | tuple):
             inputs = tuple(batch[:count]) if several else batch[0]
             if several and _is_nested(batch[0]) and not _is_nested(example[0]):  # ((x, ...), y)
-                inputs = tuple(batch[0])
+                inputs = tuple(batch[0][:count])
         elif isinstance(batch, Tensor) or (several and count == 1):
             inputs = (batch,) if several else batch
         elif not several and not isinstance(example, Tensor):

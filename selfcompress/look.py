@@ -198,7 +198,10 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
 
     def copy_of(leaf: Any) -> Any:
         if id(leaf) not in copies:
-            copies[id(leaf)] = leaf.clone() if isinstance(leaf, Tensor) else copied(leaf, model)
+            copies[id(leaf)] = copied(leaf, model)
+            if isinstance(leaf, Tensor):
+                copies[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+                vars(copies[id(leaf)]).update(vars(leaf))
         return copies[id(leaf)]
 
     return model(*pytree.tree_map(copy_of, positional(inputs)))

@@ -52,15 +52,16 @@ def require_same_kind(state: dict[str, Any], optimizer: Optimizer) -> None:
         raise ValueError("the saved optimiser has other parameter groups")
 
 
-def require_same_order(state: dict[str, Any], optimizer: Optimizer) -> None:
-    """Refuse an optimiser whose parameters, cut already, are in another order than the saved one's.
+def require_same_order(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimiser whose parameters are in another order than the saved one's.
 
     As far as shapes tell: of a saved moment, that of its parameter.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = {id(p): state["model"][name].shape for name, p in model.named_parameters()}
+    shapes = [saved.get(id(p), p.shape) for g in optimizer.param_groups for p in g["params"]]
     for index, kept in state["optimizer"]["state"].items():
         for value in kept.values():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[index].shape:
+            if isinstance(value, Tensor) and value.dim() and value.shape != shapes[index]:
                 raise ValueError(
                     "the saved optimiser had its parameters in another order: make this one over "
                     "weights() as that one was made"

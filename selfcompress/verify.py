@@ -129,8 +129,12 @@ def jumps(
     """Whether all that a cut has changed changes as much when layers are rounded otherwise.
 
     So it is where a forward() sorts, compares or rounds. What layers make is changed by some units
-    in the last place, at random; `after` is of `model` as it is.
+    in the last place, at random; `after` is of `model` as it is. In half precision these are large,
+    and nothing can be told by them.
     """
+    layers = quantized_layers(model).values()
+    if any(layer.weight.element_size() < 4 for layer in layers):
+        return False
 
     def shake(layer: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
@@ -138,7 +142,7 @@ def jumps(
         unit = _SHAKE * torch.finfo(output.dtype).eps * output.abs().amax()
         return output + unit * torch.randn_like(output)
 
-    hooks = [layer.register_forward_hook(shake) for layer in quantized_layers(model).values()]
+    hooks = [layer.register_forward_hook(shake) for layer in layers]
     try:
         shaken = _runs(model, inputs, _SHAKES)
     finally:

@@ -738,7 +738,8 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
     with pytest.warns(UserWarning, match=r"had bits=4\.0, this one has 8\.0"):
         compressor(schedule=Schedule(100), bits=8).load_state_dict(state)
     numbers: Any = Schedule(np.int64(100), begin=np.float64(0.1))  # type: ignore[arg-type]
-    torch.save(compressor(schedule=numbers).state_dict(), file := io.BytesIO())
+    options: Any = {"min_channels": np.int64(2), "integer_bits": np.bool_(True)}
+    torch.save(compressor(schedule=numbers, **options).state_dict(), file := io.BytesIO())
     file.seek(0)
     assert torch.load(file, weights_only=True)
 
@@ -826,7 +827,7 @@ def test_batches_may_hold_their_inputs_together() -> None:
             return self.layers(x + y)
 
     found = []
-    for batch in ((X, X + 1, "labels"), ((X, X + 1), "labels")):
+    for batch in ((X, X + 1, "labels"), ((X, X + 1, "more"), "labels")):
         torch.manual_seed(0)
         model: Any = Sum()
         Compressor(model, (X, X), 0.0, bits=8).reestimate([batch])

@@ -1,5 +1,6 @@
 """Ways in which people write models that once led to wrong cuts, or to errors."""
 
+import warnings
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -732,8 +733,12 @@ class Writes(nn.Module):
 @pytest.mark.parametrize("way", ["list", "out", "module"])
 def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant(way: str) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="changes what it is given"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         compressor = Compressor(Writes(way).double(), X, 0.0, bits=8)
+    followed = way == "module"  # but for what it writes to
+    assert any("changes what it is given" in str(w.message) for w in told) != followed
+    assert (sum(layer.removable for layer in compressor.report().layers) > 0) == followed
     with torch.no_grad():
         compressor.layers["a"].bit_depth[0] = 0
         assert compressor.layers["a"].bias is not None
@@ -741,3 +746,118 @@ def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant
     before = compressor.model.eval()(X)
     compressor.cut()
     torch.testing.assert_close(compressor.model(X), before)
+
+
+class Gate(nn.Module):
+    """Goes by values, so it is not traced, and begins in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.conv = nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(x)
+        y: Tensor = x if x.mean() > 1e9 else self.conv(x)
+        return y
+
+
+def test_what_a_part_that_cannot_be_traced_does_in_place_ends_no_trace() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), Gate(), nn.Conv2d(6, 8, 1))
+    compressor = Compressor(nn.Sequential(model, nn.Conv2d(8, 4, 1)).double(), X, 0.0, bits=8)
+    assert list(compressor.graph.untraceable) == ["0.2"]
+    assert [layer.removable for layer in compressor.report().layers] == [8, 0, 0, 8, 0]
+    cut_some(compressor)
+
+
+class Adds(nn.Module):
+    """Adds to a part of an ordinary tensor, in a forward() partly without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = torch.relu(self.a(x.mean((2, 3))))
+        x = self.b(x.clone())
+        out = torch.zeros(len(x), 8, dtype=x.dtype)
+        out[:, :4] += x[:, 4:]
+        y: Tensor = self.c(out)
+        return y
+
+
+def test_adding_to_a_part_of_an_ordinary_tensor_is_followed() -> None:
+    compressor = Compressor(Adds().double(), X, 0.0, bits=8)
+    assert not compressor.graph.untraceable
+    with torch.no_grad():
+        compressor.layers["a"].bit_depth[::3] = 0
+    before = compressor.model.eval()(X)
+    assert compressor.cut() is not None
+    torch.testing.assert_close(compressor.model(X), before)
+
+
+class Energy(nn.Module):
+    """Gives the gradient of what it computes with respect to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            energy = self.layers(x)
+            return torch.autograd.grad(energy.sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
+def test_what_an_example_has_beside_its_numbers_is_there_at_every_look() -> None:
+    compressor = Compressor(Energy().double(), X.clone().requires_grad_(), 0.0, bits=8)
+    with torch.no_grad():
+        compressor.layers["layers.0"].bit_depth[::3] = 0
+    assert compressor.cut() is not None
+
+
+def test_a_wrong_cut_in_half_precision_is_not_taken_for_rounding() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.shift = nn.ModuleList(nn.Linear(32, 32) for _ in range(6)), 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.relu(layer(x) + self.shift)
+            return x
+
+    torch.manual_seed(0)
+    model = Shifted().to(torch.bfloat16)
+    x = torch.randn(16, 32, dtype=torch.bfloat16)
+    compressor = Compressor(model, x, 0.0, bits=8)
+    model.shift = 0.3  # not as it was when it was traced
+    with torch.no_grad():
+        for layer in compressor.layers.values():
+            assert layer.bias is not None
+            layer.bit_depth[:8] = layer.bias[:8] = 0
+    with pytest.raises(CutError):
+        compressor.cut()
+
+
+class Bound(nn.Linear):
+    """Keeps a method of its own as an attribute."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__(ins, outs)
+        self.way = self.multiply
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.way(input)
+
+
+def test_a_method_that_a_layer_keeps_is_that_of_its_twin() -> None:
+    model = nn.Sequential(nn.Flatten(), Bound(192, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    compressor = Compressor(model, X, 0.0, bits=8)
+    assert not compressor.left_in_float
+    cut_some(compressor)
+    assert torch.equal(to_dense(model)(X), model(X))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.fx
 from torch import nn
 
-from selfcompress.graph.ops import is_in_place, kind_of_call, kind_of_module, may_alias
+from selfcompress.graph.ops import WRITES, is_in_place, kind_of_call, kind_of_module, may_alias
 from selfcompress.graph.trace import Part
 from selfcompress.graph.tracer import Shape, has_tensors
 
@@ -38,13 +38,17 @@ def alias_hazards(part: Part, module_of: ModuleOf) -> set[torch.fx.Node]:
         if not isinstance(target, torch.fx.Node) or not has_tensors(part.facts[target]):
             continue
         module = module_of(node)
-        in_place = is_in_place(node, module)
+        writes = node.meta.get(
+            WRITES, False
+        )  # and may give something else, so that nobody is redirected
+        in_place = writes or is_in_place(node, module)
         tensors = [n for n in node.all_input_nodes if n in root]
         kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
         if in_place or may_alias(node, kind, module):
             root[node] = root[target]
         if in_place:
-            same = [n for n in root if root[n] is root[target] and n not in (node, target)]
+            same = [n for n in root if root[n] is root[target] and n is not node]
+            same = same if writes else [n for n in same if n is not target]
             read_later = [n for n in same if any(order[u] > order[node] for u in n.users)]
             if read_later:
                 hazards |= {node, *read_later}

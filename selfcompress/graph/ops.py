@@ -239,6 +239,10 @@ def worked_on(
     return set(range(rank - last, rank)) if last is not None else set(range(2, rank))
 
 
+WRITES = "writes"
+"""What a node's `meta` says of a module that is not looked into and changes its first operand."""
+
+
 def is_in_place(node: torch.fx.Node, module: nn.Module | None) -> bool:
     """Whether the operation changes its first operand."""
     if module is not None:

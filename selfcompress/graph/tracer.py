@@ -15,7 +15,14 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.ops import SIZE_ATTRIBUTES, is_in_place, reads_sizes, sized_by_values, taken
+from selfcompress.graph.ops import (
+    SIZE_ATTRIBUTES,
+    WRITES,
+    is_in_place,
+    reads_sizes,
+    sized_by_values,
+    taken,
+)
 from selfcompress.graph.widths_read import Read
 from selfcompress.layers.attention import QuantAttention
 from selfcompress.layers.embeddings import TiedLinear
@@ -230,12 +237,22 @@ class Tracer(torch.fx.Tracer):
         read = [self._known(leaf) for leaf in given]
         made = [isinstance(p, _Attribute) or p.node.op != "get_attr" for p in given]
         tensors = [t for k, is_made in zip(read, made, strict=True) if is_made for t in k.tensors]
+        # Of an ordinary tensor, which the trace takes for a constant, they may be a part.
+        apart = {_memory(leaf) for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        tensors = [t for t in tensors if not t.is_inference() and _memory(t) not in apart]
         versions = [tensor._version for tensor in tensors]
         value = self._compute(kind, target, *self._values((args, kwargs)))
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         module = self.root.get_submodule(target) if kind == "call_module" else None
-        plain = bool(args) and _is_proxy(args[0]) and is_in_place(proxy.node, module)
-        if versions != [t._version for t in tensors] and not plain:
+        written = {
+            _memory(t) for t, was in zip(tensors, versions, strict=True) if t._version != was
+        }
+        first = args[0] if args and _is_proxy(args[0]) else None
+        if written and target in self.failed and first is not None:
+            reach = {_memory(tensor) for tensor in self._known(first).tensors}
+            proxy.node.meta[WRITES] = written <= reach
+        plain = is_in_place(proxy.node, module) or proxy.node.meta.get(WRITES)
+        if written and (first is None or not plain):
             raise RuntimeError(f"{proxy.node.name} changes what it is given")
         sizes = all(known.sizes for known in read)
         if _tensors(value):
@@ -387,6 +404,11 @@ class Tracer(torch.fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             return super().call_module(m, forward, args, kwargs)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where it lies, as its views do: these count how often it is written to together."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _line_of_user() -> tuple[str, int]:

@@ -19,9 +19,9 @@ class _Lookup(QuantizedLayer):
     row_dim = 1
     fan_in_dim = 0
 
-    def start(self, bits: float, integer_bits: bool) -> None:
+    def _give_formats(self, bits: float, integer_bits: bool) -> None:
         self.register_parameter("bias", None)
-        super().start(bits, integer_bits)
+        super()._give_formats(bits, integer_bits)
 
     def _in_front(self, shape: torch.Size) -> torch.Size:
         return shape

@@ -92,10 +92,10 @@ class QuantizedLayer(Placed):
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
         """A quantised layer with all that an ordinary `layer` holds, and formats of `bits`."""
         new: Self = become(cls, layer)
-        new.start(bits, integer_bits)
+        new._give_formats(bits, integer_bits)
         return new
 
-    def start(self, bits: float, integer_bits: bool) -> None:
+    def _give_formats(self, bits: float, integer_bits: bool) -> None:
         """Give every row its first format, and its place."""
         # In the middle of the depths that round up to `bits`, so that neither direction is a step.
         start = bits - 0.5 if integer_bits else bits
@@ -257,8 +257,8 @@ class QuantizedLayer(Placed):
 class QuantConv(QuantizedLayer):
     """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
-    def start(self, bits: float, integer_bits: bool) -> None:
-        super().start(bits, integer_bits)
+    def _give_formats(self, bits: float, integer_bits: bool) -> None:
+        super()._give_formats(bits, integer_bits)
         if self.groups > 1:
             self.slots = torch.arange(self.out_width, device=self.weight.device)
             self.group_width = self.out_width // self.groups

@@ -125,7 +125,7 @@ def _combined(twin: Hashable, own: Hashable) -> Any:
     """`twin` for a user's own type, which is still of that type, with the methods it has."""
 
     def reduce(module: nn.Module, protocol: Any) -> Any:  # pickle finds no class that was made here
-        return _blank, (twin, own), vars(module)
+        return _blank, (twin, own), module.__getstate__()  # type: ignore[operator]
 
     assert isinstance(twin, type) and isinstance(own, type)
     prefix = "Placed" if issubclass(twin, batch_norms.PlacedBatchNorm) else "Quant"
