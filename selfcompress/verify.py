@@ -50,6 +50,7 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
             assert isinstance(layer, QuantizedLayer)
             if isinstance(layer, OwnForward):
                 return  # it may do more than to compute its rows
+            output = output.detach()  # a forward() may ask for gradients
             rows[name] = output.movedim(layer.channel_dim, 0).index_select(0, layer.rows)
             largest.append(float(output.abs().amax()) if output.numel() else 0.0)
 

@@ -38,9 +38,8 @@ def alias_hazards(part: Part, module_of: ModuleOf) -> set[torch.fx.Node]:
         if not isinstance(target, torch.fx.Node) or not has_tensors(part.facts[target]):
             continue
         module = module_of(node)
-        writes = node.meta.get(
-            WRITES, False
-        )  # and may give something else, so that nobody is redirected
+        # What it gives may be something else, so that nobody is redirected to it.
+        writes = node.meta.get(WRITES, False)
         in_place = writes or is_in_place(node, module)
         tensors = [n for n in node.all_input_nodes if n in root]
         kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
