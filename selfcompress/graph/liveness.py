@@ -2,7 +2,7 @@
 
 A row without bits outputs exactly its bias. Such constants are followed through the channel
 graph, in the same way for training and evaluation: `settle_statistics` gives batch norms that
-read a constant c the statistics it has (mean c, variance 0), so that they output β in both. (One
+read a constant c its mean c and a variance of 1, so that they output β in both. (One
 that is held in eval mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which
 becomes its β first.)
 
@@ -65,7 +65,10 @@ def analyse(graph: ChannelGraph, model: nn.Module) -> Liveness:
 
 @torch.no_grad()
 def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool = False) -> None:
-    """Give batch norms that read constant channels the true statistics: mean c, variance 0.
+    """Give batch norms that read constant channels their mean c, and a variance of 1.
+
+    The true one is 0, as in training. That would multiply by 1/√ε = 316 what rounding does to c;
+    β is output with either.
 
     Changes what the network computes in evaluation, to what it computes in training; so it is a
     step of its own, before a cut.
@@ -95,9 +98,8 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
             made = _in_evaluation(norm, read).to(norm.bias)
             norm.bias.copy_(made.where(fixed, norm.bias))
         norm.running_mean.copy_(read.where(fixed, norm.running_mean))
-        # In eval mode a variance of 0 would multiply whatever c still moves by, and its gradient.
-        if not held:
-            norm.running_var.masked_fill_(fixed, 0)
+        if not held:  # else that is what the network learns with
+            norm.running_var.masked_fill_(fixed, 1)
 
 
 class _Analysis:
