@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import (
     SGD,
     Adagrad,
@@ -146,6 +147,10 @@ class _Planner:
                 stays = ~self.removed[self.graph.ids[node.name]]
                 if not stays.all():  # forward() may have put a longer buffer in its place
                     self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
+            if isinstance(self.modules.get(node.module), _InstanceNorm):
+                stays = ~self.removed[self.graph.ids[node.name]]
+                if not stays.all():  # it has no tensors, but says how many channels it is for
+                    self.plan.wiring[node.module] = Wiring(len(stays), int(stays.sum()), [])
             if node.kind in WITH_ROWS and node.module not in in_graph:
                 in_graph.add(node.module)
                 ins, outs = self.graph.reads(node), self.graph.ids[node.name]
@@ -316,6 +321,8 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
         module.in_features, module.out_features = wiring.in_width, wiring.out_width
     elif isinstance(module, EMBEDDINGS):
         module.embedding_dim = wiring.out_width
+    elif isinstance(module, _InstanceNorm):
+        module.num_features = wiring.out_width
     elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width

@@ -586,6 +586,14 @@ def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -
     assert not hasattr(dense[2], "columns")
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_an_instance_norm_is_for_as_many_channels_as_are_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    compressor = Compressor(model.double(), X, 0.0, bits=8)
+    cut_some(compressor)
+    assert model[1].num_features == compressor.layers["3"].in_width < 8
+
+
 class Detector(nn.Module):
     """Sorts what it finds: a last place that is rounded otherwise puts it in another order."""
 
