@@ -139,7 +139,7 @@ def _picking(
     """A module that feeds the channels `columns` to `core` and spreads what it makes.
 
     Args:
-        core: an ordinary layer, which hands its hooks over, and what a user has put on it.
+        core: an ordinary layer, which loses its hooks and what a user has put on it.
         columns: None for all channels.
         where: (output channels,) the channel of core's output; one past its last for zeros.
         bias: (output channels,) added at the end.
@@ -165,6 +165,12 @@ def _picking(
         out = graph.call_function(torch.add, (out, column))
     graph.output(out)
     whole = fx.GraphModule(root, graph, class_name="PickChannels").train(core.training)
+    _hand_over(core, whole)
+    return whole
+
+
+def _hand_over(core: nn.Module, whole: nn.Module) -> None:
+    """Have `whole`, in the place of a layer, hold its hooks and what a user has put on it."""
     fresh = vars(nn.Module())
     for name, value in list(vars(core).items()):
         if "_hook" in name:
@@ -174,4 +180,3 @@ def _picking(
     for held in ("_parameters", "_buffers", "_modules"):
         for name in vars(core)[held].keys() - {*NORM_ENTRIES, "num_batches_tracked"}:
             vars(whole)[held][name] = vars(core)[held].pop(name)
-    return whole

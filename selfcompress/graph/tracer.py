@@ -233,26 +233,13 @@ class Tracer(torch.fx.Tracer):
     ) -> torch.fx.Proxy:
         if kind == "call_method" and target in ("reshape_as", "view_as"):
             target, args = "reshape", (args[0], args[1].shape)
-        given = [leaf for leaf in _leaves((args, kwargs)) if _is_proxy(leaf)]
-        read = [self._known(leaf) for leaf in given]
-        made = [isinstance(p, _Attribute) or p.node.op != "get_attr" for p in given]
-        tensors = [t for k, is_made in zip(read, made, strict=True) if is_made for t in k.tensors]
-        # Of an ordinary tensor, which the trace takes for a constant, they may be a part.
-        apart = {_memory(leaf) for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        tensors = [t for t in tensors if not t.is_inference() and _memory(t) not in apart]
-        versions = [tensor._version for tensor in tensors]
+        leaves = _leaves((args, kwargs))
+        read = [self._known(leaf) for leaf in leaves if _is_proxy(leaf)]
+        before = self._versions(leaves)
         value = self._compute(kind, target, *self._values((args, kwargs)))
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        module = self.root.get_submodule(target) if kind == "call_module" else None
-        written = {
-            _memory(t) for t, was in zip(tensors, versions, strict=True) if t._version != was
-        }
-        first = args[0] if args and _is_proxy(args[0]) else None
-        if written and target in self.failed and first is not None:
-            reach = {_memory(tensor) for tensor in self._known(first).tensors}
-            proxy.node.meta[WRITES] = written <= reach
-        plain = is_in_place(proxy.node, module) or proxy.node.meta.get(WRITES)
-        if written and (first is None or not plain):
+        written = {_memory(tensor) for tensor, version in before if tensor._version != version}
+        if written and not self._is_followed(proxy.node, args, written):
             raise RuntimeError(f"{proxy.node.name} changes what it is given")
         sizes = all(known.sizes for known in read)
         if _tensors(value):
@@ -266,6 +253,33 @@ class Tracer(torch.fx.Tracer):
             own = not isinstance(value, nn.Parameter)
         self.places[proxy.node] = kind, str(getattr(target, "__name__", target)), *_line_of_user()
         return self._note(proxy, _Known(value, sizes, own))
+
+    def _versions(self, leaves: list[Any]) -> list[tuple[Tensor, int]]:
+        """Of the tensors that an operation is given, those made in the trace: their versions."""
+        proxies = [leaf for leaf in leaves if _is_proxy(leaf)]
+        made = [p for p in proxies if isinstance(p, _Attribute) or p.node.op != "get_attr"]
+        # Of an ordinary tensor, which the trace takes for a constant, they may be a part.
+        ordinary = {_memory(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        return [
+            (tensor, tensor._version)
+            for proxy in made
+            for tensor in self._known(proxy).tensors
+            if not tensor.is_inference() and _memory(tensor) not in ordinary
+        ]
+
+    def _is_followed(self, node: torch.fx.Node, args: Any, written: set[int]) -> bool:
+        """Whether the memory that an operation has written to is known to be its first operand's.
+
+        Of a leaf that could not be traced this is noted, as nothing else tells.
+        """
+        if not args or not _is_proxy(args[0]):
+            return False
+        if node.target in self.failed:
+            own = {_memory(tensor) for tensor in self._known(args[0]).tensors}
+            node.meta[WRITES] = written <= own
+            return written <= own
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return is_in_place(node, module)
 
     def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
         node = super().create_node(kind, target, *more, **options)
