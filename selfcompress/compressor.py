@@ -488,9 +488,8 @@ class Compressor:
             ValueError: `loader` has no batches, and there are norms that need some.
         """
         models = [self.model, *map(_averaged, averages)]
-        if (
-            self.model.training and not self.graph.eval_norms
-        ):  # perhaps nothing was differentiated yet
+        # Perhaps nothing was differentiated yet.
+        if self.model.training and not self.graph.eval_norms:
             self._note_eval_norms()
         reestimate(models, batches_like(self.example_input, loader), self.graph.eval_norms)
         for model in models:

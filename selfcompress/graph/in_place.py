@@ -46,8 +46,8 @@ def alias_hazards(part: Part, module_of: ModuleOf) -> set[torch.fx.Node]:
         if in_place or may_alias(node, kind, module):
             root[node] = root[target]
         if in_place:
-            same = [n for n in root if root[n] is root[target] and n is not node]
-            same = same if writes else [n for n in same if n is not target]
+            apart = (node,) if writes else (node, target)
+            same = [n for n in root if root[n] is root[target] and n not in apart]
             read_later = [n for n in same if any(order[u] > order[node] for u in n.users)]
             if read_later:
                 hazards |= {node, *read_later}
