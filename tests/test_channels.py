@@ -329,6 +329,25 @@ def test_what_items_are_assigned_to_keeps_its_channels_alone() -> None:
     check_exact(compressor, X.double(), shrinks=False)
 
 
+def test_what_is_assigned_is_read_though_the_row_behind_it_has_died() -> None:
+    class Framed(Assigned):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(torch.relu(self.a(x)))
+            x[:, :, 0] = 1
+            y: Tensor = self.deep(x)  # type: ignore[operator]
+            return y
+
+    model = Framed()
+    model.deep = nn.Conv2d(5, 5, 3, groups=5)  # its row would see nothing but zeros
+    compressor = Compressor(model, X, 0.0, bits=8)
+    with torch.no_grad():
+        for name in ("bit_depth", "bias"):
+            model.get_parameter(f"b.{name}")[:2] = 0
+    before = model.eval()(X)
+    compressor.cut()
+    torch.testing.assert_close(model(X), before)
+
+
 class InPlace(nn.Module):
     """Changes a tensor in place that is read under another name afterwards."""
 
