@@ -84,7 +84,7 @@ class Point:
     Attributes:
         kind: "float", "uniform", "ours" or "DiffQ".
         spread: standard deviation of the accuracy over seeds; NaN for a single one.
-        accuracy: percent of the test images.
+        accuracy: percent of the test images; or another score of which more is better.
     """
 
     kind: str
@@ -92,6 +92,20 @@ class Point:
     size: float  # bytes of the file
     accuracy: float
     spread: float = math.nan
+
+
+def hold_bits(compressor: Compressor) -> None:
+    """Have all rows keep the bit depth that they have."""
+    for layer in compressor.layers.values():
+        layer.bit_depth.requires_grad_(False)
+
+
+@torch.no_grad()
+def set_bits(compressor: Compressor, bits: int) -> None:
+    """Give all rows so many bits, and exponents to fit."""
+    for layer in compressor.layers.values():
+        layer.bit_depth.fill_(bits - 0.5)  # the middle of those that round up to it
+        layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
 
 class UniformRun(Run):
@@ -103,17 +117,13 @@ class UniformRun(Run):
 
     def _compressor(self, model: nn.Module) -> Compressor:
         compressor = super()._compressor(model)
-        for layer in compressor.layers.values():
-            layer.bit_depth.requires_grad_(False)
+        hold_bits(compressor)
         return compressor
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         assert self.compressor is not None
         if self.compressor.steps == round(LEARN * self.epochs * self.steps_per_epoch):
-            with torch.no_grad():
-                for layer in self.compressor.layers.values():
-                    layer.bit_depth.fill_(self.bits - 0.5)  # the middle of those that round up
-                    layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
+            set_bits(self.compressor, self.bits)
         return super()._step(images, labels)
 
 
@@ -256,14 +266,14 @@ def table(points: Sequence[Point]) -> str:
         way = 100 * above / (full.accuracy - at) if full.accuracy > at else math.nan
         cells = (
             p.kind, p.name, f"{p.size / 1000:.1f}", f"{100 * p.size / full.size:.2f} %",
-            f"{p.accuracy:.2f} %", _number(p.spread, ".2f"), _number(above, "+.2f"),
-            _number(way, ".0f", " %"),
+            f"{p.accuracy:.2f} %", number(p.spread, ".2f"), number(above, "+.2f"),
+            number(way, ".0f", " %"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float, form: str, unit: str = "") -> str:
+def number(value: float, form: str, unit: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
