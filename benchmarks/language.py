@@ -77,8 +77,9 @@ class Block(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        attended: Tensor = x + self.out(heads.transpose(1, 2).flatten(2))
-        return attended + self.contract(F.gelu(self.expand(self.norm2(attended))))
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        added: Tensor = self.contract(F.gelu(self.expand(self.norm2(x))))
+        return x + added
 
 
 class GPT(nn.Module):

@@ -1,4 +1,4 @@
-"""The benchmark against narrow networks trains them all, and reads its own bar right."""
+"""The benchmarks against narrow networks train them all, and read their own bar right."""
 
 import math
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import language
 from benchmarks.peers import Point, bar, height, main, table
 from selfcompress.file.read import read
 
@@ -61,3 +62,20 @@ def test_an_unknown_model_is_told_in_one_line(
     assert main() == 2
     assert capsys.readouterr().err.startswith("error: no model 'foo': choose ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_language_models_are_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(language, "MEASURED", 2)  # batches
+    options = "--width 8 --widths 4 --bits 3 --gammas 0.003 --steps 4 --runs"
+    monkeypatch.setattr(sys, "argv", ["language", *options.split(), str(tmp_path)])
+    language.main()
+    first = capsys.readouterr().out
+    contents = read(tmp_path / "uniform-w4-3-4-seed0.scnn")
+    assert {d for layer in contents.layers.values() for d in layer.depths.tolist()} == {3}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(times) == 3
+    language.main()
+    assert capsys.readouterr().out == first[first.index("\n|") :]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
