@@ -92,7 +92,7 @@ class Size:
     Attributes:
         layers: every module that adds to the size, in the model's order.
         float_bits: 32 bits for every weight of the starting network.
-        parameters: elements of all parameters the network has now, formats not included.
+        parameters: numbers in all parameters the network has now, formats not included.
     """
 
     layers: tuple[LayerSize, ...]
@@ -211,8 +211,13 @@ def _new(module: nn.Module, seen: set[Tensor]) -> set[Tensor]:
 
 
 def _count(weights: list[Tensor], new: set[Tensor]) -> int:
-    """Elements of `weights`, but of parameters that another module has counted."""
-    return sum(w.numel() for w in weights if w in new or not isinstance(w, nn.Parameter))
+    """Numbers in `weights`, but of parameters that another module has counted."""
+    return sum(_numbers(w) for w in weights if w in new or not isinstance(w, nn.Parameter))
+
+
+def _numbers(tensor: Tensor) -> int:
+    """Elements, of which a complex one is two numbers."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def q_bits(layers: Sequence[QuantizedLayer]) -> Tensor:
@@ -258,7 +263,7 @@ def measure(
             layers.append(layer)
     quantized = quantized_layers(model).values()
     formats = {p for layer in quantized for p in (layer.bit_depth, layer.exponent)}
-    parameters = sum(p.numel() for p in model.parameters() if p not in formats)
+    parameters = sum(_numbers(p) for p in model.parameters() if p not in formats)
     return Size(tuple(layers), 32 * weights_at_start, parameters)
 
 
@@ -286,7 +291,7 @@ def _measure_module(
         own = {module.weight, module.bias, module.bit_depth, module.exponent}
         others: list[Tensor] = [p for p in _new(module, seen) if p not in own]
         stored += sum(_as_held(t, half) for t in (*others, *module.buffers(recurse=False)))
-        in_float = sum(p.numel() for p in others if _is_matrix(p))
+        in_float = sum(_numbers(p) for p in others if _is_matrix(p))
         return LayerSize(
             name=name,
             channels=live,
@@ -344,5 +349,7 @@ def placement_bits(module: Any, rows: int, columns: int) -> int:
 def _as_held(tensor: Tensor | None, half: bool) -> int:
     if tensor is None:
         return 0
-    narrow = half and tensor.is_floating_point()
-    return tensor.numel() * (_HALF_BITS if narrow else tensor.element_size() * 8)
+    numbers = _numbers(tensor)
+    if half and tensor.dtype.to_real().is_floating_point:
+        return numbers * _HALF_BITS
+    return numbers * tensor.dtype.to_real().itemsize * 8

@@ -7,7 +7,8 @@ The file is a safetensors file of a few flat tensors, called streams here:
     bits            uint8   three sections, each filled up to whole bytes: bit depths, placement,
                             and what `integers.py` makes of the integers
     float32, int64 …        all other numbers, by type: first the exponents of the rows that have
-                            bits, layer by layer, then the header's tensors in their order
+                            bits, layer by layer, then the header's tensors in their order (of
+                            a complex number the real part, then the imaginary one)
 
 Streams without content are left out. The CRC-32 is that of the compressed JSON and then, in the
 order of their names, of the other streams: name, semicolon, content.
@@ -58,6 +59,9 @@ Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
 FloatType = Literal["float64", "float32", "float16", "bfloat16"]
 NumberType = Literal[FloatType, "int64", "int32", "int16", "int8", "uint8", "bool"]
 """The types of numbers that a file can hold, by their names in torch."""
+
+ComplexType = Literal["complex128", "complex64"]
+"""The types that it holds as pairs of floats: real and imaginary part."""
 
 
 class FileError(ValueError):
@@ -183,7 +187,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     """A parameter or buffer that is not quantised; `channels_last` as of a `Layer`."""
 
     name: Text
-    dtype: NumberType
+    dtype: Literal[NumberType, ComplexType]
     shape: Shape
     channels_last: bool
 

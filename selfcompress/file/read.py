@@ -248,8 +248,10 @@ class _Unpacker:
         stored = str(stored_dtype(dtype, self.header.half)).removeprefix("torch.")
         if count == 0:
             return torch.zeros(0, dtype=dtype)
+        count *= 2 if dtype.is_complex else 1
         begin = self.used.get(stored, 0)
         if stored not in self.numbers or len(self.numbers[stored]) < begin + count:
             raise h.FileError(f"there are fewer numbers of type {stored} than there should be")
         self.used[stored] = begin + count
-        return self.numbers[stored][begin : begin + count].to(dtype)
+        numbers = self.numbers[stored][begin : begin + count].to(dtype.to_real())
+        return torch.complex(numbers[0::2], numbers[1::2]) if dtype.is_complex else numbers

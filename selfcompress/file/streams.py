@@ -9,7 +9,9 @@ from torch import Tensor
 
 from selfcompress.file import header as h
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(h.NumberType)}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in (*get_args(h.NumberType), *get_args(h.ComplexType))
+}
 """By name: the types of numbers that a file can hold."""
 
 
@@ -28,8 +30,9 @@ def is_stored(name: str, layers: Container[str], folded: Container[str]) -> bool
 
 
 def stored_dtype(dtype: torch.dtype, half: bool) -> torch.dtype:
-    """The type that a tensor of type `dtype` is stored in."""
-    return torch.float16 if half and dtype.is_floating_point else dtype
+    """The type that a tensor of type `dtype` is stored in, a complex one as pairs of floats."""
+    real = dtype.to_real()
+    return torch.float16 if half and real.is_floating_point else real
 
 
 def representable(depths: Tensor, exponents: Tensor, dtype: torch.dtype) -> bool:

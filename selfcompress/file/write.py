@@ -138,7 +138,8 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
 
 
 def _tensor(name: str, tensor: Tensor) -> h.Tensor:
-    return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), _is_channels_last(tensor))
+    dtype, last = _dtype(name, tensor), _is_channels_last(tensor)
+    return h.Tensor(name, dtype, list(tensor.shape), last)  # type: ignore[arg-type]
 
 
 def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
@@ -217,18 +218,19 @@ def _by_type(tensors: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         stored = stored_dtype(tensor.dtype, half)
-        flat = tensor.detach().cpu().to(stored).flatten()
-        if tensor.is_floating_point() and flat.isfinite().sum() < tensor.isfinite().sum():
+        real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        flat = real.detach().cpu().to(stored).flatten()
+        if real.is_floating_point() and flat.isfinite().sum() < real.isfinite().sum():
             raise ValueError(f"{name} has values too large for float16: save it with half=False")
         parts.setdefault(_dtype(name, flat), []).append(flat)
     return {name: torch.cat(flats) for name, flats in parts.items()}
 
 
-def _dtype(name: str, tensor: Tensor) -> h.NumberType:
+def _dtype(name: str, tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype}, which cannot be stored")
-    return dtype  # type: ignore[return-value]
+    return dtype
 
 
 def _require_finite(model: nn.Module) -> None:
@@ -238,7 +240,7 @@ def _require_finite(model: nn.Module) -> None:
         if tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
             raise ValueError(f"{name} is not finite")
     for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and buffer.isnan().any():
+        if (buffer.is_floating_point() or buffer.is_complex()) and buffer.isnan().any():
             raise ValueError(f"{name} is not a number in places")
 
 
