@@ -1,11 +1,10 @@
 """A language model that compresses itself, beside narrower ones at uniform bits: the library alone.
 
-    python -m benchmarks.language                                  the default: an hour and a half
-    python -m benchmarks.language --steps 60 --widths 32 --gammas 0.003       to see it work
+    python -m benchmarks.language                                         two hours on one core
+    python -m benchmarks.language --steps 60 --widths 32 --gammas 0.003   to see it work
 
-(An hour and a half on one core.) A GPT of four blocks learns to predict the next character of
-Python's own library as it lies on this machine; every tenth file is held out. No run of train.py is
-needed: this is the README's loop, on a model that the library does not know.
+A GPT of four blocks learns to predict the next character of Python's own library as it lies on this
+machine; every tenth file is held out. This is the README's loop, on a model of nobody's list.
 
 The peers are those of benchmarks/peers.py: *float*, the full width; *uniform*, narrower networks
 all of whose weights have 2, 3 or 4 bits, after 60 % of the run in 8 bits. Every network learns for
