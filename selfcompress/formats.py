@@ -15,12 +15,8 @@ alone, and what it sees has a mean of zero once the weights have been trained.)
 *Bit depth.* With b bits, rounding leaves about `ROUNDING`·4^-b of a row's energy as noise, which
 does that share of the harm. One bit more takes away 2 ln2 · ROUNDING·4^-b · worth and costs
 γ·I·H·W/N by eq. (2) to (4). Where they are equal is the depth the row wants, half a log2 of the
-ratio. This is the minimum of the loss of eq. (2) that the bit depths are to find, without the noise
-of a descent to it.
-
-*Given up* is a row that wants less than one bit, at a price of its first two bits that has half of
-what its format takes in each, `FORMAT_BITS`. For rows of many weights that is next to nothing, but
-those of a depthwise convolution have nine.
+ratio. A row that wants less than one bit is given up. This is the minimum of the loss of eq. (2)
+that the bit depths are to find, without the noise of a descent to it.
 
 *Not all at once.* The estimate is local, of one row with all others in place, and it vanishes with
 the gradient: before anything is learnt, and when all training data are, every row looks worthless.
@@ -60,7 +56,6 @@ from torch.utils.hooks import RemovableHandle
 from selfcompress.layers.quantized import QuantizedLayer, of_rows
 from selfcompress.quantizer import fit_exponent, integer_depth
 from selfcompress.replay import Replay, addresses
-from selfcompress.size import FORMAT_BITS
 
 ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
 TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
@@ -87,28 +82,16 @@ class Collected:
     exponents: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
 
 
-class Prices(NamedTuple):
-    """Of a bit more for a row, (rows of all layers,) each.
-
-    Attributes:
-        later: eq. (2) to (4).
-        first: of each of the first two bits, with which a row has a format.
-    """
-
-    later: Tensor
-    first: Tensor
-
-
 class Pressure(NamedTuple):
-    """What the penalty says of rows.
+    """What the penalty says of rows, (rows of all layers,) each.
 
     Attributes:
-        prices: of their bits.
-        layer_of: (rows of all layers,) the number of the row's layer.
-        least_rows: (rows of all layers,) how many rows of that layer keep bits.
+        price: of a bit.
+        layer_of: the number of the row's layer.
+        least_rows: how many rows of that layer keep bits.
     """
 
-    prices: Prices
+    price: Tensor
     layer_of: Tensor
     least_rows: Tensor
 
@@ -403,15 +386,12 @@ class FormatStepper:
         depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
         return self._wanted(depth, self._prices(gamma)) if gamma > 0 else depth
 
-    def _prices(self, gamma: float) -> Prices:
+    def _prices(self, gamma: float) -> Tensor:
+        """(rows of all layers,) what a bit costs."""
         layers = list(self.layers.values())
-        of_bit = gamma / self.starting_weights
-        return Prices(
-            later=of_rows(layers, [of_bit * layer.fan_in for layer in layers]),
-            first=of_rows(layers, [of_bit * (layer.fan_in + FORMAT_BITS / 2) for layer in layers]),
-        )
+        return of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
 
-    def _wanted(self, depth: Tensor, prices: Prices) -> Tensor:
+    def _wanted(self, depth: Tensor, price: Tensor) -> Tensor:
         worth, steps = [], []
         for layer in self.layers.values():
             state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
@@ -419,16 +399,14 @@ class FormatStepper:
             steps.append(state["step"].expand_as(state["worth"]))
         averaged = 1 - self.memory ** torch.cat(steps)
         first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * torch.cat(worth)
-        wanted, at_first = (0.5 * torch.log2(first_bit / averaged / price) for price in prices)
+        wanted = 0.5 * torch.log2(first_bit / averaged / price)
         # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
-        unknown = wanted.isnan()
-        wanted = torch.where(at_first < 1, at_first, wanted.clamp(max=self.most_bits))
-        return torch.where(unknown, depth, wanted)
+        return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
     def _moved(self, depth: Tensor, least: Tensor, pressure: Pressure) -> Tensor:
         """(rows of all layers,) the bit depths a step nearer to what is wanted."""
         step = self.adam.param_groups[0]["lr"]
-        wanted = self._wanted(depth, pressure.prices)
+        wanted = self._wanted(depth, pressure.price)
         # The least is in the middle of the depths that round up to it.
         target = wanted.maximum(least).clamp(max=self.most_bits)
         change = (target - depth).clamp(-step, step)

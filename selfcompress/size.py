@@ -53,8 +53,6 @@ from selfcompress.text import aligned
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32
 _HALF_BITS = 16
-FORMAT_BITS = _DEPTH_BITS + _EXPONENT_BITS
-"""Of a row that has bits."""
 WEIGHTED = (
     *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
     nn.RNNCellBase,

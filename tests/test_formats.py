@@ -27,15 +27,15 @@ from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 from selfcompress.size import q_bits
 
-GAMMA = 0.0001
+GAMMA = 0.01
 
 
-def linear(columns: int = 5, **options: object) -> tuple[Compressor, SGD]:
-    """One layer of 3 rows: N = 3 * columns."""
+def linear(**options: object) -> tuple[Compressor, SGD]:
+    """One layer of 3 rows and 5 columns: N = 15."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(columns, 3))
+    model = nn.Sequential(nn.Linear(5, 3))
     settings = {"gamma": GAMMA, "bits": 8} | options
-    compressor = Compressor(model, torch.randn(2, columns), **settings)  # type: ignore[arg-type]
+    compressor = Compressor(model, torch.randn(2, 5), **settings)  # type: ignore[arg-type]
     return compressor, SGD(compressor.weights(), lr=0.0)
 
 
@@ -43,9 +43,9 @@ def wanted(compressor: Compressor) -> Tensor:
     return compressor.formats.wanted(GAMMA)
 
 
-def batch(size: int = 32, columns: int = 5) -> tuple[Tensor, Tensor]:
+def batch(size: int = 32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(size, columns, generator=generator)
+    x = torch.randn(size, 5, generator=generator)
     return x, torch.randint(3, (size,), generator=generator)
 
 
@@ -62,9 +62,9 @@ def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
     harm = TASK_SHARE * worth[:, None] * ROUNDING * 4.0**-depths
     cheapest = (harm + GAMMA * 5 / 15 * depths).argmin(1)
     torch.testing.assert_close(wanted(compressor), depths[cheapest], atol=2e-3, rtol=0)
-    # A decade of γ is log2(10) / 2 bits.
-    more = compressor.formats.wanted(GAMMA / 10)
-    torch.testing.assert_close(more, wanted(compressor) + math.log2(10) / 2)
+    # Two decades of γ are log2(100) / 2 bits.
+    less = compressor.formats.wanted(100 * GAMMA)
+    torch.testing.assert_close(less, wanted(compressor) - math.log2(100) / 2)
     assert (compressor.formats.wanted(1e-12) == 8).all()  # never more than at the start
 
 
@@ -165,9 +165,9 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
 @pytest.mark.parametrize(("want", "bits"), [(0.9, 0), (1.1, 2), (1.9, 2), (2.1, 3), (6.9, 7)])
 def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> None:
     """And if it is one, at two."""
-    compressor, optimizer = linear(1000, gamma=1e-9, bit_step=0.1, interval=10**6)
+    compressor, optimizer = linear(gamma=1e-9, bit_step=0.1, interval=10**6)
     (layer,) = compressor.layers.values()
-    x, y = batch(columns=1000)
+    x, y = batch()
     for _ in range(200):
         optimizer.zero_grad()
         (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
@@ -175,27 +175,6 @@ def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> N
         wanted = compressor.formats.wanted(1.0)  # less by 1 at four times the price
         compressor.gamma = 4 ** float(wanted.min() - want)
     assert integer_depth(layer.bit_depth).min() == bits
-
-
-@pytest.mark.parametrize("columns", [1, 5, 1000])
-def test_a_row_is_given_up_if_its_first_two_bits_are_not_worth_its_format_too(columns: int) -> None:
-    """So those of few weights are; how many bits the others want does not hang on it."""
-    compressor, optimizer = linear(columns)
-    (layer,) = compressor.layers.values()
-    x, y = batch(columns=columns)
-    (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
-    assert layer.weight.grad is not None
-    worth = 0.5 * 32 * (layer.weight.grad * layer.weight.detach()).square().sum(1).max()
-    compressor.step(optimizer)
-
-    def most(gamma: float) -> float:
-        return float(compressor.formats.wanted(gamma).max())
-
-    # One bit is worth it where what it takes away of the harm is its price.
-    two = 2 * columns + 8 + 32  # bits
-    limit = float(2 * math.log(2) * ROUNDING * TASK_SHARE * worth / 4) / (two / 2) * 3 * columns
-    assert most(1.001 * limit) < 1
-    assert most(0.999 * limit) == pytest.approx(1 + 0.5 * math.log2(two / 2 / columns), abs=1e-2)
 
 
 ROW = st.tuples(st.floats(-9, 9) | st.sampled_from([-math.inf, 0.9, 1.0, 1.9]), st.integers(0, 8))
