@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import selfcompress
 from benchmarks.peers import LEARN, Point, bar, height, hold_bits, number, set_bits
+from benchmarks.zoo import markdown
 
 CHARACTERS = 128  # of ASCII; others are the last of them
 CONTEXT = 128  # characters
@@ -206,10 +207,8 @@ def table(points: list[Point]) -> str:
     """All networks by kind and size, as markdown; their scores are minus bits a character."""
     hull = bar(points)
     full = next(p for p in points if p.kind == "float")
-    lines = [
-        "| | | file KB | of float | bits a character | the bar | of the way to float |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = "", "", "file KB", "of float", "bits a character", "the bar", "of the way to float"
+    rows = []
     for p in sorted(points, key=lambda p: (p.kind, p.size)):
         at = height(p.size, hull)
         way = 100 * (p.accuracy - at) / (full.accuracy - at)
@@ -217,8 +216,8 @@ def table(points: list[Point]) -> str:
             p.kind, p.name, f"{p.size / 1000:.1f}", f"{100 * p.size / full.size:.2f} %",
             f"{-p.accuracy:.3f}", number(-at, ".3f"), number(way, ".0f", " %"),
         )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown(header, rows) + "\n"
 
 
 if __name__ == "__main__":

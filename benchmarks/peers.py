@@ -36,6 +36,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks.zoo import markdown
 from models import UnknownModelError, build, default_width
 from selfcompress import CutError
 from selfcompress.compressor import Compressor
@@ -256,10 +257,10 @@ def table(points: Sequence[Point]) -> str:
     """All networks by kind and size, as markdown."""
     hull = bar(points)
     full = next(p for p in points if p.kind == "float")
-    lines = [
-        "| | | file KB | of float | accuracy | ± | above the bar | of the way to float |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        "", "", "file KB", "of float", "accuracy", "±", "above the bar", "of the way to float"
+    )  # fmt: skip
+    rows = []
     for p in sorted(points, key=lambda p: (p.kind, p.size)):
         at = height(p.size, hull)
         above = p.accuracy - at
@@ -269,8 +270,8 @@ def table(points: Sequence[Point]) -> str:
             f"{p.accuracy:.2f} %", number(p.spread, ".2f"), number(above, "+.2f"),
             number(way, ".0f", " %"),
         )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown(header, rows) + "\n"
 
 
 def number(value: float, form: str, unit: str = "") -> str:

@@ -349,7 +349,6 @@ def placement_bits(module: Any, rows: int, columns: int) -> int:
 def _as_held(tensor: Tensor | None, half: bool) -> int:
     if tensor is None:
         return 0
-    numbers = _numbers(tensor)
-    if half and tensor.dtype.to_real().is_floating_point:
-        return numbers * _HALF_BITS
-    return numbers * tensor.dtype.to_real().itemsize * 8
+    real = tensor.dtype.to_real()
+    narrow = half and real.is_floating_point
+    return _numbers(tensor) * (_HALF_BITS if narrow else real.itemsize * 8)

@@ -60,8 +60,8 @@ FloatType = Literal["float64", "float32", "float16", "bfloat16"]
 NumberType = Literal[FloatType, "int64", "int32", "int16", "int8", "uint8", "bool"]
 """The types of numbers that a file can hold, by their names in torch."""
 
-ComplexType = Literal["complex128", "complex64"]
-"""The types that it holds as pairs of floats: real and imaginary part."""
+TensorType = Literal[NumberType, "complex128", "complex64"]
+"""The types of tensors; complex ones are held as pairs of floats, real and imaginary part."""
 
 
 class FileError(ValueError):
@@ -187,7 +187,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     """A parameter or buffer that is not quantised; `channels_last` as of a `Layer`."""
 
     name: Text
-    dtype: Literal[NumberType, ComplexType]
+    dtype: TensorType
     shape: Shape
     channels_last: bool
 

@@ -136,7 +136,7 @@ def _streams(data: bytes) -> dict[str, Tensor]:
         raise h.FileError("it is a safetensors file, but no network packed by selfcompress")
     for name, stream in streams.items():
         dtype = torch.uint8 if name in _OCTETS else DTYPES.get(name)
-        if stream.dtype != dtype or stream.dim() != 1:
+        if stream.dtype != dtype or stream.is_complex() or stream.dim() != 1:
             raise h.FileError(f"it has a tensor {name!r} that does not belong there")
     return streams
 

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from selfcompress.file import header as h
 
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in (*get_args(h.NumberType), *get_args(h.ComplexType))
-}
-"""By name: the types of numbers that a file can hold."""
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(h.TensorType)}
+"""By name: the types of tensors that a file can hold."""
 
 
 def is_stored(name: str, layers: Container[str], folded: Container[str]) -> bool:

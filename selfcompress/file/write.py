@@ -138,8 +138,7 @@ def _layer(name: str, layer: QuantizedLayer) -> h.Layer:
 
 
 def _tensor(name: str, tensor: Tensor) -> h.Tensor:
-    dtype, last = _dtype(name, tensor), _is_channels_last(tensor)
-    return h.Tensor(name, dtype, list(tensor.shape), last)  # type: ignore[arg-type]
+    return h.Tensor(name, _dtype(name, tensor), list(tensor.shape), _is_channels_last(tensor))
 
 
 def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
@@ -226,11 +225,11 @@ def _by_type(tensors: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
     return {name: torch.cat(flats) for name, flats in parts.items()}
 
 
-def _dtype(name: str, tensor: Tensor) -> str:
+def _dtype(name: str, tensor: Tensor) -> h.TensorType:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype}, which cannot be stored")
-    return dtype
+    return dtype  # type: ignore[return-value]
 
 
 def _require_finite(model: nn.Module) -> None:
