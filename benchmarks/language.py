@@ -28,7 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 import selfcompress
-from benchmarks.peers import LEARN, Point, bar, height, hold_bits, number, set_bits
+from benchmarks.peers import LEARN, Point, bar, height, number, set_bits
 from benchmarks.zoo import markdown
 
 CHARACTERS = 128  # of ASCII; others are the last of them
@@ -164,8 +164,6 @@ def train(model: nn.Module, kind: str, pressure: float, args: Args, learnt: Tens
             bits=8,
             schedule=selfcompress.Schedule(args.steps, end=0.85 if kind == "ours" else 1.0),
         )
-        if kind == "uniform":
-            hold_bits(compressor)
     weights = compressor.weights() if compressor else model.parameters()
     optimizer = torch.optim.AdamW(weights, RATE, betas=(0.9, 0.98), weight_decay=0.05)
     rates = torch.optim.lr_scheduler.OneCycleLR(

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.zoo import markdown
 from models import UnknownModelError, build, default_width
@@ -95,12 +95,6 @@ class Point:
     spread: float = math.nan
 
 
-def hold_bits(compressor: Compressor) -> None:
-    """Have all rows keep the bit depth that they have."""
-    for layer in compressor.layers.values():
-        layer.bit_depth.requires_grad_(False)
-
-
 @torch.no_grad()
 def set_bits(compressor: Compressor, bits: int) -> None:
     """Give all rows so many bits, and exponents to fit."""
@@ -110,16 +104,11 @@ def set_bits(compressor: Compressor, bits: int) -> None:
 
 
 class UniformRun(Run):
-    """Quantisation-aware training: all rows keep the bit depth of --bits, later on `bits`."""
+    """Quantisation-aware training at γ = 0: rows keep the bit depth of --bits, later on `bits`."""
 
     def __init__(self, *args: Any, bits: int) -> None:
         super().__init__(*args)
         self.bits = bits
-
-    def _compressor(self, model: nn.Module) -> Compressor:
-        compressor = super()._compressor(model)
-        hold_bits(compressor)
-        return compressor
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         assert self.compressor is not None

@@ -580,6 +580,12 @@ def test_complex_numbers_come_back_as_two() -> None:
     (own,) = (layer for layer in size.layers if not layer.name)
     assert (own.weights, own.stored_bits) == (96, 32 * (96 + 1 + 16 + 8))
     assert size.q_bits == 4 * 12 + 32 * 96
+    (own,) = (layer for layer in measure(model, None, 1, half=True).layers if not layer.name)
+    assert own.stored_bits == 16 * (96 + 1 + 16 + 4)
+    beside = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
+    model.lift.register_parameter("beside", beside)
+    assert measure(model, None, 1).q_bits == size.q_bits + 32 * 8
+    del model.lift.beside
     loaded = set_up(unpack(pack(model, half=True)), Waves())
     torch.testing.assert_close(loaded.waves, model.waves, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
