@@ -182,6 +182,8 @@ def _cut(run: Run, share: float) -> None:
     assert run.compressor is not None
     generator = torch.Generator().manual_seed(0)
     for layer in list(run.compressor.layers.values())[:-1]:
+        if layer.grouped:  # a depthwise one loses those of the layer before it
+            continue
         order = torch.randperm(layer.out_width, generator=generator)
         layer.bit_depth[order[max(1, round(share * layer.out_width)) :].to(layer.rows)] = 0
     run.compressor.cut(run.optimizer)

@@ -81,10 +81,9 @@ class Compressor:
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
         multiple: for speed, tensors keep so many of their dead channels until `finish` that their
-            widths are multiples of this (or of a half, a quarter … of it, where more would be dead
-            than live). If it is above 1, a batch norm also keeps its input as wide as its output.
-            Such channels have neither weights nor norm entries; a bias, which nobody reads, may
-            stay.
+            widths are multiples of this, or what they were at the start. If it is above 1, a batch
+            norm also keeps its input as wide as its output. Such channels have neither weights nor
+            norm entries; a bias, which nobody reads, may stay.
 
     Raises:
         ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or

@@ -1,9 +1,11 @@
 """Small networks that the tests quantise, kill rows of and cut, and helpers to do so."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,15 @@ from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.layers.quantized import quantized_layers
 from selfcompress.surgery import Plan, apply_plan, plan_cut
+
+
+@contextlib.contextmanager
+def copied(always: bool) -> Iterator[None]:
+    """Where channels are missing, copy the others if so told; small networks compute zeros."""
+    with pytest.MonkeyPatch.context() as patch:
+        if always:
+            patch.setattr("selfcompress.layers.placing._FEW_GAPS", (0, 0.0))
+        yield
 
 
 def block(i: int, o: int, bias: bool = False) -> nn.Sequential:

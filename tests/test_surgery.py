@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Cut, count, kill, outputs, prepare
+from networks import NETWORKS, Cut, copied, count, kill, outputs, prepare
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -109,7 +109,8 @@ def test_a_cut_is_exact(name: str, dtype: torch.dtype) -> None:
     for seed in range(6):
         cut = prepare(name, dtype, seed)
         kill_at_random(cut, seed)
-        check_exact(cut)
+        with copied(seed % 2 > 0 and dtype is torch.float64):
+            check_exact(cut)
 
 
 @settings(max_examples=80, deadline=None)
@@ -117,12 +118,13 @@ def test_a_cut_is_exact(name: str, dtype: torch.dtype) -> None:
 @example(name="excluded", seed=242531)  # a float layer that reads nothing but zeros
 def test_any_pattern_of_dead_rows_cuts_exactly_twice(name: str, seed: int) -> None:
     cut = prepare(name, torch.float64, seed)
-    kill_at_random(cut, seed)
-    check_exact(cut)
-    assert not cut.plan()
-    kill_at_random(cut, seed + 1)
-    check_exact(cut)
-    assert not cut.plan()
+    with copied(seed % 2 > 0):
+        kill_at_random(cut, seed)
+        check_exact(cut)
+        assert not cut.plan()
+        kill_at_random(cut, seed + 1)
+        check_exact(cut)
+        assert not cut.plan()
 
 
 @settings(max_examples=30, deadline=None)
