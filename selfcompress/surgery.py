@@ -336,6 +336,8 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
     if isinstance(module, QuantConv) and wiring.groups is not None:
         counts = np.bincount(wiring.groups) if wiring.groups else np.ones(1, np.int64)
         module.groups, module.group_width = len(counts), int(counts.max())
+        in_place = wiring.in_width == wiring.out_width and wiring.rows == wiring.columns
+        module.aligned = module.depthwise and in_place
         first = np.cumsum(counts) - counts
         within = np.arange(len(wiring.groups)) - first[wiring.groups]
         slots = np.array(wiring.groups, np.int64) * module.group_width + within

@@ -21,26 +21,30 @@ def without_what_is_fast(
     Args:
         rows: module name → (rows,) bool, the rows that stay.
         multiple: of channels, which tensors have then if they can, and if above 1, batch norms
-            read just the channels that they make.
+            and depthwise convolutions read just the channels that they make.
     """
-    norms = [n for n in graph.of_kind(Kind.NORM) if model.get_submodule(n.module).aligned]
+    through = graph.of_kind(Kind.NORM, Kind.GROUPED)
+    through = [node for node in through if model.get_submodule(node.module).aligned]
     while True:
-        # Aligned first, norms have the same channels kept in front and behind to round up.
-        kept = _rounded_up(graph, _aligned(graph, removed, norms), multiple)
+        free = _may_be_kept(graph, through)
+        # Aligned first, they have the same channels kept in front and behind to round up.
+        kept = _rounded_up(graph, _aligned(graph, removed, through, free), multiple, free)
         kept = removable(graph, kept, rows, model)
-        in_vain = _misaligned(graph, kept, norms)
+        in_vain = _misaligned(graph, kept, through)
         if not in_vain:
             return kept
-        norms = [node for node in norms if node not in in_vain]
+        through = [node for node in through if node not in in_vain]
 
 
-def _rounded_up(graph: ChannelGraph, removed: np.ndarray, multiple: int) -> np.ndarray:
+def _rounded_up(
+    graph: ChannelGraph, removed: np.ndarray, multiple: int, free: np.ndarray
+) -> np.ndarray:
     """As much of `removed` as leaves tensors a multiple of `multiple` channels, or all they have.
 
     More of them may be dead than alive. That is still faster: where a batch norm's channels are
     no multiple of 16, the threads that sum them up share cache lines.
     """
-    kept, free = removed.copy(), _may_be_kept(graph)
+    kept = removed.copy()
     for ids in graph.ids.values():
         if len(np.unique(ids)) < len(ids) or not free[ids].all():
             continue
@@ -49,13 +53,15 @@ def _rounded_up(graph: ChannelGraph, removed: np.ndarray, multiple: int) -> np.n
     return kept
 
 
-def _aligned(graph: ChannelGraph, removed: np.ndarray, norms: list[Node]) -> np.ndarray:
-    """As much of `removed` as leaves `norms` the channels that they make, where few are gone.
+def _aligned(
+    graph: ChannelGraph, removed: np.ndarray, through: list[Node], free: np.ndarray
+) -> np.ndarray:
+    """As much of `removed` as leaves nodes the channels that they make, where few are gone.
 
     Else what they make would have to be put into its places.
     """
-    removed, free = removed.copy(), _may_be_kept(graph)
-    for node in norms:
+    removed = removed.copy()
+    for node in through:
         reads, makes = removed[graph.reads(node)], removed[graph.ids[node.name]]
         gaps = graph.reads(node)[reads & ~makes]
         if free[gaps].all() and few_gaps(len(gaps), int((~makes).sum())):
@@ -63,19 +69,20 @@ def _aligned(graph: ChannelGraph, removed: np.ndarray, norms: list[Node]) -> np.
     return removed
 
 
-def _misaligned(graph: ChannelGraph, removed: np.ndarray, norms: list[Node]) -> list[Node]:
-    """Those of `norms` that will not read just the channels that they make."""
-    return [n for n in norms if (removed[graph.reads(n)] != removed[graph.ids[n.name]]).any()]
+def _misaligned(graph: ChannelGraph, removed: np.ndarray, through: list[Node]) -> list[Node]:
+    """Those of some nodes that will not read just the channels that they make."""
+    return [n for n in through if (removed[graph.reads(n)] != removed[graph.ids[n.name]]).any()]
 
 
-def _may_be_kept(graph: ChannelGraph) -> np.ndarray:
+def _may_be_kept(graph: ChannelGraph, through: list[Node]) -> np.ndarray:
     """(number of ids,) bool: those that may stay in their places though they are dead.
 
-    Not what grouped convolutions or layers left in float read or make: those would compute with
-    it, and train it.
+    Not what layers left in float or grouped convolutions read or make, which would compute with
+    it and train it; but what depthwise ones among `through` do, whose rows go with their channels.
     """
     free = np.ones_like(graph.removed)
     for node in graph.of_kind(Kind.LAYER, Kind.GROUPED):
-        if node.kind is Kind.GROUPED or node.module not in graph.origin:
+        grouped = node.kind is Kind.GROUPED and node not in through
+        if grouped or node.module not in graph.origin:
             free[graph.reads(node)] = free[graph.ids[node.name]] = False
     return free

@@ -255,7 +255,16 @@ class QuantizedLayer(Placed):
 
 
 class QuantConv(QuantizedLayer):
-    """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
+    """A convolution of 1, 2 or 3 dimensions, perhaps grouped.
+
+    Attributes:
+        aligned: whether it is depthwise, and the channel that each row reads has the same index in
+            the input as the one that it computes has in the output.
+    """
+
+    aligned = False
+    padding_mode: str
+    _function: Any  # F.conv1d, 2d or 3d
 
     def _give_formats(self, bits: float, integer_bits: bool) -> None:
         super()._give_formats(bits, integer_bits)
@@ -263,6 +272,22 @@ class QuantConv(QuantizedLayer):
             self.slots = torch.arange(self.out_width, device=self.weight.device)
             self.group_width = self.out_width // self.groups
             self.at_start = self.in_width, self.out_width, self.groups
+            self.aligned = self.depthwise
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each of its channels, padded with zeros, was filtered by itself at the start."""
+        return self.grouped and len(set(self.at_start)) == 1 and self.padding_mode == "zeros"
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        gaps = self.out_width - self.rows.numel()
+        if not self.aligned or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
+            return super().forward(input, *args, **kwargs)
+        self._note_samples(input)
+        weight = place(self.quantized_weight(), self.rows, self.out_width, 0)
+        shape = self.stride, self.padding, self.dilation
+        out: Tensor = type(self)._function(input, weight, self.bias, *shape, self.out_width)
+        return out
 
     def dense_weight(self) -> Tensor:
         """See `QuantizedLayer`; of a grouped convolution, for `dense_groups`."""
@@ -299,18 +324,21 @@ class QuantConv1d(QuantConv, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -2
+    _function = staticmethod(F.conv1d)
 
 
 class QuantConv2d(QuantConv, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
+    _function = staticmethod(F.conv2d)
 
 
 class QuantConv3d(QuantConv, nn.Conv3d):  # type: ignore[misc]
     """`nn.Conv3d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -4
+    _function = staticmethod(F.conv3d)
 
 
 class QuantConvTranspose(QuantConv):

@@ -102,7 +102,8 @@ def names_of_ours(twin: Hashable) -> frozenset[str]:
     names = {
         name for kind in ours for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
     }
-    torchs |= {"weight", "bias", "groups", "out_proj", "__module__"}  # which have no class's name
+    # Torch's layers have these too, though their classes have no such names.
+    torchs |= {"weight", "bias", "groups", "padding_mode", "out_proj", "__module__"}
     return frozenset(names | {"own_class"}) - torchs
 
 
