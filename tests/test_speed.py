@@ -127,14 +127,16 @@ def test_few_gaps_are_filled_in_weights_and_nowhere_else(name: str, multiple: in
     assert any(shape[0] == 67 and len(shape) == 4 for shape in indexed.shapes) == (multiple == 1)
 
 
+@pytest.mark.parametrize("groups", [1, 100])
 @pytest.mark.parametrize(("dead", "copies"), [(70, False), (71, True)])
-def test_many_gaps_are_copied_around(dead: int, copies: bool) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 100, 1), nn.Sigmoid(), nn.Conv2d(100, 4, 1))
+def test_many_gaps_are_copied_around(dead: int, copies: bool, groups: int) -> None:
+    layer = nn.Conv2d(100, 100, 1, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 100, 1), layer, nn.Sigmoid(), nn.Conv2d(100, 4, 1))
     x = torch.randn(2, 3, 5, 5)
-    compressor = Compressor(model, x, 0.01)
-    kill(model, "0", torch.arange(dead))
+    compressor = Compressor(model, x, 0.01, multiple=100)
+    kill(model, "1", torch.arange(dead))
     assert compressor.cut()
-    assert compressor.layers["0"].out_width == 100  # half is what the sigmoid makes of a zero
+    assert compressor.layers["1"].out_width == 100  # half is what the sigmoid makes of a zero
     with Indexed() as indexed:
         model(x)
     assert any(len(shape) == 4 and shape[0] == 2 for shape in indexed.shapes) == copies
@@ -179,6 +181,17 @@ def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
         model.get_parameter("1.bias")[live:] = 0
     assert compressor.cut()
     assert compressor.layers["0"].out_width == compressor.layers["4"].in_width == kept
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_depthwise_convolutions_compute_the_same_among_zeros(padding: str) -> None:
+    layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=padding)
+    model, x = BranchOf(layer), torch.randn(4, 3, 5, 5)
+    compressor = Compressor(model, x, 0.01, multiple=4)
+    kill(model, "layer", torch.tensor([1, 2]))
+    assert compressor.cut()  # and the outputs are as before
+    model(x[:3])
+    assert compressor.layers["layer"].samples == 3
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
