@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import kill
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,7 +186,7 @@ def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
-def test_depthwise_convolutions_compute_the_same_among_zeros(padding: str) -> None:
+def test_depthwise_convolutions_compute_the_same_among_zeros(padding: Any) -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=padding)
     model, x = BranchOf(layer), torch.randn(4, 3, 5, 5)
     compressor = Compressor(model, x, 0.01, multiple=4)
@@ -193,6 +194,28 @@ def test_depthwise_convolutions_compute_the_same_among_zeros(padding: str) -> No
     assert compressor.cut()  # and the outputs are as before
     model(x[:3])
     assert compressor.layers["layer"].samples == 3
+
+
+class Below(nn.Conv2d):
+    """Pads below alone."""
+
+    def forward(self, input: Tensor) -> Any:
+        return self._conv_forward(F.pad(input, (0, 0, 0, 1)), self.weight, self.bias)
+
+
+def test_depthwise_convolutions_of_own_classes_stay_depthwise_among_zeros() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 1), Below(20, 20, 3, groups=20), nn.BatchNorm2d(20), nn.Conv2d(20, 4, 1)
+    )
+    x = torch.randn(4, 3, 5, 5)
+    compressor = Compressor(model, x, 0.01, multiple=8)
+    kill(model, "1", torch.tensor([1, 2, 4, 6, 7, 9, 13]))
+    with torch.no_grad():
+        model.get_parameter("1.bias").zero_()
+    assert compressor.cut()
+    layer, macs = compressor.layers["1"], compressor.size().macs
+    assert len(layer.rows) == 13 and layer.dense_groups == layer.out_width == 16
+    assert macs == 25 * 3 * 13 + 12 * 16 * 9 + 12 * 13 * 4
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:

@@ -52,6 +52,8 @@ class QuantizedLayer(Placed):
             would be if all groups were as wide as the widest; of grouped convolutions only.
         group_width: rows of the widest group; of grouped convolutions only.
         at_start: channels of its input and output, and groups; of grouped convolutions only.
+        aligned: whether it is a depthwise convolution, and each row computes the channel of the
+            output that has the index of the one of the input that it reads.
         samples: the size of the last batch that it was called with; 0 if that cannot be told.
         batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
             if no dimension does.
@@ -67,6 +69,7 @@ class QuantizedLayer(Placed):
     slots: Tensor
     group_width: int
     at_start: tuple[int, int, int]
+    aligned = False
     integer_bits: bool
     samples = 0
     batch_dim: int | None = 0
@@ -183,13 +186,16 @@ class QuantizedLayer(Placed):
     def dense_groups(self) -> int:
         """How many groups `dense_weight` is for.
 
-        Those there are, if there are no gaps; those at the start, if all channels have kept their
+        Those there are, if there are no gaps; one for each channel, of a depthwise convolution
+        whose channels stay where they are; those at the start, if all channels have kept their
         places; else all are one.
         """
         if not self.grouped:
             return 1
         if self.whole:
             return self.groups
+        if self.aligned:
+            return self.out_width
         ins, outs, groups = self.at_start
         return groups if (ins, outs) == (self.in_width, self.out_width) else 1
 
@@ -255,14 +261,8 @@ class QuantizedLayer(Placed):
 
 
 class QuantConv(QuantizedLayer):
-    """A convolution of 1, 2 or 3 dimensions, perhaps grouped.
+    """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
-    Attributes:
-        aligned: whether it is depthwise, and the channel that each row reads has the same index in
-            the input as the one that it computes has in the output.
-    """
-
-    aligned = False
     padding_mode: str
     _function: Any  # F.conv1d, 2d or 3d
 
@@ -276,12 +276,13 @@ class QuantConv(QuantizedLayer):
 
     @property
     def depthwise(self) -> bool:
-        """Whether each of its channels, padded with zeros, was filtered by itself at the start."""
-        return self.grouped and len(set(self.at_start)) == 1 and self.padding_mode == "zeros"
+        """Whether it filtered each channel by itself at the start."""
+        return self.grouped and len(set(self.at_start)) == 1
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gaps = self.out_width - self.rows.numel()
-        if not self.aligned or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
+        usual = self.aligned and self.padding_mode == "zeros"
+        if not usual or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
             return super().forward(input, *args, **kwargs)
         self._note_samples(input)
         weight = place(self.quantized_weight(), self.rows, self.out_width, 0)
