@@ -185,6 +185,58 @@ def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
     assert compressor.layers["0"].out_width == compressor.layers["4"].in_width == kept
 
 
+class Joined(nn.Module):
+    """Normalises what two layers have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1), nn.BatchNorm2d(32)
+        self.head = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(torch.cat([self.one(x), self.two(x)], 1)))
+        return y
+
+
+@pytest.mark.parametrize(("live", "kept"), [(10, 32), (9, 32), (8, 16)])
+def test_norms_make_all_that_they_read_if_half_of_it_lives(live: int, kept: int) -> None:
+    model = Joined()
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
+    for name in ("one", "two"):
+        kill(model, name, torch.arange(live, 16))
+        with torch.no_grad():
+            model.get_parameter(f"{name}.bias").zero_()
+    assert compressor.cut()
+    norm = model.norm
+    assert isinstance(norm, PlacedBatchNorm) and norm.num_features == 2 * live
+    assert norm.in_width == norm.out_width == kept
+
+
+class Beside(nn.Module):
+    """Joins what a depthwise convolution reads and makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1, groups=32, bias=False)
+        self.head = nn.Conv2d(64, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head(torch.cat([x, self.layer(x)], 1))
+        return y
+
+
+@pytest.mark.parametrize(("live", "kept"), [(16, 32), (15, 15)])
+def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int, kept: int) -> None:
+    model = Beside()
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
+    kill(model, "layer", torch.arange(live, 32))
+    assert compressor.cut()
+    layer = compressor.layers["layer"]
+    assert (layer.in_width, layer.out_width) == (32, kept)
+    assert layer.aligned == (kept == 32)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 def test_depthwise_convolutions_compute_the_same_among_zeros(padding: Any) -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=padding)

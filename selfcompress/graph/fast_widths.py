@@ -27,8 +27,8 @@ def without_what_is_fast(
     through = [node for node in through if model.get_submodule(node.module).aligned]
     while True:
         free = _may_be_kept(graph, through)
-        # Aligned first, they have the same channels kept in front and behind to round up.
-        kept = _rounded_up(graph, _aligned(graph, removed, through, free), multiple, free)
+        kept = _aligned(graph, removed, through, free)
+        kept = _rounded_up(graph, kept, through, free, multiple)
         kept = removable(graph, kept, rows, model)
         in_vain = _misaligned(graph, kept, through)
         if not in_vain:
@@ -37,17 +37,24 @@ def without_what_is_fast(
 
 
 def _rounded_up(
-    graph: ChannelGraph, removed: np.ndarray, multiple: int, free: np.ndarray
+    graph: ChannelGraph, removed: np.ndarray, through: list[Node], free: np.ndarray, multiple: int
 ) -> np.ndarray:
     """As much of `removed` as leaves tensors a multiple of `multiple` channels, or all they have.
 
     More of them may be dead than alive. That is still faster: where a batch norm's channels are
-    no multiple of 16, the threads that sum them up share cache lines.
+    no multiple of 16, the threads that sum them up share cache lines. Nodes `through` which
+    channels go make all that they read, unless more than half of that is dead.
     """
     kept = removed.copy()
-    for ids in graph.ids.values():
+    nodes = {node.name: node for node in through}
+    for name, ids in graph.ids.items():  # in order of execution
         if len(np.unique(ids)) < len(ids) or not free[ids].all():
             continue
+        if name in nodes:
+            read = ~kept[graph.reads(nodes[name])]
+            if 2 * (read & removed[ids]).sum() <= read.sum():
+                kept[ids[read]] = False
+                continue
         gone = ids[kept[ids]]
         kept[gone[: (len(gone) - len(ids)) % multiple]] = False
     return kept
