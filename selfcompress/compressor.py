@@ -29,6 +29,7 @@ from selfcompress.convert import quantize_layers
 from selfcompress.examine import expect_samples, observe_float, observe_quantised, warn_of_idle
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.graph.connection import Connection
+from selfcompress.graph.fast_widths import fast_multiple
 from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.idle_rows import IdleRows
@@ -83,7 +84,8 @@ class Compressor:
         multiple: for speed, tensors keep so many of their dead channels until `finish` that their
             widths are multiples of this, or what they were at the start. If it is above 1, a batch
             norm also keeps its input as wide as its output. Such channels have neither weights nor
-            norm entries; a bias, which nobody reads, may stay.
+            norm entries; a bias, which nobody reads, may stay. None is 16 if the convolutions'
+            weights are channels_last, where other widths are slow, and 1 if not.
 
     Raises:
         ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or
@@ -107,7 +109,7 @@ class Compressor:
         interval: int = 50,
         bit_step: float | None = None,
         schedule: Schedule | None = None,
-        multiple: int = 1,
+        multiple: int | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule | None):
             raise ValueError(f"schedule must be a selfcompress.Schedule, not {schedule!r}")
@@ -129,7 +131,7 @@ class Compressor:
             raise ValueError(f"min_channels must be at least 0, not {min_channels}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
-        if multiple < 1:
+        if multiple is not None and multiple < 1:
             raise ValueError(f"multiple must be at least 1 channel, not {multiple}")
         self.gamma = 0.0 if gamma is None else gamma
         self.multiple = multiple
@@ -347,7 +349,8 @@ class Compressor:
         self.connection.keep()
         self._keep_alike(averages)
         settle_statistics(self.graph, self.model)
-        plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), self.multiple)
+        multiple = self.multiple or fast_multiple(self.model)
+        plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), multiple)
         worth_it = not patient or _worth_recompiling(plan, self.model)
         if plan and worth_it:
             before = snapshot(self.model, self.example_input)

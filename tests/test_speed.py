@@ -270,6 +270,21 @@ def test_depthwise_convolutions_of_own_classes_stay_depthwise_among_zeros() -> N
     assert macs == 25 * 3 * 13 + 12 * 16 * 9 + 12 * 13 * 4
 
 
+@pytest.mark.parametrize(("layout", "kept"), [(torch.contiguous_format, 19), (LAST, 32)])
+def test_widths_are_multiples_of_16_where_channels_are_last(
+    layout: torch.memory_format, kept: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 4, 3)).to(memory_format=layout)
+    compressor = Compressor(model, torch.randn(4, 3, 7, 7), 0.01)
+    kill(model, "0", torch.arange(19, 40))
+    with torch.no_grad():
+        model.get_parameter("0.bias").zero_()
+    assert compressor.cut()
+    assert compressor.layers["0"].out_width == kept
+    compressor.finish([torch.randn(4, 3, 7, 7)])
+    assert compressor.layers["0"].out_width == 19
+
+
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
     calls: list[int] = []
     replay = Replay(lambda tensors, number: calls.append(number) or 2 * tensors["x"])  # type: ignore[func-returns-value]

@@ -1,12 +1,25 @@
 """Dead channels that stay for a while: torch is slow at odd widths and at gaps among channels."""
 
 import numpy as np
+import torch
 from torch import nn
 
 from selfcompress.graph.channels import ChannelGraph, Node
 from selfcompress.graph.ops import Kind
 from selfcompress.graph.removable import removable
-from selfcompress.layers.placing import few_gaps
+from selfcompress.layers.placing import LAYOUTS, few_gaps, layout_of
+
+FAST_MULTIPLE = 16
+"""Of channels, where channels are last."""
+
+
+def fast_multiple(model: nn.Module) -> int:
+    """The multiple of channels that tensors should have, by the memory format of the weights.
+
+    In torch's usual format, in which every channel lies by itself, any width is fast.
+    """
+    kernels = [p for p in model.parameters() if p.dim() in LAYOUTS]
+    return 1 if layout_of(*kernels) == torch.contiguous_format else FAST_MULTIPLE
 
 
 def without_what_is_fast(

@@ -48,7 +48,6 @@ BuildModel = Callable[[str, int, int | None, int], nn.Module]
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
 LABEL_SMOOTHING = 0.1
-WIDTH_MULTIPLE = 16  # of tensors while training: other widths are slow, on CPUs and GPUs
 EXAMPLES = 8  # images that cuts are checked with
 STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
 EVALUATION_BATCHES = 10  # for those of the network of every other epoch
@@ -198,7 +197,6 @@ class Run:
                 exclude=config.exclude,
                 interval=self.steps_per_epoch,
                 schedule=schedule,
-                multiple=WIDTH_MULTIPLE,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
