@@ -15,6 +15,7 @@ already are measured again and not made anew, so that the command goes on where 
 import itertools
 import math
 import random
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -103,6 +104,9 @@ class GPT(nn.Module):
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    for width in (args.width, *args.widths):
+        if width < 1 or width % HEADS:
+            sys.exit(f"error: a width has to be a multiple of {HEADS}, not {width}")
     args.runs.mkdir(parents=True, exist_ok=True)
     print("\n" + table(list(train_all(args))))
 
