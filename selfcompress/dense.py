@@ -115,7 +115,7 @@ def _norm(norm: PlacedBatchNorm) -> nn.Module:
     core = without_ours(_kind_of(norm), norm)
     if norm.num_features == norm.in_width == norm.out_width:
         return core  # type: ignore[no-any-return]
-    if norm.aligned and norm.can_be_folded:
+    if norm.keeps_places and norm.can_be_folded:
         core.num_features = norm.out_width
         for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
             if tensor.dim():

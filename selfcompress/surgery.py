@@ -326,7 +326,7 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
     elif isinstance(module, PlacedBatchNorm):
         module.num_features = len(wiring.rows)
         module.in_width, module.out_width = wiring.in_width, wiring.out_width
-        module.aligned = wiring.in_width == wiring.out_width and wiring.rows == wiring.columns
+        module.keeps_places = _keeps_places(wiring)
     if isinstance(module, Placed):
         module.rows = torch.tensor(wiring.rows, dtype=torch.int64).to(module.rows.device)
     if wiring.columns is not None:
@@ -336,9 +336,14 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
     if isinstance(module, QuantConv) and wiring.groups is not None:
         counts = np.bincount(wiring.groups) if wiring.groups else np.ones(1, np.int64)
         module.groups, module.group_width = len(counts), int(counts.max())
-        in_place = wiring.in_width == wiring.out_width and wiring.rows == wiring.columns
-        module.aligned = module.depthwise and in_place
+        depthwise = len(set(module.at_start)) == 1
+        module.keeps_places = depthwise and _keeps_places(wiring)
         first = np.cumsum(counts) - counts
         within = np.arange(len(wiring.groups)) - first[wiring.groups]
         slots = np.array(wiring.groups, np.int64) * module.group_width + within
         module.slots = torch.from_numpy(slots.astype(np.int64)).to(module.slots.device)
+
+
+def _keeps_places(wiring: Wiring) -> bool:
+    """Whether every channel has the same index in the input and in the output."""
+    return wiring.in_width == wiring.out_width and wiring.rows == wiring.columns

@@ -234,7 +234,7 @@ def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int,
     assert compressor.cut()
     layer = compressor.layers["layer"]
     assert (layer.in_width, layer.out_width) == (32, kept)
-    assert layer.aligned == (kept == 32)
+    assert layer.keeps_places == (kept == 32)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Cut, copied, count, kill, outputs, prepare
@@ -348,6 +349,44 @@ def test_a_constant_that_the_activation_makes_of_zero_is_kept() -> None:
     check_exact(cut)
     assert shape(cut, "a.weight")[0] == 4
     assert shape(cut, "b.weight") == (5, 6, 3, 3)
+
+
+class Pooled(nn.Module):
+    """Normalised, pooled, and only then made zero where it is negative."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.pool(self.norm(self.a(x))).relu())
+        return y
+
+
+@pytest.mark.parametrize(
+    ("pool", "width"),
+    [
+        (nn.MaxPool2d(2), 4), (nn.MaxPool2d(3, 2, 1), 4), (nn.AdaptiveMaxPool2d(2), 4),
+        (lambda x: F.max_pool2d(x, 2), 4), (lambda x: x.amax((2, 3), keepdim=True), 4),
+        (nn.AvgPool2d(2), 6), (nn.AvgPool2d(3, 1, 1), 6),  # of which rounding or padding makes more
+    ],
+)  # fmt: skip
+def test_the_largest_of_a_constants_elements_is_that_constant(
+    pool: Callable[[Tensor], Tensor], width: int
+) -> None:
+    torch.manual_seed(0)
+    model = Pooled(pool)
+    quantize_layers(model, bits=8)
+    model.double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    cut = Cut(model, channel_graph(model, x), x)
+    kill(model, "a", [0, 1])
+    with torch.no_grad():
+        model.get_parameter("norm.bias").fill_(-0.5)
+        model.get_parameter("norm.bias")[2:] = 0.5
+    check_exact(cut)
+    assert cut.model.get_submodule("b").in_width == width
 
 
 def test_one_batch_norm_for_two_tensors_is_left_whole() -> None:

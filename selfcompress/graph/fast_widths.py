@@ -37,7 +37,7 @@ def without_what_is_fast(
             and depthwise convolutions read just the channels that they make.
     """
     through = graph.of_kind(Kind.NORM, Kind.GROUPED)
-    through = [node for node in through if model.get_submodule(node.module).aligned]
+    through = [node for node in through if model.get_submodule(node.module).keeps_places]
     while True:
         free = _may_be_kept(graph, through)
         kept = _aligned(graph, removed, through, free)

@@ -32,6 +32,7 @@ from selfcompress.graph.ops import (
     function_of,
     kind_of_call,
     kind_of_module,
+    picks_extremes,
     reads_sizes,
     worked_on,
 )
@@ -459,7 +460,12 @@ class _Builder:
         ):
             raise _CannotFollowError("changes the number of channels")
         result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid), value.copies)
-        self._emit(node, Kind.SPATIAL, inputs, result, (np.arange(len(value.ids)),))
+        # Of elements that are all the same, the largest is that.
+        kind, evaluate = Kind.SPATIAL, None
+        if picks_extremes(node, module):
+            kind, evaluate = Kind.ELEMENTWISE, torch.clone
+        sources = (np.arange(len(value.ids)),)
+        self._emit(node, kind, inputs, result, sources, evaluate=evaluate)
         return result
 
     def _combine(

@@ -25,8 +25,8 @@ class Kind(Enum):
     GROUPED = auto()  # a grouped convolution: each of its rows reads the channels of its group
     NORM = auto()  # batch norm: one new channel per channel read
     OWN_NORM = auto()  # a batch norm of a user's class: the same channels, an entry for each
-    ELEMENTWISE = auto()  # the same channels; a constant becomes another constant
-    SPATIAL = auto()  # the same channels; zero stays zero (pooling, dropout)
+    ELEMENTWISE = auto()  # the same channels; a constant becomes another constant, or stays one
+    SPATIAL = auto()  # the same channels; zero stays zero (average pooling, dropout)
     ADD = auto()  # channels of the operands become the same ones; also differences
     MUL = auto()  # the same, and zero in one operand makes zero
     MOVE = auto()  # nothing is computed: elements move, repeat or disappear
@@ -71,6 +71,13 @@ _INSTANCE_NORMS: dict[type[nn.Module], int] = {
     nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
 }  # fmt: skip
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
+_EXTREMES = {
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.amax, torch.amin,
+}  # fmt: skip
 
 _ELEMENTWISE_FUNCTIONS: set[Any] = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, F.elu, F.celu, F.selu,
@@ -237,6 +244,11 @@ def worked_on(
     else:
         last = _SPATIAL_FUNCTIONS[function_of(node)]
     return set(range(rank - last, rank)) if last is not None else set(range(2, rank))
+
+
+def picks_extremes(node: torch.fx.Node, module: nn.Module | None) -> bool:
+    """Whether a SPATIAL operation makes the largest or smallest of some elements."""
+    return (function_of(node) if module is None else type(module)) in _EXTREMES
 
 
 WRITES = "writes"

@@ -21,10 +21,10 @@ class PlacedBatchNorm(Placed, _BatchNorm):
     Attributes:
         columns: (entries,) the input channel that each entry normalises.
         rows: (entries,) the output channel that each entry computes.
-        aligned: whether every entry's channel has the same index in the input and the output.
+        keeps_places: whether every entry's channel has the same index in the input and the output.
     """
 
-    aligned: bool
+    keeps_places: bool
 
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:
@@ -35,7 +35,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         new.columns = torch.arange(norm.num_features, device=where)
         new.rows = torch.arange(norm.num_features, device=where)
         new.in_width = new.out_width = norm.num_features
-        new.aligned = True
+        new.keeps_places = True
         return new
 
     @property
@@ -50,7 +50,11 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         if self.num_features < self.in_width:
             # A momentum of None is an average over batches, as `update_bn` takes it: rare.
             usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
-            if usual and self.aligned and few_gaps(self.in_width - len(self.rows), self.in_width):
+            if (
+                usual
+                and self.keeps_places
+                and few_gaps(self.in_width - len(self.rows), self.in_width)
+            ):
                 return self._among_zeros(x)
             x = take(x, self.columns, 1)
         out: Tensor = super().forward(x)

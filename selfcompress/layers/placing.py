@@ -9,7 +9,7 @@ from torch import Tensor, nn
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Number of dimensions → the memory format in which channels are last."""
 
-_FEW_GAPS = 48, 0.7  # channels, or of them all: up to so many zeros cost less than copies
+_FEW_GAPS = 32, 0.7  # channels, or of them all: up to so many zeros cost less than copies
 
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ Few gaps are filled with zeros in the weight, which is small; many are made in t
 nothing is computed for them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -52,8 +52,8 @@ class QuantizedLayer(Placed):
             would be if all groups were as wide as the widest; of grouped convolutions only.
         group_width: rows of the widest group; of grouped convolutions only.
         at_start: channels of its input and output, and groups; of grouped convolutions only.
-        aligned: whether it is a depthwise convolution, and each row computes the channel of the
-            output that has the index of the one of the input that it reads.
+        keeps_places: whether it is a depthwise convolution, and each row computes the channel of
+            the output that has the index of the one of the input that it reads.
         samples: the size of the last batch that it was called with; 0 if that cannot be told.
         batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
             if no dimension does.
@@ -69,7 +69,7 @@ class QuantizedLayer(Placed):
     slots: Tensor
     group_width: int
     at_start: tuple[int, int, int]
-    aligned = False
+    keeps_places = False
     integer_bits: bool
     samples = 0
     batch_dim: int | None = 0
@@ -194,7 +194,7 @@ class QuantizedLayer(Placed):
             return 1
         if self.whole:
             return self.groups
-        if self.aligned:
+        if self.keeps_places:
             return self.out_width
         ins, outs, groups = self.at_start
         return groups if (ins, outs) == (self.in_width, self.out_width) else 1
@@ -260,11 +260,14 @@ class QuantizedLayer(Placed):
         return zeros(shape, x, x) if self.channel_dim == -3 else x.new_zeros(shape)
 
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {-2: F.conv1d, -3: F.conv2d, -4: F.conv3d}
+# By the dimension of the channels.
+
+
 class QuantConv(QuantizedLayer):
     """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
 
     padding_mode: str
-    _function: Any  # F.conv1d, 2d or 3d
 
     def _give_formats(self, bits: float, integer_bits: bool) -> None:
         super()._give_formats(bits, integer_bits)
@@ -272,23 +275,18 @@ class QuantConv(QuantizedLayer):
             self.slots = torch.arange(self.out_width, device=self.weight.device)
             self.group_width = self.out_width // self.groups
             self.at_start = self.in_width, self.out_width, self.groups
-            self.aligned = self.depthwise
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether it filtered each channel by itself at the start."""
-        return self.grouped and len(set(self.at_start)) == 1
+            self.keeps_places = len(set(self.at_start)) == 1
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gaps = self.out_width - self.rows.numel()
-        usual = self.aligned and self.padding_mode == "zeros"
+        usual = self.keeps_places and self.padding_mode == "zeros"
         if not usual or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
             return super().forward(input, *args, **kwargs)
         self._note_samples(input)
         weight = place(self.quantized_weight(), self.rows, self.out_width, 0)
         shape = self.stride, self.padding, self.dilation
-        out: Tensor = type(self)._function(input, weight, self.bias, *shape, self.out_width)
-        return out
+        convolve = _CONVOLUTIONS[self.channel_dim]
+        return convolve(input, weight, self.bias, *shape, self.out_width)
 
     def dense_weight(self) -> Tensor:
         """See `QuantizedLayer`; of a grouped convolution, for `dense_groups`."""
@@ -325,21 +323,18 @@ class QuantConv1d(QuantConv, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -2
-    _function = staticmethod(F.conv1d)
 
 
 class QuantConv2d(QuantConv, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -3
-    _function = staticmethod(F.conv2d)
 
 
 class QuantConv3d(QuantConv, nn.Conv3d):  # type: ignore[misc]
     """`nn.Conv3d` with a bit depth and an exponent per output channel."""
 
     channel_dim = -4
-    _function = staticmethod(F.conv3d)
 
 
 class QuantConvTranspose(QuantConv):
