@@ -16,7 +16,7 @@ FAST_MULTIPLE = 16
 def fast_multiple(model: nn.Module) -> int:
     """The multiple of channels that tensors should have, by the memory format of the weights.
 
-    In torch's usual format, in which every channel lies by itself, any width is fast.
+    Where every channel lies by itself, as usual, any width is fast.
     """
     kernels = [p for p in model.parameters() if p.dim() in LAYOUTS]
     return 1 if layout_of(*kernels) == torch.contiguous_format else FAST_MULTIPLE

@@ -47,14 +47,11 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         x = input
         if self.num_features == 0:
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
-        if self.num_features < self.in_width:
+        gaps = self.in_width - self.num_features
+        if gaps:
             # A momentum of None is an average over batches, as `update_bn` takes it: rare.
             usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
-            if (
-                usual
-                and self.keeps_places
-                and few_gaps(self.in_width - len(self.rows), self.in_width)
-            ):
+            if usual and self.keeps_places and few_gaps(gaps, self.in_width):
                 return self._among_zeros(x)
             x = take(x, self.columns, 1)
         out: Tensor = super().forward(x)

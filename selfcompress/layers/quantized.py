@@ -282,6 +282,7 @@ class QuantConv(QuantizedLayer):
         usual = self.keeps_places and self.padding_mode == "zeros"
         if not usual or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
             return super().forward(input, *args, **kwargs)
+        # Rather than to pick the channels that it reads, and put those that it makes into place.
         self._note_samples(input)
         weight = place(self.quantized_weight(), self.rows, self.out_width, 0)
         shape = self.stride, self.padding, self.dilation
