@@ -82,10 +82,11 @@ class Compressor:
         schedule: of the penalty, for a training of known length. Without one γ is what it is set
             to, from the first step on.
         multiple: for speed, tensors keep so many of their dead channels until `finish` that their
-            widths are multiples of this, or what they were at the start. If it is above 1, a batch
-            norm also keeps its input as wide as its output. Such channels have neither weights nor
-            norm entries; a bias, which nobody reads, may stay. None is 16 if the convolutions'
-            weights are channels_last, where other widths are slow, and 1 if not.
+            widths, where they can be, are multiples of this or what they were at the start. If it
+            is above 1, batch norms and depthwise convolutions also keep their inputs as wide as
+            their outputs. Such channels have neither weights nor norm entries; a bias, which nobody
+            reads, may stay. None is 16 if weights of convolutions are channels_last, where other
+            widths are slow, and 1 if not.
 
     Raises:
         ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or
@@ -321,7 +322,8 @@ class Compressor:
     ) -> Plan | None:
         """Cut what is dead now out of the model and the optimiser's state.
 
-        Rows that quantised to zero at every step since the last cut lose their bits first.
+        Rows that quantised to zero at every step since the last cut lose their bits first. Dead
+        channels that make the network faster where they are stay until `finish`: see `multiple`.
 
         Args:
             averages: as in `step`.
@@ -444,6 +446,7 @@ class Compressor:
     ) -> None:
         """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
+        Cuts from now on leave no dead channels for speed (`multiple` is 1).
         While formats move, running statistics lag behind; those of the final network are
         averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
         tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were

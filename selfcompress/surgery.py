@@ -97,7 +97,7 @@ def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: i
 
     A channel that has to keep its place stays as a zero that nobody computes or reads. With a
     `multiple` above 1, so do, for speed, as many as it takes for tensors to have a multiple of it,
-    and for batch norms to make the channels that they read.
+    and for batch norms and depthwise convolutions to make the channels that they read.
     """
     removed = removable(graph, alive.gone, alive.rows, model)
     if multiple > 1:

@@ -3,23 +3,24 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from selfcompress.graph.channels import ChannelGraph, Node
 from selfcompress.graph.ops import Kind
 from selfcompress.graph.removable import removable
-from selfcompress.layers.placing import LAYOUTS, few_gaps, layout_of
+from selfcompress.layers.placing import few_gaps, layout_of
 
 FAST_MULTIPLE = 16
 """Of channels, where channels are last."""
 
 
 def fast_multiple(model: nn.Module) -> int:
-    """The multiple of channels that tensors should have, by the memory format of the weights.
+    """The multiple of channels that tensors should have, by how weights of convolutions lie.
 
     Where every channel lies by itself, as usual, any width is fast.
     """
-    kernels = [p for p in model.parameters() if p.dim() in LAYOUTS]
-    return 1 if layout_of(*kernels) == torch.contiguous_format else FAST_MULTIPLE
+    layouts = {layout_of(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
+    return 1 if layouts <= {torch.contiguous_format} else FAST_MULTIPLE
 
 
 def without_what_is_fast(
