@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build
 from selfcompress import Compressor
+from selfcompress.graph.fast_widths import fast_multiple
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import place, take
 from selfcompress.replay import Replay
@@ -283,6 +284,14 @@ def test_widths_are_multiples_of_16_where_channels_are_last(
     assert compressor.layers["0"].out_width == kept
     compressor.finish([torch.randn(4, 3, 7, 7)])
     assert compressor.layers["0"].out_width == 19
+
+
+def test_weights_of_convolutions_alone_tell_where_channels_are_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model.register_parameter("table", nn.Parameter(torch.randn(4, 4, 4, 4).to(memory_format=LAST)))
+    assert fast_multiple(model) == fast_multiple(nn.Linear(3, 4)) == 1
+    model[1].to(memory_format=LAST)
+    assert fast_multiple(model) == 16
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
