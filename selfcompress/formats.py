@@ -44,6 +44,7 @@ enough to be harmless can follow.
 import math
 import statistics
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +74,8 @@ class Collected:
 
     Attributes:
         norms: (rows,) √(Σ (g·w)²).
-        samples: the size of the batch that the layer was called with; 0 if that cannot be told.
+        samples: how many the gradient is of, batches that were accumulated together; 0 if that
+            cannot be told.
         exponents: (rows,) the gradients of the exponents.
     """
 
@@ -137,9 +139,9 @@ class FormatStepper:
             betas=BETAS,
         )
         self.collected = Collected()
-        self._loss_scale: Tensor | None = None
-        self._penalties = 0
-        self._penalised = False  # whether a penalty has ever come back
+        self._loss_scale: Tensor | None = None  # None: no penalty has come back since the last step
+        self._penalised = False  # whether one ever has
+        self._gradients: dict[QuantizedLayer, weakref.ref[Tensor]] = {}  # that were collected from
         self._hooks: list[RemovableHandle] = []
         self._replays = [Replay(partial(self._compute, fit)) for fit in (False, True)]
         self.watch()
@@ -175,7 +177,8 @@ class FormatStepper:
 
     def _forget(self) -> None:
         self.collected = Collected()
-        self._loss_scale, self._penalties = None, 0
+        self._loss_scale = None
+        self._gradients = {}
 
     def _gradient_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         def collect(exponent: Tensor) -> None:
@@ -203,7 +206,13 @@ class FormatStepper:
             wide = torch.promote_types(product.dtype, torch.float32)
             norm = torch.linalg.vector_norm(product, dim=over_row, dtype=wide)
             self.collected.norms[layer] = norm.float()
-            self.collected.samples[layer] = layer.samples  # an evaluation may be next
+            # A second backward() through the same forward() adds no samples.
+            samples, layer.samples = layer.samples, 0
+            known = self._gradients.get(layer)
+            if known is not None and known() is weight.grad:  # else it began anew
+                samples += self.collected.samples[layer]
+            self.collected.samples[layer] = samples
+            self._gradients[layer] = weakref.ref(weight.grad)
 
         return collect
 
@@ -236,9 +245,8 @@ class FormatStepper:
         # What is known of weights will be replaced, as their own gradients are.
         if all(layer.weight.grad is None for layer in self.layers.values()):
             self.collected.exponents.clear()
-            self._loss_scale, self._penalties = None, 0
+            self._loss_scale = None
         self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
-        self._penalties += 1
         self._penalised = True
 
     @torch.no_grad()
@@ -257,7 +265,7 @@ class FormatStepper:
         """
         layers = list(self.layers.values())
         collected, depth = self.collected, layers[0].bit_depth
-        moves = self._penalties > 0 and gamma > 0
+        moves = self._loss_scale is not None and gamma > 0
         # A loop may freeze what it has trained before it comes here, as a GAN's does.
         trained = {x for x in layers if x.weight.requires_grad or x in collected.norms}
         if collected.norms:
@@ -274,10 +282,10 @@ class FormatStepper:
                 stacklevel=4,
             )
         self.adam.zero_grad()  # of layers that have been thawed, which nobody has collected
-        samples = self._samples() * max(1, self._penalties)
-        numbers = torch.tensor([0.5 * samples, least_bits - 0.5], dtype=torch.float32, device="cpu")
+        halved = 0.5 * self._samples()
+        numbers = torch.tensor([halved, least_bits - 0.5], dtype=torch.float32, device="cpu")
         pressure = None
-        if self._penalties and gamma > 0:
+        if moves:
             layer_of = of_rows(layers, range(len(layers)))
             pressure = Pressure(self._prices(gamma), layer_of, of_rows(layers, least_rows))
         for group in self.adam.param_groups:
@@ -347,7 +355,7 @@ class FormatStepper:
                     layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
     def _samples(self) -> int:
-        """The size of the batch that gradients are of."""
+        """The number of samples that gradients are of, in one batch or in several."""
         called = sorted(count for count in self.collected.samples.values() if count)
         if not called:
             return 1
