@@ -33,7 +33,7 @@ from selfcompress.graph.fast_widths import fast_multiple
 from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.idle_rows import IdleRows
-from selfcompress.inputs import Inputs, batch_size, batches_like
+from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.look import detached_copy, without_compile
@@ -118,10 +118,8 @@ class Compressor:
             raise ValueError("give either gamma or stored_percent, the size to end at")
         if stored_percent is not None and not 0 < stored_percent < math.inf:
             raise ValueError(f"stored_percent must be a number above 0, not {stored_percent}")
-        if stored_percent is not None and (schedule is None or schedule.begin == schedule.end):
-            raise ValueError(
-                "stored_percent needs a schedule that leaves time between its begin and end"
-            )
+        if stored_percent is not None and schedule is None:
+            raise ValueError("stored_percent needs a schedule")
         if not 0 < bits <= MAX_BITS:
             raise ValueError(f"bits must be above 0 and at most {MAX_BITS}, not {bits}")
         if integer_bits and bits != int(bits):
@@ -134,6 +132,12 @@ class Compressor:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         if multiple is not None and multiple < 1:
             raise ValueError(f"multiple must be at least 1 channel, not {multiple}")
+        if _processes() > 1:
+            raise ValueError(
+                "training in several processes (torch.distributed) is not supported: each would "
+                "cut channels of its own choice"
+            )
+        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.gamma = 0.0 if gamma is None else gamma
         self.multiple = multiple
         self.model = model = without_compile(model)
@@ -149,6 +153,7 @@ class Compressor:
             "gamma": None if gamma is None else float(gamma),
             "bits": float(bits),
             "integer_bits": bool(integer_bits),
+            "exclude": sorted(exclude),
             "min_channels": int(min_channels),
             "bit_step": None if bit_step is None else float(bit_step),
         }
@@ -165,7 +170,7 @@ class Compressor:
             model,
             bits=bits,
             integer_bits=integer_bits,
-            exclude=[exclude] if isinstance(exclude, str) else exclude,
+            exclude=exclude,
             read_elsewhere=observed.read_elsewhere,
             rewritten=observed.rewritten,
         )
@@ -177,6 +182,7 @@ class Compressor:
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+        self._place = self._place_now()  # of example_input
         self.formats = FormatStepper(
             self.layers,
             self.starting_weights,
@@ -355,6 +361,7 @@ class Compressor:
         plan = plan_cut(self.graph, self.model, analyse(self.graph, self.model), multiple)
         worth_it = not patient or _worth_recompiling(plan, self.model)
         if plan and worth_it:
+            self._follow_model()
             before = snapshot(self.model, self.example_input)
             self._apply(plan, optimizer)
             for average in averages:
@@ -496,6 +503,7 @@ class Compressor:
         # Perhaps nothing was differentiated yet.
         if self.model.training and not self.graph.eval_norms:
             self._note_eval_norms()
+        self._follow_model()
         reestimate(models, batches_like(self.example_input, loader), self.graph.eval_norms)
         for model in models:
             settle_statistics(self.graph, model, measured=True)
@@ -600,7 +608,24 @@ class Compressor:
         if not self.frozen:
             self.formats.watch()
 
+    def _place_now(self) -> Tensor:
+        """An empty tensor on the device and of the type of the model's first parameter."""
+        return next(self.model.parameters()).detach().new_empty(0)
+
+    def _follow_model(self) -> None:
+        """Have `example_input` where the model is: it may have been moved, or cast, since."""
+        place = self._place_now()
+        self.example_input = moved_with(self.example_input, self._place, place)
+        self._place = place
+
     def _require_cuttable(self, optimizer: Optimizer | None) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for name, module in (*self.layers.items(), *self._norms.items()):
+            if modules.get(name) is not module:
+                raise ValueError(
+                    f"{name} is not the module that it was when the Compressor was made: replace "
+                    "or wrap modules before that"
+                )
         if optimizer is not None:
             check_optimizer(optimizer)
             self._require_all_weights(optimizer)
@@ -643,6 +668,12 @@ class Compressor:
 def _averaged(model: nn.Module) -> nn.Module:
     """What an AveragedModel, or another copy of the model, holds."""
     return without_compile(model.module if isinstance(model, AveragedModel) else model)
+
+
+def _processes() -> int:
+    """How many of them torch.distributed has this training in."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 def _compiled_anything() -> bool:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole or not at all."""
+    """Write `content` to `path`, or the file it links to, so that it is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    path = Path(os.path.realpath(path))
     # Else errors would name a file that nobody has chosen.
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))

@@ -38,6 +38,22 @@ def moved_like(inputs: Any, example: Inputs) -> Any:
     return pytree.tree_unflatten(moved, structure)
 
 
+def moved_with(inputs: Inputs, was: Tensor, now: Tensor) -> Inputs:
+    """`inputs` of a network as it takes them with a parameter `now` that `was` elsewhere.
+
+    Floats become wider or narrower with it, if it has.
+    """
+    if (was.device, was.dtype) == (now.device, now.dtype):
+        return inputs
+
+    def move(tensor: Tensor) -> Tensor:
+        cast = tensor.is_floating_point() and was.dtype != now.dtype
+        return tensor.to(now.device, now.dtype if cast else tensor.dtype)
+
+    moved: Inputs = pytree.tree_map_only(Tensor, move, inputs)
+    return moved
+
+
 def _both_float(*values: Any) -> bool:
     return all(isinstance(value, Tensor) and value.is_floating_point() for value in values)
 

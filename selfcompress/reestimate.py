@@ -4,11 +4,10 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from selfcompress.inputs import Inputs, positional
+from selfcompress.inputs import Inputs, moved_with, positional
 from selfcompress.look import kept_modes
 
 
@@ -42,14 +41,15 @@ def reestimate(
         buffers = [buffer for norm in norms for buffer in norm.buffers()]
         before = [buffer.clone() for buffer in buffers]
         momenta = [norm.momentum for norm in norms]
+        firsts = [next(model.parameters()) for model in models]
         seen = 0
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches
             for inputs in batches:
-                for model in models:
-                    model(*positional(_moved(inputs, models[0], model)))
+                for model, first in zip(models, firsts, strict=True):  # averages may be elsewhere
+                    model(*positional(moved_with(inputs, firsts[0], first)))
                 seen += 1
             if not seen:
                 raise ValueError(
@@ -63,17 +63,3 @@ def reestimate(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-
-
-def _moved(inputs: Inputs, model: nn.Module, average: nn.Module) -> Inputs:
-    """Inputs of `model` as an `average` of it takes them, perhaps on another device or wider."""
-    if average is model:
-        return inputs
-    ours, theirs = (next(network.parameters()) for network in (model, average))
-
-    def move(tensor: Tensor) -> Tensor:
-        wider = tensor.is_floating_point() and theirs.dtype != ours.dtype
-        return tensor.to(theirs.device, theirs.dtype if wider else tensor.dtype)
-
-    moved: Inputs = pytree.tree_map_only(Tensor, move, inputs)
-    return moved

@@ -19,7 +19,13 @@ def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -
         ValueError: it is of another model.
     """
     removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
-    if removed.shape != graph.removed.shape or rows.keys() != graph.origin.keys():
+    for name in rows.keys() ^ graph.origin.keys():
+        where = "this one" if name in graph.origin else "the saved one"
+        raise ValueError(
+            f"the saved state is of another model: {name} is quantised and followed in {where} "
+            "alone (was exclude= the same?)"
+        )
+    if removed.shape != graph.removed.shape:
         raise ValueError(
             "the saved state is of another model: its channels do not match (where forward() "
             "goes by values, build it with the seed and the example_input of before)"

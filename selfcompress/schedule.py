@@ -24,7 +24,7 @@ class Schedule:
         rise: whether γ rises; if not, it is at its value from `begin` on.
 
     Raises:
-        ValueError: `steps` is no whole number of at least 1, or 0 ≤ begin ≤ end ≤ 1 does not hold.
+        ValueError: `steps` is no whole number of at least 1, or 0 ≤ begin < end ≤ 1 does not hold.
     """
 
     steps: int
@@ -35,12 +35,12 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.steps % 1 != 0:
             raise ValueError(f"steps must be a whole number and at least 1, not {self.steps}")
-        if not 0 <= self.begin <= self.end <= 1:
-            raise ValueError(f"0 ≤ begin ≤ end ≤ 1 does not hold: {self.begin}, {self.end}")
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"0 ≤ begin < end ≤ 1 does not hold: {self.begin}, {self.end}")
 
     def progress(self, step: int) -> float:
         """Where in the time of the penalty `step` is: 0 at its begin, 1 at its end."""
-        return (step / self.steps - self.begin) / max(self.end - self.begin, 1e-9)
+        return (step / self.steps - self.begin) / (self.end - self.begin)
 
     def ended(self, step: int) -> bool:
         """Whether bit depths are frozen at `step`."""

@@ -720,6 +720,43 @@ def test_a_cut_wants_the_optimiser_of_the_weights() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(block(3, 8), block(8, 4)).double()
+    compressor = Compressor(model, X.double(), 1.0, interval=5, bit_step=0.5)
+    model.float()
+    optimizer = SGD(compressor.weights(), lr=0.1)
+    for _ in range(10):
+        (model(X.float()).square().mean() + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer)
+    compressor.finish([X.double()], optimizer)
+    assert compressor.cuts and model(X.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["0.0", "0.1"])
+def test_a_module_that_was_replaced_since_is_named(name: str) -> None:
+    model = nn.Sequential(block(3, 4), block(4, 4))
+    compressor = Compressor(model, X, 0.01)
+    if name == "0.1":
+        model[0] = nn.SyncBatchNorm.convert_sync_batchnorm(model[0])
+    else:
+        model[0] = torch.compile(model[0])
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"^{name} is not the module that it was"):
+        compressor.step(SGD(model.parameters(), lr=0.1))
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="several processes"):
+        Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, pickle.dumps])
 def test_a_compressor_is_not_copied(way: Any) -> None:
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
@@ -742,6 +779,18 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
     torch.save(compressor(schedule=numbers, **options).state_dict(), file := io.BytesIO())
     file.seek(0)
     assert torch.load(file, weights_only=True)
+
+
+def test_a_state_of_other_excluded_layers_is_refused_by_their_name() -> None:
+    def compressor(**changes: Any) -> Compressor:
+        model = nn.Sequential(block(3, 4), block(4, 4))
+        return Compressor(model, X, 0.01, **changes)
+
+    state = compressor(exclude="1.0").state_dict()
+    with pytest.raises(ValueError, match=r"1\.0 is quantised and followed in this one alone"):
+        compressor().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"1\.0 is quantised and followed in the saved one alone"):
+        compressor(exclude="1.0").load_state_dict(compressor().state_dict())
 
 
 def test_another_gamma_asked_for_is_what_a_training_goes_on_with() -> None:

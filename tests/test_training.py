@@ -374,6 +374,26 @@ def test_damaged_and_foreign_checkpoints_are_refused(
     assert cli(*args)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("out of memory"), PermissionError(errno.EACCES, "Permission denied", "x")]
+)
+def test_a_checkpoint_that_may_be_intact_is_not_called_damaged(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    args = [*TINY, "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        cli(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        code, _, err = cli(*args)
+    assert code == 1 and str(error.args[-1]).split()[0] in err and "remove" not in err
+    assert cli(*args)[0] == 0
+
+
 def test_full_disk_leaves_the_last_checkpoint_whole(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

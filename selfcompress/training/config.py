@@ -113,14 +113,8 @@ class Config:
             ),
             (-(2**31) <= self.seed < 2**31, "--seed must fit 32 bits"),
             (
-                0 <= self.penalty_from <= self.penalty_until <= 1,
-                "0 ≤ --penalty-from ≤ --penalty-until ≤ 1 does not hold",
-            ),
-            (
-                self.target_size is None
-                or self.float_baseline
-                or self.penalty_from < self.penalty_until,
-                "--target-size needs time between --penalty-from and --penalty-until",
+                0 <= self.penalty_from < self.penalty_until <= 1,
+                "0 ≤ --penalty-from < --penalty-until ≤ 1 does not hold",
             ),
         ]
         for holds, message in checks:
@@ -139,8 +133,6 @@ class Config:
             warnings += [(name, "with --float") for name in COMPRESSION if self._changed(name)]
         elif self.gamma == 0 and self._changed("penalty_from"):
             warnings.append(("penalty_from", "with --gamma 0"))
-        elif self.gamma != 0 and self.penalty_from in (self.penalty_until, 1):
-            warnings.append(("gamma", "with nothing between --penalty-from and --penalty-until"))
         if self.model.startswith("torchvision:") and self._changed("width"):
             warnings.append(("width", f"with --model {self.model}"))
         if self.dataset == "digits" and self._changed("data_dir"):
@@ -175,6 +167,8 @@ class Config:
         values = dataclasses.asdict(self)
         del values["run_dir"], values["overwrite"]
         values["float"] = values.pop("float_baseline")
+        if self.dataset != "folder":
+            values["data_dir"] = None  # wherever they are, the images are the same
         if self.target_size is not None:
             values["target_size"] = str(FileSize.parse(self.target_size))  # 20KB is 20000B
         if self.float_baseline:

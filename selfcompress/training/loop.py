@@ -460,6 +460,8 @@ class Run:
                 self.optimizer.load_state_dict(state["network"]["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             reason = first_line(error)
             raise UserError(
                 f"{self.folder.path / runs.CHECKPOINT} does not fit this run ({reason}); "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 
 from selfcompress.disk import is_left_over, write_atomically
 from selfcompress.text import first_line
-from selfcompress.training.errors import UserError
+from selfcompress.training.errors import UserError, out_of_memory
 from selfcompress.training.lock import LOCK, hold
 
 CONFIG = "config.json"
@@ -96,6 +97,8 @@ class RunFolder:
             if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
                 raise ValueError("it holds something else")
         except Exception as error:  # a damaged zip, a truncated one, a pickle of objects, ...
+            if isinstance(error, OSError) or out_of_memory(error):  # the file may be intact
+                raise
             raise UserError(
                 f"{file} cannot be read as a checkpoint ({first_line(error)}); "
                 "remove it, or start over with --overwrite"
@@ -129,6 +132,8 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # it must not know less than the checkpoint that follows
 
     def _clear(self) -> None:
         """Remove what runs leave behind, and nothing else."""
