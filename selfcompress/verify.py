@@ -90,10 +90,10 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
         return
     guilty = "no single layer"
     for name, was in before.rows.items():  # in the order they ran
-        is_now = after.rows[name]
         if name in plan.rows:
             was = was[plan.rows[name]]
-        if was.shape != is_now.shape or _difference(was, is_now) > tolerance:
+        is_now = after.rows.get(name)
+        if is_now is None or was.shape != is_now.shape or _difference(was, is_now) > tolerance:
             guilty = f"layer {name}"
             break
     raise CutError(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -865,6 +866,27 @@ def test_folded_norms_compute_the_same_but_for_rounding(name: str, dtype: torch.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     if dtype == torch.float32:
         loaded.train()(x)  # statistics of its own, as any norm
+
+
+def test_folding_norms_of_a_float_model_has_no_effect_and_says_so(tmp_path: Path) -> None:
+    model = nn.Sequential(block(3, 4))
+    plain = selfcompress.save(model, tmp_path / "plain.scnn")
+    with pytest.warns(UserWarning, match="fold_norms has no effect"):
+        assert selfcompress.save(model, tmp_path / "net.scnn", fold_norms=True) == plain
+    quantize_layers(model, bits=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert selfcompress.save(model, tmp_path / "net.scnn", fold_norms=True) < plain
+
+
+def test_a_file_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    there, link = tmp_path / "disk" / "net.scnn", tmp_path / "net.scnn"
+    link.symlink_to(there)  # to nothing, at first
+    for _ in range(2):
+        selfcompress.save(nn.Linear(3, 2), link)
+        assert link.is_symlink() and read(there).header.float_layers
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["net.scnn"]
 
 
 @pytest.mark.parametrize("fold_norms", [False, True])

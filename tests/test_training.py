@@ -484,6 +484,13 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(tmp_path: Path
         one.claim(overwrite=False).__enter__()
 
 
+def test_a_run_is_the_same_wherever_its_images_are_unless_it_is_of_a_folder() -> None:
+    cases: list[tuple[Any, bool]] = [("cifar10", True), ("digits", True), ("folder", False)]
+    for dataset, same in cases:
+        runs_ = [Config(dataset=dataset, data_dir=Path(where)).as_json() for where in "ab"]
+        assert (runs_[0] == runs_[1]) == same
+
+
 def test_a_class_that_no_file_can_name_is_refused_at_once(cli: Cli, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for name in ("a", "b\tc"):

@@ -1,6 +1,7 @@
 """Write a network into a packed file."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.disk import write_atomically
 from selfcompress.file import header as h
@@ -29,7 +31,6 @@ def save(
     *,
     fold_norms: bool = False,
     half: bool = False,
-    entropy_coding: bool = True,
 ) -> int:
     """Write `model` to `path`, whole or not at all; the size of the file, in bytes.
 
@@ -42,14 +43,18 @@ def save(
         fold_norms: keep of every batch norm its two coefficients instead of mean, variance,
             weight and bias. For evaluation alone.
         half: store floats, the exponents among them, as float16.
-        entropy_coding: code integers by how often they occur, where that is shorter.
 
     Raises:
         ValueError: something is not finite (perhaps for float16 only), of a type that cannot be
             stored, or beyond the limits in `header.py`; nothing has been written.
         OSError: the file cannot be written.
     """
-    content = pack(model, about, fold_norms=fold_norms, half=half, entropy_coding=entropy_coding)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if fold_norms and norms and not any(isinstance(norm, PlacedBatchNorm) for norm in norms):
+        warnings.warn(
+            "fold_norms has no effect: it is for batch norms of a Compressor's model", stacklevel=2
+        )
+    content = pack(model, about, fold_norms=fold_norms, half=half)
     write_atomically(Path(path), content)
     return len(content)
 
@@ -63,7 +68,11 @@ def pack(
     half: bool = False,
     entropy_coding: bool = True,
 ) -> bytes:
-    """What `save` writes."""
+    """What `save` writes.
+
+    Args:
+        entropy_coding: code integers by how often they occur, where that is shorter.
+    """
     model = without_compile(model)
     layers = quantized_layers(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, PlacedBatchNorm)}

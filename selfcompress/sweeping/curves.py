@@ -22,8 +22,6 @@ from matplotlib.transforms import Bbox
 from selfcompress.disk import write_atomically
 from selfcompress.sweeping.results import Result, front
 
-matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
-
 BLUE, GREY = "#2b6cb0", "#8a8a8a"
 KINDS = ("png", "svg")
 FILES = [f"{name}.{k}" for name in ("curve", "weights", "size", "seconds", "widths") for k in KINDS]

@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -26,8 +25,6 @@ HPARAMS_METRICS = (
     "time/epoch_seconds",
 )  # fmt: skip
 LISTED_LAYERS = 16  # whose channels an epoch's line has room for
-
-matplotlib.use("Agg")  # figures go to files, whether or not there is a screen
 
 
 class Board:
