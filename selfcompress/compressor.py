@@ -103,7 +103,7 @@ class Compressor:
         gamma: float | None = None,
         *,
         stored_percent: float | None = None,
-        bits: float = 4,
+        bits: float = 8,
         integer_bits: bool = True,
         exclude: Iterable[str] = (),
         min_channels: int = 0,

@@ -534,7 +534,7 @@ def test_state_of_a_frozen_compressor_loads_frozen() -> None:
 
 def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
     def trained(multiple: int) -> tuple[Compressor, Optimizer]:
-        compressor, optimizer = started(gamma=0.0, multiple=multiple)
+        compressor, optimizer = started(bits=4, gamma=0.0, multiple=multiple)
         for index, batch in enumerate(batches(60)):
             if index == 15:
                 for layer, live in (("stem.0", 3), ("two.0", 2), ("one.0", 3)):

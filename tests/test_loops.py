@@ -772,8 +772,8 @@ def test_a_training_that_goes_on_otherwise_is_told() -> None:
     compressor(schedule=Schedule(100)).load_state_dict(state)
     with pytest.warns(UserWarning, match=r"had schedule=Schedule\(steps=100.*has None"):
         compressor().load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"had bits=4\.0, this one has 8\.0"):
-        compressor(schedule=Schedule(100), bits=8).load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"had bits=8\.0, this one has 4\.0"):
+        compressor(schedule=Schedule(100), bits=4).load_state_dict(state)
     numbers: Any = Schedule(np.int64(100), begin=np.float64(0.1))  # type: ignore[arg-type]
     options: Any = {"min_channels": np.int64(2), "integer_bits": np.bool_(True)}
     torch.save(compressor(schedule=numbers, **options).state_dict(), file := io.BytesIO())

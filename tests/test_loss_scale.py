@@ -182,3 +182,17 @@ def test_losses_that_are_differentiated_one_by_one_count_their_batch_once() -> N
             compressor.step(optimizer)
         results.append(tensors(compressor))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [0.125, 16.0])
+def test_of_a_loss_times_s_and_a_gamma_times_s_squared_rows_want_as_many_bits(s: float) -> None:
+    results = []
+    for scale, gamma in ((1.0, 0.01), (s, 0.01 * s**2)):
+        model = without_norms()
+        x, y = batch(0, 8, "cpu")
+        compressor = Compressor(model, x.double(), gamma)
+        (scale * F.cross_entropy(model(x.double()), y) + compressor.penalty()).backward()
+        compressor.step(AdamW(compressor.weights(), lr=1e-3))
+        results.append(compressor.formats.wanted(gamma))
+    assert len(results[0].ceil().unique()) > 2
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)

@@ -25,7 +25,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def chain(gamma: float = 0.01, exclude: tuple[str, ...] = ()) -> tuple[Chain, Compressor]:
     """conv 3→6, conv 6→7 at 8x8, linear 7→5: 162 + 378 + 35 weights."""
     model = Chain(bias=True)
-    return model, compressor_of(model, X, gamma, exclude=exclude)
+    return model, compressor_of(model, X, gamma, bits=4, exclude=exclude)
 
 
 def set_bits(model: nn.Module, layer: str, bits: list[float]) -> None:
@@ -185,14 +185,14 @@ def test_other_parameters_and_buffers_are_stored_and_counters_are_not() -> None:
             y: Tensor = self.prelu(self.conv(x))
             return y
 
-    size = Compressor(Scaled(), X, 0.01).size()
+    size = Compressor(Scaled(), X, 0.01, bits=4).size()
     assert size.stored_bits == 12 * 4 + 4 * 40 + 4 * 32 + 4 * 32 + 10 * 64
 
 
 def test_resnet9_is_the_papers() -> None:
     model = ResNet9()
     assert sum(p.numel() for p in model.parameters()) == 6_573_120
-    compressor = Compressor(model, torch.randn(1, 3, 32, 32), 0.01)
+    compressor = Compressor(model, torch.randn(1, 3, 32, 32), 0.01, bits=4)
     size = compressor.size()
     assert size.parameters == 6_573_120
     assert round(size.macs / 1e5) == 3793
@@ -372,7 +372,7 @@ def test_macs_count_what_runs_traced_or_not(exclude: tuple[str, ...]) -> None:
     with FlopCounterMode(display=False) as flops:
         model(x)
     with pytest.warns(UserWarning, match="cannot trace"):
-        compressor = Compressor(model, x, 0.0, exclude=exclude)
+        compressor = Compressor(model, x, 0.0, bits=4, exclude=exclude)
     assert 2 * 4 * compressor.size().macs == flops.get_total_flops()
 
 

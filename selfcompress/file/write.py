@@ -49,6 +49,7 @@ def save(
             stored, or beyond the limits in `header.py`; nothing has been written.
         OSError: the file cannot be written.
     """
+    model = without_compile(model)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if fold_norms and norms and not any(isinstance(norm, PlacedBatchNorm) for norm in norms):
         warnings.warn(
