@@ -112,7 +112,7 @@ class Eval(_OnNetwork):
     """Measure a packed network's accuracy on the test images of a dataset."""
 
     data_dir: Path | None = None
-    """The folder of the images (data); for a folder dataset, the folder with test/ in it."""
+    """The folder of the images, else data/; for a folder dataset, the folder with test/ in it."""
     dataset: DatasetName | None = None
     """The dataset to measure on; None is the one that the network was trained on."""
 
