@@ -15,7 +15,7 @@ from models.vit import ViT
 
 TORCHVISION = "torchvision:"
 
-# By name: the width of the paper, and (classes, width, image_size) → the network.
+# Name → the width in the paper, and a function of (classes, width, image_size) that makes it.
 _MODELS: dict[str, tuple[int, Callable[[int, int, int], nn.Module]]] = {
     "resnet9": (64, lambda classes, width, _: ResNet9(classes, width)),
     "resnet20": (16, lambda classes, width, _: ResNet(classes, width, depth=20)),
@@ -26,7 +26,7 @@ _MODELS: dict[str, tuple[int, Callable[[int, int, int], nn.Module]]] = {
 }
 
 NAMES = tuple(_MODELS)
-"""Our own; beside them there is "torchvision:NAME"."""
+"""Names of the networks in this package; torchvision's are called "torchvision:NAME"."""
 
 
 class UnknownModelError(ValueError):
@@ -34,14 +34,14 @@ class UnknownModelError(ValueError):
 
 
 def default_width(name: str) -> int | None:
-    """The width of the model `name` if none is asked for; torchvision's have none, so None.
+    """Return the width of the model `name` if none is given, or None for torchvision's (no width).
 
     Raises:
         UnknownModelError: there is no such model.
     """
     if name in _MODELS:
         return _MODELS[name][0]
-    theirs = torchvision.models.list_models(module=torchvision.models)  # those that classify
+    theirs = torchvision.models.list_models(module=torchvision.models)  # classifiers
     if name in [TORCHVISION + their for their in theirs]:
         return None
     close = difflib.get_close_matches(name.removeprefix(TORCHVISION).lower(), theirs)
@@ -54,10 +54,10 @@ def default_width(name: str) -> int | None:
 def build(
     name: str, classes: int = 10, width: int | None = None, image_size: int = 32
 ) -> nn.Module:
-    """The network `name` with random weights: (N, 3, image_size, image_size) → (N, classes).
+    """Build the network `name` with random weights: (N, 3, image_size, image_size) → (N, classes).
 
     Args:
-        name: one of those above, or "torchvision:" and a classification model of torchvision's.
+        name: one of `NAMES`, or "torchvision:" and the name of a torchvision classifier.
         width: channels of the first layer (vit: of a token); None is the model's default. Has no
             effect on torchvision's.
 
@@ -77,7 +77,7 @@ def build(
 def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # Else they return several outputs in training, and warn that they initialise weights.
+        # Otherwise they return several outputs in training, and warn about initialising weights.
         options = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}

@@ -34,7 +34,7 @@ class ConvBlock(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """Expand by conv1x1, filter each channel by itself, project without a ReLU; add x if it fits.
+    """conv1x1 to expand, depthwise conv3x3, conv1x1 to project (no ReLU); plus x if shapes match.
 
     (N, i, H, W) → (N, o, H/stride, W/stride), with i * expansion channels in between.
     """

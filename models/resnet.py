@@ -6,8 +6,8 @@
 At width 16, 10 classes and 32x32 images: ResNet-20 has 272,474 parameters and 40.8 M
 multiply-accumulates, ResNet-56 855,770 and 125.7 M. Where a block changes the shape, its shortcut
 is a 1x1 convolution with BN (the paper's option B). The paper pads with zeros on CIFAR-10 (option
-A: 269,722 and 853,018 parameters), but padding pins channels to their places, so that none of them
-could be removed.
+A: 269,722 and 853,018 parameters), but padding fixes the positions of channels, so that none of
+them could be removed.
 """
 
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class ConvBlock(nn.Sequential):
     """conv3x3 without bias → BN [→ MaxPool2] → ReLU; (N, i, H, W) → (N, o, H or H/2, ...).
 
-    Pooling last would give the same numbers, and have the ReLU work on four times as many.
+    Pooling after the ReLU would give the same numbers, but the ReLU would see four times as many.
     """
 
     def __init__(self, i: int, o: int, pool: bool = False) -> None:
@@ -48,7 +48,7 @@ class ResNet9(nn.Module):
         width: channels of the first layer; the others have 2, 4 and 8 times as many.
         widths: instead of `width`, the output channels of each convolution by name ("prep.conv",
             "layer1.conv", "res1.block1.conv", ...), such as `widths_end` in a run's summary. The
-            second convolution of a residual has the width of its trunk and is not asked for.
+            second convolution of a residual has the width of its trunk: an entry for it is ignored.
     """
 
     def __init__(

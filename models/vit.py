@@ -6,7 +6,7 @@
 At width 192, 10 classes and 32x32 images (64 patches of 4x4): 2,693,194 parameters, 170.5 M
 multiply-accumulates in its layers and 9.4 M in attention. That is DeiT-Ti (Touvron et al. 2020:
 width 192, 3 heads, 12 blocks) with half its blocks. Tokens are averaged; there is no class token.
-By train.py's SGD it learns at a peak rate of 0.1, not at 0.4.
+With train.py's SGD it learns at a peak learning rate of 0.1, not at 0.4.
 """
 
 import torch
@@ -26,7 +26,8 @@ class PatchEmbedding(nn.Module):
         # Eight patches a side, or more where the image does not divide into eight.
         patch = _largest_divisor(size, at_most=size // 8)
         self.conv = nn.Conv2d(3, width, patch, patch)
-        # At the usual 0.02 instead of 1, training hardly notices for long where a patch lies.
+        # With a standard deviation of 0.02, as usual, instead of 1, training takes long to make use
+        # of where a patch lies.
         self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command `selfcompress`: look at a packed network, evaluate it, ask it, export it.
+"""The command `selfcompress`: show, evaluate, run and export packed networks, and pick runs.
 
     selfcompress info net.scnn                            layers, widths, bits, bytes, accuracy
     selfcompress eval net.scnn [--data-dir DIR]           accuracy on the test images
@@ -6,8 +6,8 @@
     selfcompress export net.scnn --onnx net.onnx          for ONNX Runtime and others
     selfcompress pick RUNS --max-bytes 100KB              the best of many runs, and its network
 
-Networks of the package `models` are built from the file, where the folder models/ can be imported
-from; for any other, --model package.module:callable names what makes the starting network.
+Networks of the package `models` are built as the file says, if the folder models/ can be imported;
+for any other network, --model package.module:callable names what makes the starting network.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ BATCH = 500  # images at a time in `eval`
 @dataclass(frozen=True, kw_only=True)
 class _OnFile:
     file: tyro.conf.Positional[Path]
-    """What train.py or selfcompress.save wrote."""
+    """A packed network, as written by train.py or selfcompress.save."""
     json: bool = False
     """Print JSON."""
 
@@ -56,20 +56,24 @@ class _OnFile:
 @dataclass(frozen=True, kw_only=True)
 class _OnNetwork(_OnFile):
     model: Annotated[str | None, tyro.conf.arg(metavar="MODULE:CALLABLE")] = None
-    """What makes the starting network, if it is your own."""
+    """What makes the starting network, if that is one of your own."""
 
     def load(self) -> tuple[nn.Module, "_Prepared"]:
-        """The network, and how it wants its images."""
-        sys.path.insert(0, os.getcwd())  # for models/, and for modules of the user's
+        """Load the network, and return it with how to prepare images for it."""
+        sys.path.insert(0, os.getcwd())  # where models/ and the user's modules may be
         start = None if self.model is None else _built(self.model)
         model, about = load_described(self.file, start)
         return model, _Prepared.of(self.file, about)
 
     def classifier(self, batch: int) -> tuple[nn.Module, "_Prepared", int]:
-        """What `load` returns, and the number of classes that the network tells apart.
+        """Load a classifier, and return what `load` does and the number of its classes.
+
+        Args:
+            batch: the number of images that it is tried on.
 
         Raises:
-            UserError: it does not return a row of numbers for each of `batch` images.
+            UserError: the network does not accept the images, or does not return a row of floats
+                for each of them.
         """
         model, images = self.load()
         try:
@@ -108,9 +112,9 @@ class Eval(_OnNetwork):
     """Measure a packed network's accuracy on the test images of a dataset."""
 
     data_dir: Path | None = None
-    """Where the images are (data); for a folder dataset, the folder with test/ in it."""
+    """The folder of the images, else data/; for a folder dataset, the folder with test/ in it."""
     dataset: DatasetName | None = None
-    """None is the one it was trained on."""
+    """The dataset to measure on; None is the one that the network was trained on."""
 
     def run(self) -> None:
         model, images, width = self.classifier(2)
@@ -210,9 +214,9 @@ class Pick:
     runs: tyro.conf.Positional[Path]
     """A folder with runs of one dataset in it, such as a sweep's."""
     max_bytes: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-    """100KB (100,000 bytes), 1.5MB, 20000, or 3% of 32 bits for each weight at the start."""
+    """Largest file: 100KB (100,000 bytes), 1.5MB, 20000, or 3% of 32 bits per starting weight."""
     min_accuracy: float | None = None
-    """On the test images, from 0 to 1."""
+    """Lowest accuracy on the test images, from 0 to 1."""
     json: bool = False
     """Print JSON."""
 
@@ -224,7 +228,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """How a network wants its images."""
+    """How to prepare images for a network, and what else its file says."""
 
     about: About
     size: int
@@ -243,7 +247,11 @@ class _Prepared:
         return cls(about, about.image_size, (r, g, b), (sr, sg, sb))
 
     def read(self, path: Path) -> Tensor:
-        """(1, 3, size, size) of an image file."""
+        """Return an image file as a normalised (1, 3, size, size) tensor.
+
+        Raises:
+            UserError: there is no such file, or it is no image.
+        """
         if not path.is_file():
             raise UserError(f"there is no image file {path}")
         pixels = v2.functional.pil_to_tensor(read_image(str(path)))
@@ -252,7 +260,10 @@ class _Prepared:
 
 
 def main() -> int:
-    """Run the command: 0 if it went well, 2 for a user's mistake, 1 for what else went wrong."""
+    """Run the command and return its exit code: 0 on success, 2 for a user's mistake, else 1.
+
+    See `exit_code` for the codes after Ctrl-C and a broken pipe.
+    """
     commands = Info | Eval | Predict | Export | Pick
     command = tyro.cli(
         commands,
@@ -269,7 +280,7 @@ def main() -> int:
 
 
 def describe(contents: Contents) -> dict[str, Any]:
-    """What `info` shows, as plain values. Sizes in bits or bytes as named, accuracy from 0 to 1."""
+    """Return what `info` shows as plain values, sizes in bits or bytes as named, accuracy 0-1."""
     header, about, size = contents.header, contents.header.about, contents.size
     layers = []
     for entry in header.layers:
@@ -336,7 +347,7 @@ def _table(path: Path, facts: dict[str, Any]) -> str:
 
 
 def _about(path: Path, facts: dict[str, Any]) -> str:
-    """One line of what is known of the network beside its layers."""
+    """Return one line on what is known of the network besides its layers."""
     model = facts["model"] or {}
     width = f" of width {model['width']}" if model.get("width") else ""
     said = [
@@ -359,7 +370,7 @@ def _before_after(before: int | None, now: int | None) -> str:
 
 
 def _built(builder: str) -> nn.Module:
-    """What the callable of "package.module:callable" returns."""
+    """Call the callable in `builder`, "package.module:callable", and return its network."""
     module_name, colon, name = builder.partition(":")
     if not colon or not name:
         raise UserError(f"--model {builder}: give MODULE:CALLABLE, such as my.networks:make")

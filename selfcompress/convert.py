@@ -1,4 +1,4 @@
-"""Put quantised layers into a model."""
+"""Replace the layers of a model with quantised ones."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -26,28 +26,30 @@ def quantize_layers(
     read_elsewhere: Iterable[str] = (),
     rewritten: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Replace, in place, layers with weights, attention and batch norms by their twins.
+    """Replace layers that have weights, attention and batch norms by their twins, in place.
 
-    The parameters stay the same objects, so an optimiser that holds them goes on holding them.
+    A twin is the class of this package that stands in for a torch class (see `layers/twins.py`).
+    The parameters stay the same objects, so an optimiser that holds them stays valid.
 
     Args:
         model: the network; not itself a single layer (wrap that in `nn.Sequential`).
-        bits: the bit depth every channel starts at.
+        bits: the bit depth that every channel starts at.
         integer_bits: see `fake_quantize`.
         exclude: names of layers, or of modules that contain layers, to leave in float.
-        read_elsewhere: names of layers whose weight is read past their own forward(), where a
-            quantiser inside of the layer would not be seen.
+        read_elsewhere: names of layers whose weight is read outside of their own forward(), where
+            it would not be quantised.
         rewritten: names of layers whose forward() changes their weight.
 
     Returns:
-        name → why, for every module with weights that was left in float.
+        Name → reason, for every module with weights that was left in float.
 
     Raises:
-        ValueError: a name in `exclude` is no module of the model, or nothing is left to quantise.
+        ValueError: a name in `exclude` is no module of the model or the `out_proj` of a quantised
+            attention, nothing is left to quantise, or the model is itself a single layer.
     """
     excluded, read_elsewhere, rewritten = tuple(exclude), set(read_elsewhere), set(rewritten)
     names = {module: name for name, module in model.named_modules()}
-    every = list(model.named_modules(remove_duplicate=False))  # shared ones by all their names
+    every = list(model.named_modules(remove_duplicate=False))  # shared modules by all names
     for name in excluded:
         if name not in dict(every):
             raise ValueError(f"exclude: the model has no module named {name!r}")
@@ -111,7 +113,9 @@ _SHARES = "it shares a parameter with another module"
 
 
 def _ties(model: nn.Module, apart: set[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Linear layers that share their weight with one embedding, and nobody else → that.
+    """Map each linear layer that shares its weight with just one embedding to that embedding.
+
+    Other linear layers may share the weight too, but no module of another type.
 
     Args:
         apart: modules that are to be left as they are.
@@ -161,7 +165,7 @@ def _why_in_float(module: nn.Module, twin: Any, owners: Counter[int]) -> str:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer has the weight and bias that its sizes ask for, in floating point."""
+    """Return whether weight and bias have the shapes that a layer's sizes imply, and are floats."""
     ins, outs = layer_widths(layer)
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     return (
@@ -178,7 +182,7 @@ def _named(module: nn.Module) -> str:
 
 
 def _without_fast_paths(model: nn.Module) -> None:
-    """Keep torch's transformer layers off their fused inference, which reads weights raw."""
+    """Disable the fused inference of torch's transformers, which reads unquantised weights."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(part, QuantizedLayer) for part in module.modules()
@@ -189,7 +193,11 @@ def _without_fast_paths(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module `name` is."""
+    """Replace the submodule `name` of `model` by `new`.
+
+    Raises:
+        ValueError: `name` is empty, which is the model itself.
+    """
     if not name:
         raise ValueError("the model is itself a single layer: wrap it in nn.Sequential(...)")
     parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Take the quantised layers out again: a network of plain torch, quantised weights baked in."""
+"""Turn a compressed model into plain torch layers with the quantised weights baked in."""
 
 from typing import Any
 
@@ -22,16 +22,16 @@ _KINDS = {twin: kind for kind, twin in TWINS.items()}
 
 @torch.no_grad()
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of `model` in ordinary layers, which needs torch and nothing else.
+    """Return a copy of `model` in ordinary layers, which needs nothing but torch.
 
-    It computes what `model` computes, up to rounding. An ordinary layer makes all of its output
-    channels, so rows that were cut come back as zeros where the channel had to stay: in a branch
-    that is added to a wider trunk, say. Where zeros would make it wrong or wasteful (batch norms
-    that read other channels than they make, grouped convolutions with groups of several widths) a
-    `torch.fx.GraphModule` picks the channels around an ordinary layer.
+    The copy computes what `model` computes, up to rounding. An ordinary layer computes all of its
+    output channels, so rows that were cut come back as zeros where the channel had to stay, as in a
+    branch that is added to a wider trunk. Where zeros would be wrong or wasteful (batch norms that
+    read other channels than they compute, grouped convolutions with groups of different widths), a
+    `torch.fx.GraphModule` selects and places the channels around an ordinary layer.
 
     Args:
-        model: with quantised layers, in any mode; it stays as it is.
+        model: a model with quantised layers, in any mode; it is not changed.
     """
     model = detached_copy(without_compile(model))
     tied = {}
@@ -57,14 +57,14 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def _parts(module: nn.Module) -> list[str]:
-    """The names of what is there only since a module was quantised."""
+    """Return the names of the submodules that are converted along with a module."""
     if isinstance(module, QuantAttention):
         return ["in_proj", "out_proj"]
     return matrices_of(module) if isinstance(module, QuantRecurrent) else []
 
 
 def _ordinary(module: nn.Module) -> nn.Module | None:
-    """What computes the same as `module` without selfcompress; None for what needs no change."""
+    """Return a plain torch module that computes the same, or None if `module` needs no change."""
     if isinstance(module, QuantAttention):
         return module.to_float()
     if isinstance(module, QuantRecurrent):
@@ -74,13 +74,13 @@ def _ordinary(module: nn.Module) -> nn.Module | None:
     if isinstance(module, TiedLinear):
         return without_ours(nn.Linear, module)  # type: ignore[no-any-return]
     if isinstance(module, QuantizedLayer):
-        own = isinstance(module, OwnForward)  # which does more than what would be picked around
+        own = isinstance(module, OwnForward)  # it may do more than a convolution
         return _grouped(module) if module.grouped and not own else _layer(module)
     return None
 
 
 def _kind_of(module: nn.Module) -> Any:
-    """The class that a module had before its twin took its place: torch's, or the user's own."""
+    """Return the class that a module had before it was replaced: torch's or the user's own."""
     kind: Any = type(module)
     return getattr(kind, "own_class", None) or next(
         _KINDS[known] for known in kind.__mro__ if known in _KINDS
@@ -100,7 +100,7 @@ def _layer(layer: QuantizedLayer) -> nn.Module:
 def _grouped(layer: QuantizedLayer) -> nn.Module:
     if layer.whole or not len(layer.rows):
         return _layer(layer)
-    # torch wants groups of equal width: the rows that some lack are zeros.
+    # torch wants groups of equal width: missing rows are filled with zeros.
     slots = layer.groups * layer.group_width
     core = without_ours(_kind_of(layer), layer)
     core.weight = nn.Parameter(place(layer.quantized_weight(), layer.slots, slots, 0))
@@ -136,15 +136,16 @@ def _picking(
     dim: int,
     empty: bool = False,
 ) -> nn.Module:
-    """A module that feeds the channels `columns` to `core` and spreads what it makes.
+    """Return a module that selects the input channels of `core` and places its output channels.
 
     Args:
-        core: an ordinary layer, which loses its hooks and what a user has put on it.
-        columns: None for all channels.
-        where: (output channels,) the channel of core's output; one past its last for zeros.
-        bias: (output channels,) added at the end.
-        dim: of the channels.
-        empty: whether no channel is left, so that there are only zeros.
+        core: an ordinary layer; its hooks and what a user has put on it go to the new module.
+        columns: the input channels that `core` reads; None for all channels.
+        where: (output channels,) the channel of core's output that each takes, or one past the last
+            for zeros.
+        bias: (output channels,) added at the end; None for no bias.
+        dim: the dimension of the channels.
+        empty: whether `core` has no channels left, so that the output is all zeros.
     """
     root, graph = nn.Module(), fx.Graph()
     root.register_buffer("where", where)
@@ -170,7 +171,7 @@ def _picking(
 
 
 def _hand_over(core: nn.Module, whole: nn.Module) -> None:
-    """Have `whole`, in the place of a layer, hold its hooks and what a user has put on it."""
+    """Give the hooks of `core`, and what a user has put on it, to `whole`, which replaces it."""
     fresh = vars(nn.Module())
     for name, value in list(vars(core).items()):
         if "_hook" in name:

@@ -1,4 +1,4 @@
-"""Write files so that they are there whole or not at all."""
+"""Write files atomically, and recognise the temporary files that killed processes left."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, or the file it links to, so that it is there whole or not at all.
+    """Write `content` to `path`, or to the file it links to, completely or not at all.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; what was there before is unchanged.
     """
     path = Path(os.path.realpath(path))
-    # Else errors would name a file that nobody has chosen.
+    # Otherwise errors would name the temporary file, which nobody has chosen.
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     if path.is_dir():
@@ -34,13 +34,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def is_left_over(path: Path, names: Collection[str]) -> bool:
-    """Whether a process was killed that wrote one of `names`, and left `path` behind."""
-    match = re.fullmatch(r"\.(.+)\.\w{8}", path.name)  # as mkstemp makes them
+    """Return whether `path` is what a process left that was killed writing one of `names`."""
+    match = re.fullmatch(r"\.(.+)\.\w{8}", path.name)  # as mkstemp names them
     return match is not None and match[1] in names
 
 
 def _umask() -> int:
-    """What the user lets no new file have; to read it is to set it."""
+    """Return the process's umask, which can only be read by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask

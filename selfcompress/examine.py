@@ -1,4 +1,4 @@
-"""Run a model on its example before it is compressed, and tell its layers what that shows."""
+"""Run a model on its example input before compression, to check it and set up its layers."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,13 @@ from selfcompress.text import first_line
 
 
 def observe_float(model: nn.Module, example_input: Inputs) -> Observed:
-    """Run the float model once; a wrong input is told apart here from one we cannot trace."""
+    """Run the float model once on `example_input` and return what was observed.
+
+    This separates an input that the model does not accept from a model that cannot be traced.
+
+    Raises:
+        ValueError: the model does not accept `example_input`.
+    """
     try:
         return observe(model, example_input)
     except Exception as error:  # whatever the user's forward() does
@@ -28,10 +34,14 @@ def observe_float(model: nn.Module, example_input: Inputs) -> Observed:
 
 
 def observe_quantised(model: nn.Module, example_input: Inputs) -> Observed:
-    """Run the model once its layers are quantised, which those of users' classes may not bear.
+    """Run the quantised model once on `example_input` and return what was observed.
+
+    Layers of users' own classes may fail once they are quantised.
 
     Raises:
-        ValueError: it does not run, or calls a layer that a quantised one has replaced.
+        ValueError: the model has such layers and does not run, or it calls a layer that a quantised
+            one has replaced.
+        Exception: of any kind, if it does not run and has no such layers.
     """
     own = [n for n, layer in quantized_layers(model).items() if isinstance(layer, OwnForward)]
     try:
@@ -52,11 +62,12 @@ def observe_quantised(model: nn.Module, example_input: Inputs) -> Observed:
 
 
 def expect_samples(layers: Mapping[str, QuantizedLayer], observed: Observed, batch: int) -> None:
-    """Tell layers which dimension of their input counts samples.
+    """Set, for each of the layers, which dimension of its input counts samples.
 
     Args:
-        layers: by name.
-        batch: samples in what was observed; of a single one nothing can be told.
+        layers: the quantised layers by name.
+        observed: a run of the model on `batch` samples.
+        batch: with fewer than two samples nothing can be found out, and nothing is set.
     """
     if batch < 2:
         return
@@ -78,7 +89,7 @@ def expect_samples(layers: Mapping[str, QuantizedLayer], observed: Observed, bat
 def warn_of_idle(
     model: nn.Module, graph: ChannelGraph, layers: Iterable[str], observed: Observed
 ) -> None:
-    """Name those of the `layers` that would miss what is cut in front of them."""
+    """Warn of `layers` that the example does not call, as they would miss cuts in front of them."""
     followed = {node.module for node in graph.nodes}
     modules = dict(model.named_modules())
     idle = []

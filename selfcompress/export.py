@@ -1,15 +1,15 @@
-"""Export to ONNX: weights as small integers, multiplied with their channel's step when read.
+"""Export to ONNX, with weights as small integers and a scale for each channel.
 
-The graph is that of the dense copy, simplified by torch's exporter, which also folds batch norms
-into the convolutions in front of them. In place of a quantised layer's float weight the file has
-its integers, int4 where all of a layer's fit and else int8 or int16, and a DequantizeLinear with
-one float32 scale per channel: 2^e, times what a folded batch norm multiplies the channel with.
+The graph is that of the dense copy (`to_dense`), simplified by torch's exporter, which also folds
+batch norms into the convolutions in front of them. In place of a quantised layer's float weight the
+file has its integers (int4 if all of a layer's fit, else int8 or int16) and a DequantizeLinear node
+with one float32 scale per channel: 2^e, times the factor of a batch norm that was folded in.
 
-This makes the *file* small; what a runtime makes of it is its own affair. ONNX Runtime 1.32 on a
-CPU keeps the integers in memory, dequantises those of convolutions anew at every call, and
-multiplies matrices with activations rounded to 8 bits (`MatMulNBits`). With its session option
-`session.disable_quant_qdq` set to 1 it dequantises once, when it loads: float32 weights in memory,
-faster calls, and logits that differ from ours by rounding alone.
+This makes the *file* small; memory and speed depend on the runtime. ONNX Runtime 1.32 on a CPU
+keeps the integers in memory, dequantises those of convolutions anew at every call, and multiplies
+matrices with activations rounded to 8 bits (`MatMulNBits`). With its session option
+`session.disable_quant_qdq` set to 1 it dequantises once, when it loads: then weights are float32 in
+memory, calls are faster, and logits differ from ours by rounding alone.
 """
 
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto
 
 OPSET = 21  # the first with int4
-_ROUNDING = 1e-5  # of a channel's largest weight: how close integer times scale has to come
+_ROUNDING = 1e-5  # largest error of integer times scale, relative to a channel's largest weight
 
 
 class ExportError(RuntimeError):
@@ -49,19 +49,20 @@ def export_onnx(
     *,
     notes: dict[str, str] | None = None,
 ) -> int:
-    """Write `model` as an ONNX file whose first dimension, the batch, is free; its size in bytes.
+    """Write `model` as an ONNX file for any batch size and return the file's size in bytes.
 
     Needs `pip install 'selfcompress[onnx]'`. A single output is called "logits".
 
     Args:
         model: with or without quantised layers; it is exported in eval mode and in float32, and
-            stays as it is.
-        example_input: a batch of at least two; a tuple holds several inputs. Of every tensor the
-            first dimension is the batch.
+            not changed.
+        example_input: a batch of at least two samples; a tuple holds several inputs. The first
+            dimension of every tensor is that of the batch.
         notes: key → text, to be kept in the file's metadata.
 
     Raises:
-        ExportError: torch cannot export the model, or a package is missing.
+        ExportError: torch cannot export the model, the model depends on the size of the batch, or a
+            package is missing.
         OSError: the file cannot be written.
     """
     try:
@@ -84,10 +85,10 @@ def export_onnx(
     single = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(returned)) == 1
     try:
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-            warnings.simplefilter("ignore")  # of torch, about its own insides
+            warnings.simplefilter("ignore")  # torch's, about its own internals
             program = torch.onnx.export(
                 dense,
-                (*inputs, {}),  # a dict that comes last torch takes for arguments by name
+                (*inputs, {}),  # torch takes a dict that comes last for keyword arguments
                 dynamo=True,
                 dynamic_shapes=shapes,
                 output_names=["logits"] if single else None,
@@ -95,10 +96,10 @@ def export_onnx(
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # whatever the model does that torch.export does not follow
+    except Exception as error:  # whatever torch.export does not support
         cause: BaseException = error
         while cause.__cause__ is not None:
-            cause = cause.__cause__  # torch tells first of its own steps
+            cause = cause.__cause__  # the outer errors are about torch's own steps
         reason = first_line(cause)
         raise ExportError(f"torch cannot export the model to ONNX: {reason}") from error
     assert program is not None
@@ -121,7 +122,7 @@ def export_onnx(
 
 
 class _GlobalMax(nn.Module):
-    """`nn.AdaptiveMaxPool2d(1)`, which the exporter of torch 2.11 does not know."""
+    """`nn.AdaptiveMaxPool2d(1)`, which the exporter of torch 2.11 does not support."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.amax((-2, -1), keepdim=True)
@@ -129,12 +130,12 @@ class _GlobalMax(nn.Module):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A quantised weight as the dense copy has it.
+    """A quantised weight in the shape that it has in the dense copy.
 
     Attributes:
         dense: the float weight.
         integers: of the same shape.
-        row_dim: the dimension that counts channels, each of which has its step.
+        row_dim: the dimension that counts output channels, each of which has its own step.
     """
 
     dense: np.ndarray
@@ -148,17 +149,17 @@ class _Weight:
 
 @torch.no_grad()
 def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
-    """The quantised weights by their names in the dense copy."""
+    """Return the quantised weights of `model` by their names in the dense copy."""
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     found = {}
     for name, layer in quantized_layers(model).items():
         places, width = layer.rows, layer.out_width
         at = f"{name}.weight"
-        if f"{name}.core.weight" in parameters:  # a grouped convolution, channels picked around it
+        if f"{name}.core.weight" in parameters:  # a grouped convolution within a GraphModule
             at = f"{name}.core.weight"
             places, width = layer.slots, layer.groups * layer.group_width
         elif at not in parameters:
-            # Of an attention in_proj_weight; of a recurrent layer the part has the weight's name.
+            # Attention has in_proj_weight; the parts of a recurrent layer have the weights' names.
             at = f"{name}_weight" if f"{name}_weight" in parameters else name
         steps = layer.exponent.new_ones(width).index_copy(0, places, torch.exp2(layer.exponent))
         weight = parameters[at]
@@ -171,7 +172,7 @@ def _weights(model: nn.Module, dense: nn.Module) -> dict[str, _Weight]:
 
 
 def _strip(graph: "GraphProto") -> None:
-    """Take out what only tells where in the source a node comes from: it outweighs the weights."""
+    """Remove source locations and intermediate types, as the former can outweigh the weights."""
     for node in graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
@@ -181,12 +182,12 @@ def _strip(graph: "GraphProto") -> None:
 
 
 def _quantise(graph: "GraphProto", weights: dict[str, _Weight]) -> None:
-    """Replace float weights by their integers, scales, and a node that multiplies them."""
+    """Replace float weights by integers, scales and a DequantizeLinear node for each."""
     from onnx import helper, numpy_helper
 
-    # The exporter renames weights that it turns round for a matrix product.
+    # The exporter renames weights that it transposes for a matrix product.
     turned = {w.dense.T.tobytes(): w.transposed for w in weights.values() if w.dense.ndim == 2}
-    # Or calls them as a layer that shares them.
+    # Or it gives a shared weight the name that it has in another layer.
     turned |= {w.dense.tobytes(): w for w in weights.values()}
     nodes = []
     for initializer in list(graph.initializer):
@@ -216,9 +217,10 @@ def _quantise(graph: "GraphProto", weights: dict[str, _Weight]) -> None:
 
 
 def _scales(values: np.ndarray, weight: _Weight) -> tuple[np.ndarray, np.ndarray] | None:
-    """Integers and scales per channel whose products are `values`, which a norm may be folded into.
+    """Return integers and a scale per channel whose products are `values`, or None.
 
-    None if there are none.
+    A batch norm may have been folded into `values`. None is returned if the products differ from
+    them by more than `_ROUNDING`, or if there are no weights.
     """
     by_row = np.moveaxis(weight.integers, weight.row_dim, 0)
     by_row = by_row.reshape(len(by_row), -1)
@@ -233,14 +235,14 @@ def _scales(values: np.ndarray, weight: _Weight) -> tuple[np.ndarray, np.ndarray
     off = np.abs(by_row * scales[:, None] - wanted).max(1)
     if (off > _ROUNDING * np.abs(wanted).max(1)).any():
         return None
-    # Negative ones come from batch norms; not every runtime expects them.
+    # Batch norms can make scales negative, which not every runtime expects.
     signs = np.where(scales < 0, -1, 1)
     column = [-1 if dim == weight.row_dim else 1 for dim in range(values.ndim)]
     return weight.integers * signs.reshape(column), np.abs(scales)
 
 
 def _integer_tensor(name: str, integers: np.ndarray) -> "TensorProto":
-    """As int4, int8 or int16, whichever is the narrowest."""
+    """Return an ONNX tensor of int4, int8 or int16, whichever is the narrowest that fits."""
     from ml_dtypes import int4
     from onnx import numpy_helper
 

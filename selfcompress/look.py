@@ -1,4 +1,4 @@
-"""Run a model to have a look at it, and leave it as it was found."""
+"""Run a model for inspection, and restore its modes, buffers, attributes and random numbers."""
 
 import copy
 import operator
@@ -20,17 +20,18 @@ CLOSED = (
     int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
     Tensor, torch.fx.Proxy, nn.Module,
 )  # fmt: skip
-"""The types of values that are not looked into."""
+"""Types of values whose attributes and contents are not searched."""
 
 
 def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
-    """All that is in what a forward() returned, be it in containers or in objects like dataclasses.
+    """Yield all values in what a forward() returned, in containers or objects such as dataclasses.
 
-    Objects that cannot be looked into, or lie deeper, are leaves themselves.
+    Objects that have no contents to search, or lie more than `depth` objects deep, are yielded
+    themselves.
     """
     for leaf in pytree.tree_leaves(returned):
         inside = [] if isinstance(leaf, CLOSED) else list(getattr(leaf, "__dict__", {}).values())
-        # Subclasses of containers are none to pytree.
+        # pytree does not look into subclasses of containers.
         if isinstance(leaf, Mapping):
             inside += leaf.values()
         elif isinstance(leaf, list | tuple | set | frozenset):
@@ -42,7 +43,11 @@ def leaves_of(returned: Any, depth: int = 4) -> Iterator[Any]:
 
 
 def without_compile(model: nn.Module) -> nn.Module:
-    """The user's own module inside of what torch.compile(model) returned."""
+    """Return the module inside what torch.compile(model) returned, or `model` if not compiled.
+
+    Raises:
+        TypeError: it is not a module.
+    """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise TypeError(f"this takes a torch module (an object), not a {type(model).__name__}")
@@ -51,14 +56,14 @@ def without_compile(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Inside, modules may be switched to train() or eval(); afterwards each is as it was."""
+    """Restore the training or eval mode of every module of `model` when the block ends."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
         for module, training in modes.items():
-            # One that does more than to note its mode, such as a torchvision feature extractor,
-            # which has a graph for each.
+            # A class's own train() may do more than to set the mode, such as that of a torchvision
+            # feature extractor, which has a graph for each mode.
             if type(module).train is not nn.Module.train:
                 module.train(training)
         for module, training in modes.items():
@@ -67,7 +72,7 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Inside, a forward() may set attributes, put others in buffers' places, and register hooks."""
+    """Restore attributes, replaced buffers and hooks of all modules when the block ends."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
     hooks = [
         (held, dict(held))
@@ -91,10 +96,11 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Inside, the model may run or be traced, without gradients and as it is written.
+    """Within the block, `model` may be run or traced, without gradients or torch.compile.
 
-    Afterwards its modes, its buffers and all attributes of its modules are what they were, lists
-    and the like with what was in them; and random numbers go on as if nothing had run.
+    Afterwards its modes, its buffers and all attributes of its modules are what they were, with the
+    contents of lists, dicts, sets and deques, and random number generators (on a GPU only on that
+    of `inputs`) continue as if nothing had run.
     """
     device = device_of(inputs)
     devices = [device] if device.type == "cuda" else []
@@ -117,16 +123,16 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 
 def is_torchs(attribute: str) -> bool:
-    """Whether an attribute of a module is torch's own, and not the user's."""
+    """Return whether an attribute of a module is torch's own, and not the user's."""
     return attribute in ("_parameters", "_buffers", "_modules") or attribute.endswith("_hooks")
 
 
 _CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
-"""What can be emptied and filled again; of the user's own types that is not known."""
+"""Containers that can be emptied and filled again; of the user's own types that is not known."""
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """The lists, dicts, sets and deques among `values`, and in one another."""
+    """Yield the lists, dicts, sets and deques among `values`, including nested ones."""
     pending, seen = list(values), set()
     while pending:
         value = pending.pop()
@@ -137,7 +143,7 @@ def _containers(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _content(container: Any) -> list[Any]:
-    """What is in it; of a dict, all keys and then all values."""
+    """Return the elements of a container; of a dict, all keys and then all values."""
     values = container.values() if isinstance(container, dict) else ()
     return [*container, *values]
 
@@ -158,7 +164,7 @@ def _restore(container: Any, content: list[Any]) -> None:
 
 @contextmanager
 def _forked_rng() -> Iterator[None]:
-    """Inside, Python and NumPy draw random numbers that do not count."""
+    """Restore the random number generators of Python and NumPy when the block ends."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         yield
@@ -168,7 +174,7 @@ def _forked_rng() -> Iterator[None]:
 
 
 def seed_everything(device: torch.device) -> None:
-    """Start random numbers at the same point always: a forward() that draws some goes one way."""
+    """Seed random numbers with 0, so that a forward() that draws some always goes the same way."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
@@ -178,9 +184,10 @@ def seed_everything(device: torch.device) -> None:
 
 
 def copied(leaf: Any, model: nn.Module) -> Any:
-    """A copy of an argument that a forward() of `model` may change, such as a cache.
+    """Return a copy of an argument that a forward() of `model` may change, such as a cache.
 
-    Itself if it cannot be changed or copied. What it has of the model stays that of the model.
+    A tensor, a module, and what has no attributes or cannot be copied are returned themselves. The
+    copy refers to the modules, parameters and buffers of `model` themselves, not to copies.
     """
     if isinstance(leaf, Tensor | nn.Module) or not hasattr(leaf, "__dict__"):
         return leaf
@@ -188,13 +195,13 @@ def copied(leaf: Any, model: nn.Module) -> Any:
     try:
         with torch._C.DisableTorchFunction():
             return copy.deepcopy(leaf, {id(part): part for part in known})
-    except Exception:  # it holds a lock, a file, or whatever else is only once there
+    except Exception:  # it holds a lock, a file, or something else that cannot be copied
         return leaf
 
 
 def called(model: nn.Module, inputs: Inputs) -> Any:
-    """What `model` returns for a copy of `inputs`: a forward() may change what it is given."""
-    copies: dict[int, Any] = {}  # of what is given twice there is one
+    """Return what `model` returns for a copy of `inputs`, as its forward() may change them."""
+    copies: dict[int, Any] = {}  # by id: what is given twice is copied once
 
     def copy_of(leaf: Any) -> Any:
         if id(leaf) not in copies:
@@ -208,7 +215,7 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def detached_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy`, with what a forward() has left in an attribute, but without its history."""
+    """Return a deep copy of `model`, with tensors that a forward() left in attributes detached."""
     left = [
         value
         for module in model.modules()

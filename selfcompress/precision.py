@@ -1,4 +1,4 @@
-"""Have float32 be float32 for a while: no autocast, no TensorFloat-32, no bfloat16 in its place."""
+"""Compute in full float32 for a while, without autocast, TensorFloat-32 or bfloat16."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +11,9 @@ _FULL = ("ieee", "none")
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, whatever the user has allowed, float32 is computed with as it is on `device`."""
-    # Torch has an old and a new way to say so. It refuses to read the old one where it contradicts
-    # the new one, so the old one is set as well; unless the user has them contradict each other.
+    """Within the block, compute in full float32 on `device`, whatever the user has allowed."""
+    # torch has an old and a new API for this. It refuses to read the old one where it contradicts
+    # the new one, so the old one is set as well, unless the user's settings contradict already.
     backends: Any = torch.backends  # not all of it has types
     matmul, convolutions = None, None
     with suppress(RuntimeError):
@@ -21,7 +21,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         with suppress(RuntimeError):
             convolutions = backends.cudnn.allow_tf32
-    # From the general to the particular.
+    # In order from the general settings to the particular ones.
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     on_gpus = [cudnn, backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     on_cpus = [mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
@@ -33,7 +33,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
         if convolutions:
             backends.cudnn.allow_tf32 = False
-        # No more than is needed: what is set no longer follows what is more general.
+        # Set only what needs it: a setting that is set no longer follows the more general one.
         for kind in (backends, *(on_gpus if device.type == "cuda" else on_cpus)):
             if kind.fp32_precision not in _FULL:
                 changed.append((kind, kind.fp32_precision))

@@ -1,4 +1,4 @@
-"""Record what a function launches on a GPU as a CUDA graph, and replay that.
+"""Record the kernels that a function launches on a GPU as a CUDA graph, and replay them.
 
 Hundreds of small kernels take a CPU longer to launch one by one than they take a GPU to run.
 """
@@ -14,19 +14,20 @@ from torch.utils import _pytree as pytree
 from selfcompress.text import first_line
 
 T = TypeVar("T")
-_WAITS = "called a synchronizing CUDA operation"  # as torch says it
+_WAITS = "called a synchronizing CUDA operation"  # in torch's warning
 _OF_TORCH = "Synchronization debug mode is a prototype feature"
 
 
 class Replay(Generic[T]):
-    """A function of tensors that, on a GPU, is called, then recorded, and from then on replayed.
+    """A function of tensors that, on a GPU, is called once, then recorded, and then replayed.
 
-    A replay computes the same from the tensors that it is given and from what all others that the
-    function reads hold by then, into the same tensors as before. Nothing else happens again: what
-    Python notes meanwhile is as it was at the recording, so what others need is to be returned.
+    A replay runs the recorded kernels on the tensors that it is given and on the present contents
+    of all others that the function reads, and writes to the same tensors as before. No Python code
+    runs again: what it noted stays as it was at the recording, so results have to be returned.
 
-    A function that waits for the GPU, to go by what it has computed, cannot be recorded: it is
-    called as ever, after a warning. So it is on any but the current GPU, without one.
+    A function that waits for the GPU, because it depends on computed values, cannot be recorded: it
+    is called normally, after a warning. So it is with tensors that are not on the current GPU, but
+    without a warning.
     """
 
     def __init__(self, function: Callable[..., T]) -> None:
@@ -41,21 +42,23 @@ class Replay(Generic[T]):
         """Compute `function(*args)`.
 
         Args:
-            version: tells of all that is not in `args` whether it is what it was. If not, as with
-                other shapes, the function is called once and then recorded anew.
+            version: returns a value that changes when something changes that is not in `args` and
+                that a recording fixes, such as the address of a tensor (see `addresses`). Then, or
+                when shapes or other values in `args` change, the function is called once and
+                recorded anew.
             args: tensors in lists and dicts, perhaps with other values among them.
         """
         leaves, spec = pytree.tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not self._able or not tensors or not all(map(_on_current_gpu, tensors)):
             return self.function(*args)
-        if torch.cuda.is_current_stream_capturing():  # it is recorded by somebody else
+        if torch.cuda.is_current_stream_capturing():  # the caller records
             return self.function(*args)
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         kinds = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
         key = version(), spec, others, kinds
-        # What is recorded must not be in the default stream; where it runs is where its gradients
-        # are accumulated, so the calls in between are there too.
+        # A recording must not be in the default stream. Gradients are accumulated in the stream in
+        # which the function runs, so the calls that are not replayed run in this stream too.
         outside = torch.cuda.current_stream()
         if self._stream is None:
             self._stream = torch.cuda.Stream()
@@ -67,7 +70,7 @@ class Replay(Generic[T]):
 
     def _compute(self, key: object, args: tuple[Any, ...], tensors: list[Tensor]) -> T:
         if key != self._key:
-            self._key, self._recorded, self._inputs = key, None, []  # their memory is free now
+            self._key, self._recorded, self._inputs = key, None, []  # this frees their memory
             return self._call_and_watch(args)
         if self._recorded is None:
             self._inputs = [tensor.clone() for tensor in tensors]
@@ -81,7 +84,7 @@ class Replay(Generic[T]):
         return computed
 
     def _call_and_watch(self, args: tuple[Any, ...]) -> T:
-        """Call the function, and find out whether it waits for the GPU."""
+        """Call the function, and give up recording it if it waits for the GPU."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -106,7 +109,7 @@ class Replay(Generic[T]):
         args = pytree.tree_map_only(Tensor, lambda _: next(inputs), args)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, such as one that reads images, go on with what they do.
+            # Other threads, such as one that reads images, may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 return graph, self.function(*args)
         except RuntimeError as error:
@@ -116,12 +119,12 @@ class Replay(Generic[T]):
 
 
 def _on_current_gpu(tensor: Tensor) -> bool:
-    # What is launched on another than the current one would be left out of the recording.
+    # Kernels that are launched on any other GPU would be missing from the recording.
     return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
 
 
 def addresses(tensors: Iterable[Tensor]) -> object:
-    """What tells whether `tensors` are where they were, and as large: part of a version."""
+    """Return the memory addresses and shapes of `tensors`, for use in a `version`."""
     return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
 
 

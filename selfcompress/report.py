@@ -1,4 +1,4 @@
-"""Which layers are quantised, which of their channels can leave the network, and if not, why."""
+"""Report which layers are quantised, which channels can be removed, and why others cannot."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ class LayerReport:
     """One layer that has weights.
 
     Attributes:
-        kind: its type.
-        weights: that it has now, but for those that a layer before it shares.
+        kind: the name of its type.
+        weights: the number of its weights now, without those shared with an earlier layer.
         quantized: whether it has a quantiser; if so, every row that loses its bits is cut out of
-            its weight, whatever `removable` says.
-        channels: of its output now.
-        removable: how many of them can leave the network together with all the weights that read
-            them. Of the others only the row can go.
+            its weight, whatever `removable` is.
+        channels: the number of its output channels now.
+        removable: how many of these can be removed from the network together with all weights that
+            read them. Of the others, only the row can be cut.
         why: why it is in float, or why channels have to keep their places; else empty.
     """
 
@@ -38,7 +38,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What self-compression can do to a network; `str()` is a table by layer."""
+    """What self-compression can do to a network, layer by layer; `str()` makes a table of it."""
 
     layers: tuple[LayerReport, ...]
 
@@ -67,10 +67,10 @@ class Report:
 
 
 def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, str]) -> Report:
-    """Look at every layer of `model`.
+    """Return a report on every layer of `model`.
 
     Args:
-        left_in_float: name → why, of layers that were not quantised.
+        left_in_float: name → reason, for the layers that were not quantised.
     """
     found = []
     seen: set[Tensor] = set()
@@ -95,7 +95,7 @@ def make_report(model: nn.Module, graph: ChannelGraph, left_in_float: dict[str, 
 
 
 def _removable(graph: ChannelGraph, name: str) -> tuple[int, str]:
-    """How many channels of a layer's output can leave, and why not all."""
+    """Return how many output channels of layer `name` can be removed, and why not all."""
     for node in graph.nodes:
         if node.module == name and node.kind in (Kind.LAYER, Kind.GROUPED):
             ids = graph.ids[node.name]

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: bool) -> list[str]:
-    """A line for each of one or more rows; their columns line up, two spaces apart.
+    """Return a line of text for each row, with the columns aligned and two spaces apart.
 
     Args:
-        numbers: whether the columns after the first line up on the right.
+        rows: one or more rows of cells.
+        numbers: whether to align the columns after the first on the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -20,5 +21,5 @@ def aligned(rows: Sequence[Sequence[str]], numbers: bool) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong: the first line of the message, or the type where there is none."""
+    """Return the first line of an error's message, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

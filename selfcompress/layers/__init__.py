@@ -1,1 +1,1 @@
-"""What takes the places of torch's layers: it quantises its weight, and can lose channels."""
+"""Replacements for torch's layers: they quantise their weights and can have channels removed."""

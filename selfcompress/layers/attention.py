@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` with quantised projections.
 
-Rows of its projections lose their bits and are stored no more, but attention computes at its full
-width: which channels its heads mix is not followed.
+Rows of the projections that lose their bits are cut and no longer stored, but attention still
+computes at full width, because the channel graph does not follow which channels the heads mix.
 """
 
 from typing import Self
@@ -18,7 +18,7 @@ class QuantAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `in_proj` and `out_proj` are `QuantLinear` layers.
 
     Attributes:
-        in_proj: (embedding → 3 · embedding) what query, key and value are multiplied with.
+        in_proj: (embedding → 3 · embedding) the projections of query, key and value, stacked.
     """
 
     in_proj: QuantLinear
@@ -26,7 +26,7 @@ class QuantAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_float(cls, layer: nn.MultiheadAttention, bits: float, integer_bits: bool) -> Self:
-        """A quantised attention that takes over the parameters of `layer`."""
+        """Return a quantised attention that takes over the parameters of `layer`."""
         new: Self = become(cls, layer)
         projection = nn.Linear(layer.embed_dim, 3 * layer.embed_dim, bias=False, device="meta")
         projection.weight, projection.bias = layer.in_proj_weight, layer.in_proj_bias
@@ -36,7 +36,7 @@ class QuantAttention(nn.MultiheadAttention):
         return new
 
     def to_float(self) -> nn.MultiheadAttention:
-        """An ordinary attention with the quantised weights baked in."""
+        """Return an ordinary attention layer with the quantised weights baked in."""
         new: nn.MultiheadAttention = become(nn.MultiheadAttention, self)
         del new._modules["in_proj"]
         new.in_proj_weight = nn.Parameter(self.in_proj.dense_weight())
@@ -62,7 +62,7 @@ class QuantAttention(nn.MultiheadAttention):
         batch_first = self.batch_first and query.dim() == 3
         if batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        # torch wants both masks of the same type.
+        # torch wants both masks to have the same dtype.
         key_padding_mask, attn_mask = (
             F._canonical_mask(mask, "mask", None, "", query.dtype, check_other=False)
             for mask in (key_padding_mask, attn_mask)

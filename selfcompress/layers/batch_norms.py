@@ -1,7 +1,7 @@
 """Batch norms that can lose channels.
 
-In a residual branch a channel can be gone while the trunk that it is added to still carries it: the
-branch's norm has no entry for it, and makes a zero in its place.
+A channel can be cut from a residual branch while the trunk, to which the branch is added, still has
+it. The branch's norm then has no entry for that channel and outputs zero in its place.
 """
 
 from typing import Self
@@ -16,19 +16,20 @@ from selfcompress.layers.placing import Placed, few_gaps, place, take
 
 
 class PlacedBatchNorm(Placed, _BatchNorm):
-    """A batch norm over some channels of its input, placed among zeros in its output.
+    """A batch norm over some of its input's channels, with zeros for the other output channels.
 
     Attributes:
         columns: (entries,) the input channel that each entry normalises.
         rows: (entries,) the output channel that each entry computes.
-        keeps_places: whether every entry's channel has the same index in the input and the output.
+        keeps_places: whether input and output are equally wide, and every entry's channel has the
+            same index in both.
     """
 
     keeps_places: bool
 
     @classmethod
     def from_float(cls, norm: _BatchNorm) -> Self:
-        """A placed batch norm that takes over the parameters and statistics of `norm`."""
+        """Return a placed batch norm that takes over the parameters and statistics of `norm`."""
         new: Self = become(cls, norm)
         every = norm.running_mean if norm.running_mean is not None else norm.weight
         where = every.device if every is not None else None
@@ -40,7 +41,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
 
     @property
     def can_be_folded(self) -> bool:
-        """Whether it is a scale and a shift per channel in evaluation."""
+        """Whether its tensors can be folded into a scale and a shift per channel (eval mode)."""
         return self.weight is not None and self.bias is not None and self.running_var is not None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ class PlacedBatchNorm(Placed, _BatchNorm):
             return x.new_zeros((x.shape[0], self.out_width, *x.shape[2:]))
         gaps = self.in_width - self.num_features
         if gaps:
-            # A momentum of None is an average over batches, as `update_bn` takes it: rare.
+            # momentum=None (a plain average over batches, as `update_bn` takes it) is rare, so it
+            # is left to the general path below.
             usual = self.can_be_folded and self.track_running_stats and self.momentum is not None
             if usual and self.keeps_places and few_gaps(gaps, self.in_width):
                 return self._among_zeros(x)
@@ -60,7 +62,7 @@ class PlacedBatchNorm(Placed, _BatchNorm):
         return out
 
     def _among_zeros(self, x: Tensor) -> Tensor:
-        """All channels normalised; those without an entry become 0."""
+        """Normalise all channels of `x`, with zero weight and bias for those without an entry."""
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and var is not None and count is not None
         assert self.momentum is not None
@@ -89,11 +91,11 @@ class PlacedBatchNorm3d(PlacedBatchNorm, nn.BatchNorm3d):
 
 
 NORM_ENTRIES = ("running_mean", "running_var", "weight", "bias")
-"""The tensors of a batch norm that have an entry for every channel, as `F.batch_norm` has them."""
+"""Names of a batch norm's per-channel tensors, in the order of `F.batch_norm`'s arguments."""
 
 
 def recount(module: nn.Module, tensor: Tensor) -> None:
-    """Have a module that is not ours say how many channels its `tensor` is for."""
+    """Set the channel count of a PReLU or a batch norm that was not replaced to `len(tensor)`."""
     if isinstance(module, nn.PReLU):
         module.num_parameters = len(tensor)
     elif isinstance(module, _BatchNorm) and not isinstance(module, PlacedBatchNorm):

@@ -1,4 +1,4 @@
-"""Make a module that holds what another one holds, but is of another class."""
+"""Make a module of another class that has the contents of a given one."""
 
 from types import MethodType
 from typing import Any
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def become(kind: Any, module: nn.Module) -> Any:
-    """An object of class `kind` with all that `module` has: parameters, hooks, whatever else.
+    """Return an object of class `kind` with all that `module` has: parameters, hooks and the rest.
 
-    The tensors are the same objects; `module` stays as it is.
+    The tensors are the same objects, and `module` is not changed.
     """
     new: nn.Module = object.__new__(kind)
     for name, value in vars(module).items():

@@ -14,7 +14,7 @@ from selfcompress.quantizer import fake_quantize
 
 
 class _Lookup(QuantizedLayer):
-    """An embedding: its rows are the dimensions of its vectors, its input is indices."""
+    """Base of quantised embeddings: a row is a dimension of the vectors, the input is indices."""
 
     row_dim = 1
     fan_in_dim = 0
@@ -28,20 +28,20 @@ class _Lookup(QuantizedLayer):
 
 
 class QuantEmbedding(_Lookup, nn.Embedding):  # type: ignore[misc]
-    """`nn.Embedding` with a bit depth and an exponent per dimension of its vectors, its rows."""
+    """`nn.Embedding` with a bit depth and an exponent per row, a dimension of its vectors."""
 
     def forward(self, input: Tensor) -> Tensor:
         few = input.numel() < self.num_embeddings and not self.scale_grad_by_freq
         if not few or not self.rows.numel():
             return super().forward(input)
-        # Fewer vectors are read than there are: quantise those alone.
+        # Fewer vectors are looked up than there are: quantise only those.
         self._note_samples(input)
         read = self.compute(input, self.weight, None)
         rows = read.reshape(-1, len(self.rows)).t()
         bit_depth, exponent = self.bit_depth.detach(), self.exponent
         rows = fake_quantize(rows, bit_depth, exponent, integer_bits=self.integer_bits)
         read = rows.t().reshape(read.shape)
-        if self.padding_idx is not None:  # which teaches nobody
+        if self.padding_idx is not None:  # its vector gets no gradient
             read = torch.where((input == self.padding_idx)[..., None], read.detach(), read)
         whole = len(self.rows) == self.out_width
         return read if whole else place(read, self.rows, self.out_width, self.channel_dim)
@@ -54,33 +54,35 @@ class QuantEmbedding(_Lookup, nn.Embedding):  # type: ignore[misc]
 
 
 class QuantEmbeddingBag(OwnForward, _Lookup, nn.EmbeddingBag):  # type: ignore[misc]
-    """`nn.EmbeddingBag` with a bit depth and an exponent per dimension of its vectors, its rows."""
+    """`nn.EmbeddingBag` with a bit depth and an exponent per row, a dimension of its vectors."""
 
     own_class = nn.EmbeddingBag
 
 
 class TiedLinear(nn.Linear):
-    """`nn.Linear` that has no weight of its own, but the quantised one of an embedding.
+    """`nn.Linear` without a weight of its own, which uses the quantised weight of an embedding.
 
     Attributes:
-        embedding: whose weight it is; not a submodule.
+        embedding: the layer whose weight is used; it is not registered as a submodule.
     """
 
     embedding: QuantEmbedding
 
     @classmethod
     def from_float(cls, layer: nn.Linear, embedding: QuantEmbedding) -> Self:
-        """What takes the place of `layer`, which shares its weight with an embedding."""
+        """Return the replacement for `layer`, which shares its weight with an embedding."""
         new: Self = become(cls, layer)
         del new._parameters["weight"]
         vars(new)["embedding"] = embedding
         return new
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever, but for the weight: to tie it again changes nothing, another cannot be had.
+        """Register a parameter as `nn.Module` does, except for the weight, which stays tied.
+
+        Tying the embedding's weight again has no effect.
 
         Raises:
-            ValueError: it is another weight.
+            ValueError: `param` is given as the weight, but is not that of the embedding.
         """
         tied = vars(self).get("embedding") if name == "weight" else None
         if tied is None:
@@ -92,5 +94,5 @@ class TiedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(output channels, dimensions of the embedding)."""
+        """The embedding's quantised weight, (output channels, dimensions of the embedding)."""
         return self.embedding.dense_weight()

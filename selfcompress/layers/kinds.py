@@ -1,4 +1,4 @@
-"""torch's own layers that have weights: their types, and how wide they are."""
+"""Types of torch's own layers that have weights, their widths and weight shapes."""
 
 from torch import nn
 
@@ -6,13 +6,13 @@ FLOAT_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
 )  # fmt: skip
-"""The types of layers that multiply with a weight."""
+"""Types of the layers that multiply their input with a weight."""
 EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
-"""Those that look vectors up in it."""
+"""Types of the layers that look up vectors in their weight."""
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
-    """Channels of the input and the output of a layer."""
+    """Return a layer's input and output channels; of embeddings, entries and dimensions."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, EMBEDDINGS):
@@ -21,7 +21,7 @@ def layer_widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def weight_shape(layer: nn.Module, ins: int, outs: int) -> list[int]:
-    """The shape of the weight of one of `FLOAT_LAYERS`, were it of so many channels."""
+    """Return the weight's shape of one of `FLOAT_LAYERS`, if it had `ins` and `outs` channels."""
     groups, kernel = getattr(layer, "groups", 1), getattr(layer, "kernel_size", ())
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return [ins, outs // groups, *kernel]

@@ -1,4 +1,4 @@
-"""Quantised layers of users' own classes that have a forward() of their own."""
+"""Quantised layers that run the forward() of the class they were made from."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ def _is_followed(value: Any) -> bool:
 
 
 class OwnForward(QuantizedLayer):
-    """What a quantised layer of a user's class adds to its twin if that has a forward() of its own.
+    """Mixin for the twin of a layer class, mostly a user's, whose own forward() has to run.
 
-    That forward() goes on as it is written, and sees as `weight` what `dense_weight` gives.
+    That forward() runs unchanged, and sees the tensor that `dense_weight` returns as `weight`.
 
     Attributes:
-        own_class: the user's.
+        own_class: the class whose forward() runs.
     """
 
     own_class: type[nn.Module]
@@ -27,13 +27,13 @@ class OwnForward(QuantizedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward: Any = self.own_class.forward
         given = (*args, *kwargs.values())
-        # Our tracer is to see the parameter; and what calls itself is shown the weight already.
+        # Our tracer has to see the parameter; and in a recursive call the weight is there already.
         if self._shows or any(_is_followed(value) for value in given):
             return forward(self, *args, **kwargs)
         first = next((value for value in given if isinstance(value, Tensor)), None)
         if first is not None:
             self._note_samples(first)
-        # What is shown is put where torch.compile knows it to be looked for.
+        # The weight goes into `_parameters`, where torch.compile looks for it.
         held: dict[str, Any] = self._parameters
         weight, groups = held["weight"], self.groups if self.grouped else 1
         try:

@@ -1,4 +1,4 @@
-"""Put channels into their places among others, or take them out, and keep the memory format."""
+"""Scatter channels into a wider tensor or select some of them, keeping the memory format."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -7,16 +7,18 @@ import torch
 from torch import Tensor, nn
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""Number of dimensions → the memory format in which channels are last."""
+"""Number of dimensions → the memory format in which channels come last."""
 
-_FEW_GAPS = 32, 0.7  # channels, or of them all: up to so many zeros cost less than copies
+# Up to this many channels, or up to this share of all, computing with zeros costs less than copies.
+_FEW_GAPS = 32, 0.7
 
 
 def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | None = None) -> Tensor:
-    """Spread `values` over `width` channels: channel `rows[i]` of `dim` is values[i], others 0.
+    """Scatter `values` into `width` channels: channel `rows[i]` of `dim` is values[i], others 0.
 
     Args:
-        like: has the memory format of the result, if `values`, of a single channel, do not tell.
+        like: has the memory format of the result, if that of `values` is ambiguous, as with a
+            single channel. None is `values`.
     """
     last = _channels_last(values, dim)
     if last is not None:
@@ -28,13 +30,13 @@ def place(values: Tensor, rows: Tensor, width: int, dim: int, like: Tensor | Non
 
 
 def zeros(shape: Sequence[int], of: Tensor, like: Tensor) -> Tensor:
-    """Zeros of the type and memory format of one tensor, or of another if that does not tell."""
+    """Return zeros with the dtype, device and memory format of `of` (of `like`, if ambiguous)."""
     layout = layout_of(of, like)
     return torch.empty(shape, dtype=of.dtype, device=of.device, memory_format=layout).zero_()
 
 
 def layout_of(*tensors: Tensor) -> torch.memory_format:
-    """The memory format of the first tensor whose strides decide it; contiguous, if none do."""
+    """Return the memory format of the first tensor whose strides decide it, else contiguous."""
     for tensor in tensors:
         last = LAYOUTS.get(tensor.dim(), torch.contiguous_format)
         is_last = tensor.is_contiguous(memory_format=last)
@@ -44,7 +46,7 @@ def layout_of(*tensors: Tensor) -> torch.memory_format:
 
 
 def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
-    """`values` at some `channels` of `dim`."""
+    """Return `values` at the indices `channels` of dimension `dim`."""
     last = _channels_last(values, dim)
     if last is not None:
         return last.index_select(-1, channels).movedim(-1, dim)
@@ -52,22 +54,25 @@ def take(values: Tensor, channels: Tensor, dim: int) -> Tensor:
 
 
 def _channels_last(values: Tensor, dim: int) -> Tensor | None:
-    """`values`, channels last, if their memory format is that: torch's indexing would change it."""
+    """Return `values` with `dim` moved last if they lie so in memory, else None.
+
+    torch's indexing would change that memory format.
+    """
     last = values.movedim(dim, -1)
     return last if last.is_contiguous() and not values.is_contiguous() else None
 
 
 def few_gaps(gaps: int, width: int) -> bool:
-    """Whether filling so many of `width` channels with zeros costs less than copies around them."""
+    """Return whether computing `gaps` of `width` channels as zeros costs less than copying."""
     count, share = _FEW_GAPS
     return gaps <= max(count, share * width)
 
 
 class Placed(nn.Module):
-    """A module that knows which channels it reads and makes.
+    """A module that records which input channels it reads and which output channels it computes.
 
-    The indices are no buffers: an average of the model would average them too. They follow from
-    the plans that were applied, so checkpoints do without them.
+    The indices are not buffers, because an average of the model would average them too. They follow
+    from the plans that were applied, so checkpoints do not need them.
 
     Attributes:
         columns: (columns,) int64, the input channel that each column or entry reads.
@@ -81,10 +86,10 @@ class Placed(nn.Module):
     out_width: int
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Have the indices follow the parameters to another device."""
+        """Apply `fn` as `nn.Module` does, and move the indices to the parameters' device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in ("rows", "columns", "slots"):
             if name in vars(self):
-                index = getattr(self, name)  # whole numbers, even for `model.type(torch.float64)`
+                index = getattr(self, name)  # stays int64, even for `model.type(torch.float64)`
                 setattr(self, name, index.to(fn(index).device))
         return self

@@ -1,12 +1,13 @@
 """Torch layers that quantise their own weight.
 
-A row that loses its bits computes zeros, and is cut out of the layer soon after. Rows that were cut
-leave a gap in the output, so each layer remembers which output channels its rows compute (`rows`)
-and places them there; every other output channel is exactly the bias, or 0. In the same way it
-remembers which input channels it reads (`columns`).
+A *row* is the weights of one output channel. A row that loses its bits computes zeros, and is cut
+out of the layer soon after. Rows that were cut leave gaps in the output, so each layer records
+which output channels its rows compute (`rows`) and places the results there; every other output
+channel is exactly the bias, or 0. In the same way it records which input channels it reads
+(`columns`).
 
-Few gaps are filled with zeros in the weight, which is small; many are made in the output, so that
-nothing is computed for them.
+If there are few gaps, they are filled with zeros in the weight, which is small. If there are many,
+input channels are selected and output channels placed, so that nothing is computed for the gaps.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,39 +25,39 @@ from selfcompress.quantizer import fake_quantize, fit_exponent, integer_depth
 
 
 def of_rows(layers: "Sequence[QuantizedLayer]", values: Iterable[float]) -> Tensor:
-    """(rows of all `layers`, one layer after the other,) float32: the value of each row's layer."""
+    """Repeat each layer's value for all of its rows: (rows of all `layers`, in order,) float32."""
     counts = [len(layer.bit_depth) for layer in layers]
     each = torch.tensor([float(value) for value in values], dtype=torch.float32, device="cpu")
     repeats = torch.tensor(counts, device="cpu")
     values_of_rows = each.repeat_interleave(repeats, output_size=sum(counts))
-    # Not blocking, as a GPU would be waited for; CUDA has read the source when this returns.
+    # Non-blocking, so as not to wait for the GPU; CUDA has read the source when this returns.
     return values_of_rows.to(layers[0].bit_depth.device, non_blocking=True)
 
 
 class QuantizedLayer(Placed):
-    """What all quantised layers share: a weight of rows with learnable formats.
+    """Base of all quantised layers: a weight whose rows have learnable formats.
 
-    Rows are those that have not been cut, with bits (`live_rows`) or without.
+    `rows` in the shapes below are those that have not been cut, with bits (`live_rows`) or without.
 
     Attributes:
-        weight: (rows, fan-in ...) float weight behind the quantiser; rows and fan-in change
-            places in transposed convolutions, see `row_dim`.
+        weight: (rows, fan-in ...) float weight before quantisation; rows and fan-in are swapped in
+            transposed convolutions and embeddings, see `row_dim`.
         bias: (output channels,) or None; a channel without a row outputs exactly its bias.
         bit_depth, exponent: (rows,) the format of each row. They are parameters, but belong
             to the compressor: it collects their gradients as they arrive and steps them itself.
         rows: (rows,) the output channel that each row computes.
         columns: (columns,) the input channel that each column of the weight reads; of a grouped
-            convolution, what its groups read, one after the other.
-        groups: of a convolution, groups that still have rows (1 if there are none).
-        slots: (rows,) int64, group · `group_width` + index within the group: where each row
-            would be if all groups were as wide as the widest; of grouped convolutions only.
-        group_width: rows of the widest group; of grouped convolutions only.
-        at_start: channels of its input and output, and groups; of grouped convolutions only.
-        keeps_places: whether it is a depthwise convolution, and each row computes the channel of
-            the output that has the index of the one of the input that it reads.
-        samples: the size of the last batch that it was called with; 0 if that cannot be told.
-        batch_dim, repeats: the dimension of its input that counts samples, and how often each; None
-            if no dimension does.
+            convolution, the input channels of each group, one group after the other.
+        groups: of a convolution, the number of groups that still have rows (1 if none has).
+        slots: (rows,) int64, group · `group_width` + index within the group. This and the next two
+            are there in grouped convolutions only; `QuantConv` explains them by an example.
+        group_width: the number of rows in the widest group.
+        at_start: (input channels, output channels, groups) before anything was cut.
+        keeps_places: whether it is a depthwise convolution, input and output are equally wide, and
+            each row reads and computes the channel of the same index.
+        samples: the number of samples in the last batch; 0 if that is not known.
+        batch_dim: the dimension of the input that counts samples; None if no dimension does.
+        repeats: how many entries of that dimension belong to each sample.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
         channel_dim: the dimension of inputs and outputs that counts channels, from the end.
     """
@@ -79,7 +80,10 @@ class QuantizedLayer(Placed):
     channel_dim = -1
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As any module's, but formats stay exact: in half precision a depth could round down."""
+        """Apply `fn` as `nn.Module` does, but never cast bit depths or exponents to half precision.
+
+        There a bit depth could round down.
+        """
         formats = [vars(self)["_parameters"].get(name) for name in ("bit_depth", "exponent")]
 
         def apply(tensor: Tensor) -> Tensor:
@@ -93,14 +97,15 @@ class QuantizedLayer(Placed):
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer with all that an ordinary `layer` holds, and formats of `bits`."""
+        """Return a quantised layer with all that the float `layer` holds, at `bits` bits."""
         new: Self = become(cls, layer)
         new._give_formats(bits, integer_bits)
         return new
 
     def _give_formats(self, bits: float, integer_bits: bool) -> None:
-        """Give every row its first format, and its place."""
-        # In the middle of the depths that round up to `bits`, so that neither direction is a step.
+        """Give every row its initial bit depth, exponent and output channel."""
+        # In the middle of the depths that round up to `bits`, so that no small move in either
+        # direction changes the integer depth.
         start = bits - 0.5 if integer_bits else bits
         where = self.weight.device
         bit_depth = torch.full((self.out_width,), float(start), device=where)
@@ -111,33 +116,37 @@ class QuantizedLayer(Placed):
         self.integer_bits = integer_bits
 
     def expect(self, shape: torch.Size, batch: int) -> None:
-        """Learn where samples are counted, from an input of `shape` of a batch of `batch` > 1."""
+        """Find which dimension counts samples, from an input's `shape` at `batch` > 1 samples."""
         sizes = self._in_front(shape)
         self.batch_dim = next((dim for dim, size in enumerate(sizes) if size == batch), None)
 
     def expect_rows(self, shape: torch.Size, batch: int) -> None:
-        """The same where no layer's input has a dimension of `batch`, but rows for each sample."""
+        """Take the first dimension as that of samples, if its size is a multiple of `batch`.
+
+        Needed where no layer's input has a dimension of size `batch`, as when samples and tokens
+        share one; `shape` is that of an input with `batch` samples.
+        """
         rows = self._in_front(shape)[:1]
         if rows and rows[0] and rows[0] % batch == 0:
             self.batch_dim, self.repeats = 0, rows[0] // batch
 
     def _in_front(self, shape: torch.Size) -> torch.Size:
-        """The sizes of an input in front of its channels."""
+        """Return the sizes of the dimensions in front of the channels, for an input of `shape`."""
         return shape[: max(0, len(shape) + self.channel_dim)]
 
     @property
     def out_width(self) -> int:  # type: ignore[override]
-        """Channels of the output, with or without a row behind them."""
+        """Number of output channels, whether or not a row computes them."""
         return layer_widths(self)[1]
 
     @property
     def in_width(self) -> int:  # type: ignore[override]
-        """Channels of the input."""
+        """Number of input channels, whether or not they are read."""
         return layer_widths(self)[0]
 
     @property
     def grouped(self) -> bool:
-        """Whether it was a grouped convolution at the start; else every row reads every column."""
+        """Whether it started as a grouped convolution; if not, every row reads every column."""
         return hasattr(self, "slots")
 
     @property
@@ -146,21 +155,21 @@ class QuantizedLayer(Placed):
         return self.weight_by_row().shape[1:].numel()
 
     def weight_by_row(self) -> Tensor:
-        """(rows, fan-in ...): the weight, rows first."""
+        """Return the weight with rows first: (rows, fan-in ...)."""
         return self.by_row(self.weight)
 
     def by_row(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape, rows first."""
+        """Return `weight`, a tensor of the layer's weight's shape, with rows first."""
         return weight.transpose(0, 1) if self.row_dim else weight
 
     def live_rows(self) -> Tensor:
-        """(rows,) bool: the rows that still have bits."""
+        """Return which rows still have bits: (rows,) bool."""
         return integer_depth(self.bit_depth) > 0
 
     def quantized_weight(self) -> Tensor:
-        """The weight that the network computes with, in the shape of `weight`.
+        """Return the weight that the network computes with, in the shape of `weight`.
 
-        Nobody uses its gradient with respect to bit depths (see `formats.py`): it has none.
+        It has no gradient with respect to the bit depths, as none is needed (see `formats.py`).
         """
         bit_depth = self.bit_depth.detach()
         weight = fake_quantize(
@@ -169,7 +178,7 @@ class QuantizedLayer(Placed):
         return weight.transpose(0, 1) if self.row_dim else weight
 
     def dense_weight(self) -> Tensor:
-        """The quantised weight at the layer's full width, zeros where rows or columns are gone."""
+        """Return the quantised weight at full width, with zeros for missing rows and columns."""
         weight = self.quantized_weight()
         if len(self.rows) < self.out_width:
             weight = place(weight, self.rows, self.out_width, self.row_dim)
@@ -179,16 +188,16 @@ class QuantizedLayer(Placed):
 
     @property
     def row_groups(self) -> Tensor:
-        """(rows,) int64: of a grouped convolution, the group of each row."""
+        """The group of each row of a grouped convolution, (rows,) int64."""
         return self.slots // self.group_width
 
     @property
     def dense_groups(self) -> int:
-        """How many groups `dense_weight` is for.
+        """The number of groups of an ordinary convolution with `dense_weight` as its weight.
 
-        Those there are, if there are no gaps; one for each channel, of a depthwise convolution
-        whose channels stay where they are; those at the start, if all channels have kept their
-        places; else all are one.
+        It is `groups` if the layer is `whole`; `out_width` for a depthwise convolution that
+        `keeps_places`; the number at the start if input and output have lost no channels since;
+        else 1.
         """
         if not self.grouped:
             return 1
@@ -201,12 +210,12 @@ class QuantizedLayer(Placed):
 
     @property
     def whole(self) -> bool:
-        """Whether no row and no column is missing."""
+        """Whether no row or column is missing, and all groups are equally wide."""
         every = len(self.rows) == self.out_width and len(self.columns) == self.in_width
         return every and (not self.grouped or len(self.rows) == self.groups * self.group_width)
 
     def zero_rows(self, among: Tensor | slice = slice(None)) -> Tensor:
-        """(rows in `among`,) bool: the rows that quantise to nothing but zeros."""
+        """Return which rows of `among` quantise to nothing but zeros: (rows in `among`,) bool."""
         quantized = fake_quantize(
             self.weight_by_row()[among],
             self.bit_depth[among],
@@ -216,7 +225,7 @@ class QuantizedLayer(Placed):
         return (quantized == 0).flatten(1).all(1)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
-        """The convolution or matrix product itself; `kwargs` are those of forward() beyond x."""
+        """Compute the convolution or product itself; `kwargs` are forward()'s arguments after x."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -234,7 +243,7 @@ class QuantizedLayer(Placed):
         if self.rows.numel() < self.out_width:
             if self.grouped or not few_gaps(self.out_width - len(self.rows), self.out_width):
                 values = self.compute(x, weight, None, *args, **kwargs)
-                like = input if self.channel_dim == -3 else None  # convolutions of images
+                like = input if self.channel_dim == -3 else None  # 2d convolutions only
                 out = place(values, self.rows, self.out_width, self.channel_dim, like=like)
                 return out if self.bias is None else self.add_bias(out)
             weight = place(weight, self.rows, self.out_width, self.row_dim)
@@ -245,14 +254,14 @@ class QuantizedLayer(Placed):
         self.samples = 0 if dim is None or dim >= x.dim() else x.shape[dim] // self.repeats
 
     def add_bias(self, out: Tensor) -> Tensor:
-        """`out` plus the bias of each channel."""
+        """Return `out` plus the bias of each channel."""
         assert self.bias is not None
         over_space = (1,) * (-1 - self.channel_dim)
         return out + self.bias.to(out.dtype).view(-1, *over_space)
 
     def _nothing(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The zeros that a layer without rows outputs."""
-        # Layers without rows are not to be had; one row on the meta device tells the shape.
+        """Return the zeros that a layer without rows outputs, before the bias."""
+        # torch's convolutions do not run without rows; one row on the meta device gives the shape.
         row = self.weight.new_empty((1, 1, *self.weight.shape[2:]), device="meta")
         narrow = x.narrow(self.channel_dim, 0, 1).to("meta", row.dtype)
         shape = list(self.compute(narrow, row, None, *args, **kwargs).shape)
@@ -261,11 +270,33 @@ class QuantizedLayer(Placed):
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {-2: F.conv1d, -3: F.conv2d, -4: F.conv3d}
-# By the dimension of the channels.
+# By `channel_dim`.
 
 
 class QuantConv(QuantizedLayer):
-    """A convolution of 1, 2 or 3 dimensions, perhaps grouped."""
+    """A convolution of 1, 2 or 3 dimensions, possibly grouped.
+
+    What a grouped convolution records of its groups, by the example of `nn.Conv2d(6, 6, 1,
+    groups=3)`. Each of its groups has two rows: those of group 0 read input channels 0 and 1 and
+    compute output channels 0 and 1, and so on. Rows 1, 2 and 3 lose their bits and are cut, while
+    input and output keep their 6 channels each. Group 1 has no rows then, and is dropped:
+
+                        before              after
+        weight          (6, 2, 1, 1)        (3, 2, 1, 1)
+        rows            [0, 1, 2, 3, 4, 5]  [0, 4, 5]     output channel of each row
+        columns         [0, 1, 2, 3, 4, 5]  [0, 1, 4, 5]  input channels, group after group
+        groups          3                   2             groups that have rows
+        row_groups      [0, 0, 1, 1, 2, 2]  [0, 1, 1]     group of each row
+        group_width     2                   2             rows of the widest group
+        slots           [0, 1, 2, 3, 4, 5]  [0, 2, 3]     row_groups · group_width + index in group
+        at_start        (6, 6, 3)           (6, 6, 3)     input channels, output channels, groups
+        whole           True                False         nothing missing, groups equally wide
+        keeps_places    False               False         True in depthwise convolutions only
+        dense_groups    3                   3             `dense_weight` is (6, 2, 1, 1) both times
+
+    torch computes groups of equal width only. So `compute` places the 3 rows at their slots among
+    groups · group_width = 4 rows (slot 1 is zero), and takes the output channels at these slots.
+    """
 
     padding_mode: str
 
@@ -282,7 +313,8 @@ class QuantConv(QuantizedLayer):
         usual = self.keeps_places and self.padding_mode == "zeros"
         if not usual or gaps in (0, self.out_width) or not few_gaps(gaps, self.out_width):
             return super().forward(input, *args, **kwargs)
-        # Rather than to pick the channels that it reads, and put those that it makes into place.
+        # Filling the few gaps with zero rows costs less than to select the channels that are read
+        # and to place those that are computed.
         self._note_samples(input)
         weight = place(self.quantized_weight(), self.rows, self.out_width, 0)
         shape = self.stride, self.padding, self.dilation
@@ -290,7 +322,7 @@ class QuantConv(QuantizedLayer):
         return convolve(input, weight, self.bias, *shape, self.out_width)
 
     def dense_weight(self) -> Tensor:
-        """See `QuantizedLayer`; of a grouped convolution, for `dense_groups`."""
+        """Return the quantised weight at full width, if grouped for `dense_groups` groups."""
         if not self.grouped:
             return super().dense_weight()
         weight = self.quantized_weight()
@@ -299,7 +331,7 @@ class QuantConv(QuantizedLayer):
         reads = self.in_width // self.dense_groups
         if not len(self.rows):
             return weight.new_zeros(self.out_width, reads, *weight.shape[2:])
-        columns = self.columns.view(self.groups, -1)[self.row_groups]  # of each row
+        columns = self.columns.view(self.groups, -1)[self.row_groups]  # that each row reads
         first = self.rows // (self.out_width // self.dense_groups) * reads
         index = columns - first[:, None]
         index = index.view(*index.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
@@ -310,7 +342,8 @@ class QuantConv(QuantizedLayer):
         slots = self.groups * self.group_width if self.grouped else 0
         if not 0 < self.rows.numel() < slots:
             return self._conv_forward(x, weight, bias)
-        # torch wants groups of equal width: the missing rows are zeros, and taken out again.
+        # torch wants groups of equal width: missing rows are filled with zeros, and their outputs
+        # dropped.
         out = self._conv_forward(x, place(weight, self.slots, slots, 0), None)
         out = take(out, self.slots, self.channel_dim)
         return out if bias is None else self.add_bias(out)
@@ -339,7 +372,7 @@ class QuantConv3d(QuantConv, nn.Conv3d):  # type: ignore[misc]
 
 
 class QuantConvTranspose(QuantConv):
-    """A transposed convolution, not grouped: (input channels, rows, ...) is its weight."""
+    """A transposed convolution without groups; its weight is (input channels, rows, ...)."""
 
     row_dim = 1
     fan_in_dim = 0
@@ -390,5 +423,5 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The quantised layers of `model` by name, in the order of `named_modules`."""
+    """Return the quantised layers of `model` by name, in the order of `named_modules`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}

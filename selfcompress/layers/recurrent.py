@@ -1,7 +1,8 @@
 """Recurrent layers with quantised weights.
 
-Rows of their matrices (gates of hidden units) lose their bits and are stored no more, but they
-compute at their full width: which channel reaches which at a later step is not followed.
+Rows of the weight matrices (gates of hidden units) that lose their bits are cut and no longer
+stored, but the layers still compute at full width, because the channel graph does not follow which
+channel reaches which at a later step.
 """
 
 from typing import Any, Self
@@ -15,17 +16,17 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def matrices_of(layer: nn.Module) -> list[str]:
-    """The names of the weights of a recurrent layer or cell."""
+    """Return the names of the weight matrices of a recurrent layer or cell."""
     names = getattr(layer, "_flat_weights_names", ("weight_ih", "weight_hh"))
     return [name for name in names if name.startswith("weight")]
 
 
 class QuantRecurrent(nn.Module):
-    """A recurrent layer in which `QuantLinear` layers hold the matrices, under the same names."""
+    """A recurrent layer in which `QuantLinear` submodules hold the matrices, under their names."""
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: float, integer_bits: bool) -> Self:
-        """A quantised layer that takes over the parameters of `layer`."""
+        """Return a quantised layer that takes over the parameters of `layer`."""
         new: Self = become(cls, layer)
         for name in matrices_of(layer):
             matrix = new._parameters.pop(name)
@@ -38,12 +39,12 @@ class QuantRecurrent(nn.Module):
         return new
 
     def to_float(self, kind: Any) -> nn.Module:
-        """A layer of an ordinary `kind` with the quantised weights baked in."""
+        """Return an ordinary layer of class `kind` with the quantised weights baked in."""
         new: nn.Module = become(kind, self)
         for name, part in self._parts().items():
             del new._modules[name]
             new._parameters[name] = nn.Parameter(part.dense_weight())
-        first = getattr(self, "_flat_weights_names", matrices_of(self))  # in the usual order
+        first = getattr(self, "_flat_weights_names", matrices_of(self))  # in torch's order
         held = new._parameters
         vars(new)["_parameters"] = {name: held[name] for name in first} | held
         if isinstance(new, nn.RNNBase):
@@ -51,7 +52,7 @@ class QuantRecurrent(nn.Module):
         return new
 
     def _parts(self) -> dict[str, QuantLinear]:
-        """The layers that hold its matrices, by the names of these."""
+        """Return the `QuantLinear` submodules that hold the matrices, by the matrices' names."""
         found = {name: self._modules[name] for name in matrices_of(self)}
         return {name: part for name, part in found.items() if isinstance(part, QuantLinear)}
 
@@ -59,7 +60,7 @@ class QuantRecurrent(nn.Module):
         weights = {name: part.dense_weight() for name, part in self._parts().items()}
         held: dict[str, Any] = self._parameters
         try:
-            held.update(weights)  # which are looked for here before they are among modules
+            held.update(weights)  # getattr finds them before the modules of these names
             if isinstance(self, nn.RNNBase):
                 self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
             return super().forward(*args, **kwargs)
@@ -70,7 +71,7 @@ class QuantRecurrent(nn.Module):
                 self._flat_weights = []
 
     def reset_parameters(self) -> None:
-        """Draw the weights and biases anew, as torch does, but not the formats."""
+        """Reinitialise the weights and biases as torch does, but not bit depths and exponents."""
         assert isinstance(self.hidden_size, int)
         bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
         drawn = [part.weight for part in self._parts().values()]
@@ -78,10 +79,10 @@ class QuantRecurrent(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: there is no memory of parameters to be joined."""
+        """Do nothing: the matrices are computed for every call, so no memory needs to be joined."""
 
     def _update_flat_weights(self) -> None:
-        """Do nothing: they are made for every call."""
+        """Do nothing: forward() makes `_flat_weights` for every call."""
 
 
 class QuantRNN(QuantRecurrent, nn.RNN):  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Which class takes the place of which: those of torch's layers have twins, and so have users' own.
+"""Find the class that replaces a layer's class (its *twin*), be that torch's or a user's own.
 
-What takes the place of a layer of a user's own class is still of that class, with its methods and
-whatever was put on it.
+A twin is a class of this package that stands in for a torch class. What replaces a layer of a
+user's own class is still an instance of that class, with its methods and whatever was put on it.
 """
 
 import functools
@@ -40,11 +40,11 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.BatchNorm2d: batch_norms.PlacedBatchNorm2d,
     nn.BatchNorm3d: batch_norms.PlacedBatchNorm3d,
 }
-"""Layer type → its twin."""
+"""torch's layer class → its twin, the class that replaces it."""
 _COMPUTES = ("forward", "_conv_forward", "_output_padding")
-"""The methods that layers compute with."""
+"""Names of the methods that layers compute with."""
 _ASKED_OTHERWISE = ("__call__", "train", "merge_masks")
-"""What else may be called of a layer, and change what it computes."""
+"""Names of the other methods that may be called on a layer and change what it computes."""
 
 
 def _differs(kind: type, base: type, methods: Iterable[str]) -> bool:
@@ -52,12 +52,12 @@ def _differs(kind: type, base: type, methods: Iterable[str]) -> bool:
 
 
 def _base_of(kind: type) -> Any:
-    """The type of torch's that a user's own is a kind of; None if that has no twin."""
+    """Return the first class with a twin that `kind` is or inherits from, or None."""
     return next((known for known in kind.__mro__ if known in TWINS), None)
 
 
 def twin_of(module: nn.Module) -> Any:
-    """The twin of a layer's type, also of a user's own; None if there is none."""
+    """Return the twin of a layer's class, be it torch's or a user's own, or None if it has none."""
     kind = type(module)
     base = _base_of(kind)
     if base is None or is_parametrized(module):
@@ -73,12 +73,12 @@ def twin_of(module: nn.Module) -> Any:
 
 
 def _own_classes(kind: type) -> list[type]:
-    """The classes of a user's own that lie in front of torch's."""
+    """Return the user's own classes, which precede torch's in the method resolution order."""
     return list(itertools.takewhile(lambda known: known not in TWINS, kind.__mro__))
 
 
 def of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
-    """`twin`, of the class of the user's module too; None if the two do not go together."""
+    """Return `twin` as an instance of the user's class too, or None if the two clash."""
     kinds: tuple[Any, Any] = type(twin), type(module)
     own = kinds[1]
     theirs = _names(module).union(*map(vars, _own_classes(own)))
@@ -88,32 +88,32 @@ def of_same_class(twin: nn.Module, module: nn.Module) -> nn.Module | None:
         return twin
     try:
         twin.__class__ = _combined(*kinds)
-    except TypeError:  # with __slots__, say
+    except TypeError:  # as with __slots__
         return None
     return twin
 
 
 @functools.cache
 def names_of_ours(twin: Hashable) -> frozenset[str]:
-    """The names that a twin's class has beside torch's, where a user's would be in the way."""
+    """Return the names that a twin's class adds to torch's, which a user's class must not have."""
     assert isinstance(twin, type)
     ours = [kind for kind in twin.__mro__ if kind.__module__.startswith("selfcompress.")]
     torchs = next(set(dir(kind)) for kind in twin.__mro__ if kind in TWINS)
     names = {
         name for kind in ours for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
     }
-    # Torch's layers have these too, though their classes have no such names.
+    # Torch's layers have these too, though their classes do not list them.
     torchs |= {"weight", "bias", "groups", "padding_mode", "out_proj", "__module__"}
     return frozenset(names | {"own_class"}) - torchs
 
 
 def _names(module: nn.Module) -> set[str]:
-    """The names that a module holds something under: attributes, parameters, buffers, modules."""
+    """Return the names of all that a module holds: attributes, parameters, buffers, modules."""
     return {*vars(module), *module._parameters, *module._buffers, *module._modules}
 
 
 def without_ours(kind: Any, module: nn.Module) -> Any:
-    """An object of another `kind` with all that `module` holds but what a twin alone has."""
+    """Return an object of class `kind` with all that `module` holds but what only twins have."""
     new, twin = become(kind, module), cast(Hashable, type(module))
     for held in (vars(new), new._parameters, new._buffers, new._modules):
         for name in names_of_ours(twin) & held.keys():
@@ -123,9 +123,9 @@ def without_ours(kind: Any, module: nn.Module) -> Any:
 
 @functools.cache
 def _combined(twin: Hashable, own: Hashable) -> Any:
-    """`twin` for a user's own type, which is still of that type, with the methods it has."""
+    """Return a subclass of both `twin` and the user's class `own`, with the methods of `own`."""
 
-    def reduce(module: nn.Module, protocol: Any) -> Any:  # pickle finds no class that was made here
+    def reduce(module: nn.Module, protocol: Any) -> Any:  # pickle cannot find a class made here
         return _blank, (twin, own), module.__getstate__()  # type: ignore[operator]
 
     assert isinstance(twin, type) and isinstance(own, type)
