@@ -283,10 +283,7 @@ class Compressor:
         return penalty
 
     def _came_back(self, gradient: Tensor) -> None:
-        """Note the modes of batch norms and the scale of the loss as backward() runs.
-
-        At that moment the modes are those that the network trains in.
-        """
+        """Note the loss scale, and batch norms' modes: in backward() they are those of training."""
         self._note_eval_norms()
         self.formats.note_loss_scale(gradient)
 
@@ -484,8 +481,8 @@ class Compressor:
         theirs.
 
         Args:
-            loader: batches (x, ...), ((x, ...), ...) or x, which are all read. If `example_input`
-                is a tuple, the first items of a batch are taken, as many as the tuple has.
+            loader: batches (x, ...), ((x, ...), ...) or x to average over. If `example_input` is a
+                tuple, the first items of a batch are taken, as many as the tuple has.
             optimizer: the optimiser, if training is to go on: the cut replaces parameters, and an
                 optimiser that is not given here keeps the old ones.
             averages: copies of the model to cut and re-estimate along with it, as in `step`. They
@@ -599,7 +596,8 @@ class Compressor:
         """Cut a freshly built model to the shape of the saved one, and load all that was saved.
 
         γ becomes what it was when saved, unless this compressor was made with another `gamma`. All
-        other options stay those of this compressor; a warning names each that was different.
+        other options stay those of this compressor; warnings name those that differ, except
+        `interval`, `multiple` and `exclude`, which are not saved.
 
         Args:
             state: what `state_dict` returned, perhaps in another process.
@@ -666,10 +664,7 @@ class Compressor:
                 )
 
     def _require_all_weights(self, optimizer: Optimizer) -> None:
-        """Refuse an optimiser that does not hold every trainable weight.
-
-        A cut replaces parameters, and another optimiser would go on stepping the old ones.
-        """
+        """Refuse an optimiser that lacks trainable weights: cuts replace them in this one alone."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = {id(p): name for name, p in self.model.named_parameters()}
         for parameter in self.weights():

@@ -414,12 +414,7 @@ class FormatStepper:
         return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
     def _moved(self, depth: Tensor, least: Tensor, pressure: Pressure) -> Tensor:
-        """Return the bit depths after one step towards the wanted ones, (rows of all layers,).
-
-        Args:
-            depth: (rows of all layers,) the bit depths now.
-            least: scalar; the smallest bit depth to move to, unless a row is given up.
-        """
+        """Return the bit depths after one step towards the wanted ones, (rows of all layers,)."""
         step = self.adam.param_groups[0]["lr"]
         wanted = self._wanted(depth, pressure.price)
         target = wanted.maximum(least).clamp(max=self.most_bits)
@@ -432,10 +427,7 @@ class FormatStepper:
 
 
 def _hooked(parameter: Tensor, collect: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register `collect` to run after every accumulated gradient, even if `parameter` is frozen.
-
-    A frozen parameter may be thawed later.
-    """
+    """Have `collect` called after every gradient of a parameter, even one that is thawed later."""
     trainable = parameter.requires_grad
     parameter.requires_grad_(True)  # torch refuses hooks on a frozen parameter
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(collect)
@@ -452,10 +444,7 @@ def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def _finite(gradient: Tensor) -> Tensor:
-    """Return `gradient` with zeros where it is not finite.
-
-    A batch that the user's loop skips because of its loss must not affect later steps.
-    """
+    """Return `gradient` with non-finite values as 0: a skipped batch must not affect others."""
     return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 

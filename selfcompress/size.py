@@ -338,10 +338,7 @@ def _measure_module(
 
 
 def _at_full_width(layer: QuantizedLayer) -> int:
-    """Return how many weights the `dense_weight` has that a layer computes with.
-
-    Of an embedding, only the rows that have bits count.
-    """
+    """Return how many weights are multiplied by a layer that computes with its `dense_weight`."""
     if isinstance(layer, EMBEDDINGS):  # it looks vectors up, and multiplies nothing else
         return int(layer.live_rows().sum()) * layer.fan_in
     kernel = layer.weight.shape[2:].numel()
@@ -349,15 +346,7 @@ def _at_full_width(layer: QuantizedLayer) -> int:
 
 
 def placement_bits(module: Any, rows: int, columns: int) -> int:
-    """Return the bits that tell which channels a module computes and reads.
-
-    It is 1 bit per output channel, unless all are computed, and 1 per input channel, unless all
-    are read.
-
-    Args:
-        module: has an `out_width` and an `in_width`.
-        rows, columns: how many output channels it computes, and input channels it reads.
-    """
+    """Return one bit per output and per input channel, unless all are computed or read."""
     out_bits: int = module.out_width if rows < module.out_width else 0
     return out_bits + (module.in_width if columns < module.in_width else 0)
 

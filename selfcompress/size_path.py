@@ -2,8 +2,8 @@
 
 From what every row is worth (see `formats.py`) follow, for any γ, the rows and bits that it leads
 to, and so a rough size; its ratio to the true size is measured now and then. In the time in which
-the schedule would raise γ, the size is to follow a path from its start to the target, somewhat
-faster at first; after that it is to stay there.
+the schedule would raise γ, the size is to follow a path from its starting value to the target,
+somewhat faster at first; after that it is to stay there.
 """
 
 import math
