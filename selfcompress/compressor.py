@@ -1,16 +1,4 @@
-"""Self-compression for a training loop of your own.
-
-schedule = selfcompress.Schedule(steps=epochs * len(loader))
-compressor = selfcompress.Compressor(model, example_input, gamma=0.01, schedule=schedule)
-optimizer = torch.optim.AdamW(compressor.weights(), lr=1e-3)
-for x, y in every_epoch_of(loader):
-    loss = F.cross_entropy(model(x), y) + compressor.penalty()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    compressor.step(optimizer)
-compressor.finish(loader)
-"""
+"""Self-compression in your own training loop: `Compressor`, the library's main class."""
 
 import dataclasses
 import math
@@ -47,53 +35,82 @@ from selfcompress.size_path import SizePath
 from selfcompress.surgery import Plan, apply_plan, check_optimizer, plan_cut
 from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
 
-_WORTH_RECOMPILING = 0.05  # of the parameters: less is not cut while torch.compile is in use
-_MISSED = 1.05  # times the size or the steps asked for is told
+_WORTH_RECOMPILING = 0.05  # with torch.compile in use, cut only if this share of parameters goes
+_MISSED = 1.05  # warn when the size or the number of steps exceeds the one asked for by over 5 %
 _CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
 class Compressor:
-    """Quantises a model in place and shrinks it while somebody else's loop trains it.
+    """Quantise a model in place and shrink it while your own loop trains it.
+
+    Every output channel of a quantised layer has a bit depth and an exponent. Channels that lose
+    all their bits are cut out of the model and the optimiser's state during training.
+
+    Example:
+        schedule = selfcompress.Schedule(steps=epochs * len(loader))
+        compressor = selfcompress.Compressor(model, example_input, gamma=0.01, schedule=schedule)
+        optimizer = torch.optim.AdamW(compressor.weights(), lr=1e-3)
+        for epoch in range(epochs):
+            for x, y in loader:
+                loss = F.cross_entropy(model(x), y) + compressor.penalty()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                compressor.step(optimizer)
+        compressor.finish(loader, optimizer)
 
     Args:
-        model: the network; its convolutions, linear and recurrent layers, embeddings and attention
-            are replaced by quantised twins that hold the same parameter objects. It may be trained
-            already: with `bits=8` it starts as good as it was.
-        example_input: a batch the model accepts, on its device, to trace it and to check cuts
-            with; a few real images serve best. A tuple holds several positional arguments. By the
-            size of the batch, of more than one, layers that see no samples are told apart.
-        gamma: γ of eq. (2), the price of the size: accuracy against bits. May be assigned to at
-            any time (`compressor.gamma = ...`), for a schedule.
-        stored_percent: the size to end at, as `size().stored_percent` tells it, instead of a γ: the
-            γ that leads there is looked for until the schedule, which this needs, ends the penalty;
-            what is assigned to it does not last. Needs a model that `copy.deepcopy` can copy.
+        model: the network. Its convolutions, linear and recurrent layers, embeddings and attention
+            are replaced by quantised versions that hold the same parameter objects. It may be
+            trained already: with `bits=8` it starts as accurate as it was.
+        example_input: a batch that the model accepts, on the model's device; a tuple holds several
+            positional arguments. It is used to trace the model and to check every cut, so a few
+            real inputs serve best. With more than one sample, its batch size also shows which
+            dimension of each layer's input, if any, counts samples.
+        gamma: γ of eq. (2), the weight of the size in the loss: the larger, the smaller and less
+            accurate the network. May be assigned at any time (`compressor.gamma = ...`), for a
+            schedule of your own.
+        stored_percent: the size to end at, as `size().stored_percent` reports it; give this or
+            `gamma`. γ is then set automatically until the schedule ends the penalty, and a value
+            assigned to it does not last. Needs a `schedule`, and a model that `copy.deepcopy` can
+            copy.
         bits: the bit depth that every channel starts at.
-        integer_bits: round bit depths up in the forward pass, so that sizes can be stored. False
-            is the paper's fractional bit depth.
-        exclude: names of layers (or of modules that contain layers) to leave in float. They
-            count at 32 bits a weight.
-        min_channels: rows of every layer that keep bits at the least (all, if it has fewer). 0 lets
-            a residual branch vanish whole; a layer that the output hangs on keeps one row.
-        interval: steps between two cuts. Where something was compiled with torch.compile, a cut
-            waits until it removes 5 % of the parameters: it makes torch compile everything anew.
-        bit_step: the largest step of a bit depth, in bits: 0.01 lets an unneeded channel of 4
-            bits go within about 30 steps, and one that needs fewer lose a bit within 50. None is
-            that of the schedule, or 0.01.
-        schedule: of the penalty, for a training of known length. Without one γ is what it is set
-            to, from the first step on.
-        multiple: for speed, tensors keep so many of their dead channels until `finish` that their
-            widths, where they can be, are multiples of this or what they were at the start. If it
-            is above 1, batch norms and depthwise convolutions also keep their inputs as wide as
-            their outputs. Such channels have neither weights nor norm entries; a bias, which nobody
-            reads, may stay. None is 16 if weights of convolutions are channels_last, where other
-            widths are slow, and 1 if not.
+        integer_bits: round bit depths up to whole bits in the forward pass, so that the sizes
+            reported can be stored. False is the paper's fractional bit depth.
+        exclude: names of layers, or of modules that contain layers, to leave in float. Their
+            weights count as 32 bits each.
+        min_channels: the least number of rows (output channels) with bits in every layer; a layer
+            that has fewer keeps all. With 0 a whole residual branch may go, but a layer without
+            which the output would not depend on the input keeps one row.
+        interval: number of steps between two cuts. Once torch.compile has compiled anything, a cut
+            waits until it removes 5 % of the parameters, because torch recompiles after it.
+        bit_step: the largest change of a bit depth in one step, in bits; it is 8 times as large
+            for a channel that is given up. At 0.01 such a channel loses 4 bits within about 30
+            steps, and a channel that needs fewer bits loses one within 50. None is the schedule's
+            `bit_step`, or 0.01 without a schedule.
+        schedule: the course of the penalty in a training of known length. Without one, the full
+            γ applies from the first step on.
+        multiple: for speed, keep as many dead channels until `finish` as make the widths of
+            tensors, where possible, multiples of this number or what they were at the start. Above
+            1, batch norms and depthwise convolutions also keep the same channels in input and
+            output if few differ. Dead channels that are kept have no weights or norm entries; a
+            bias may remain, which nothing reads. None is 16 if the weight of a convolution is in
+            channels_last, where other widths are slow, else 1.
+
+    Attributes:
+        model: the compressed model (not the wrapper that torch.compile returns).
+        layers: its quantised layers by name.
+        left_in_float: name → reason, for every module with weights that is not quantised.
+        steps: number of calls of `step` so far.
+        cuts: number of cuts so far.
+        frozen: whether bit depths and exponents are no longer stepped.
 
     Raises:
-        ValueError: γ is negative or not a number, there is neither γ nor `stored_percent`, or
-            both, `bits` or `interval` is out of range, a name in `exclude` does not exist, the
-            model does not accept `example_input`, has nothing to quantise, or is compressed
-            already.
-        TypeError: `model` is no module.
+        ValueError: an argument is out of range; both or neither of `gamma` and `stored_percent`
+            are given; the model cannot reach `stored_percent`, or cannot be copied for it; a name
+            in `exclude` does not exist; the model does not accept `example_input`, has lazy layers
+            without shapes, has nothing to quantise, or is compressed already.
+        TypeError: `model` is not an `nn.Module`.
     """
 
     def __init__(
@@ -146,7 +163,7 @@ class Compressor:
         self.bits = bits
         self.interval = interval
         self.frozen = False
-        # What a state does not bring along, and a training that goes on should have the same.
+        # Options that loading a state does not restore; `load_state_dict` warns where they differ.
         self._asked: dict[str, Any] = {
             "schedule": None if schedule is None else repr(schedule),
             "stored_percent": None if stored_percent is None else float(stored_percent),
@@ -194,13 +211,13 @@ class Compressor:
         self.connection = Connection(self.graph, self.layers, min_channels)
         traced = {n: layer for n, layer in self.layers.items() if n in self.graph.origin}
         self.idle = IdleRows(traced)
-        # That leads to a size, if one is asked for, in stored bits or by train.py in bytes.
+        # Sets γ if a size is asked for: here in stored bits; train.py puts one in bytes here.
         self.path = None if stored_percent is None else self._path_to(stored_percent)
 
     def _path_to(self, stored_percent: float) -> SizePath | None:
-        """The way to a size in stored bits; none if the network is smaller already."""
+        """Return the path to a size in stored bits, or warn and return None if it is reached."""
         assert self.schedule is not None
-        self.schedule = dataclasses.replace(self.schedule, rise=False)  # it rises by the path
+        self.schedule = dataclasses.replace(self.schedule, rise=False)  # the path raises γ
         try:
             start = self.size()
             smallest = measure(self.smallest(), None, self.starting_weights)
@@ -239,7 +256,7 @@ class Compressor:
 
     @property
     def gamma(self) -> float:
-        """γ of eq. (2)."""
+        """γ of eq. (2), before the schedule scales it; may be assigned."""
         return self._gamma
 
     @gamma.setter
@@ -250,26 +267,29 @@ class Compressor:
 
     @property
     def price(self) -> float:
-        """γ as the schedule has it now."""
+        """γ at the current step: `gamma` times the fraction that the schedule applies."""
         return self.gamma * (1.0 if self.schedule is None else self.schedule.share(self.steps))
 
     def _least_bits(self) -> float:
         return 2.0 if self.schedule is None else self.schedule.least_bits(self.steps, self.bits)
 
     def weights(self) -> list[nn.Parameter]:
-        """The parameters for the user's optimiser: all but the bit depths and exponents."""
+        """Return the parameters for your optimiser: all but the bit depths and exponents."""
         formats = {id(p) for m in self.layers.values() for p in (m.bit_depth, m.exponent)}
         return [p for p in self.model.parameters() if id(p) not in formats]
 
     def penalty(self) -> Tensor:
-        """γ·Q of eq. (2) and (3), with γ as it is now, to be added to the task's loss: a scalar."""
+        """Return the scalar γ·Q of eq. (2) and (3), at the current γ, to add to the task's loss.
+
+        Add it as it is: its gradient shows what the whole loss was multiplied with.
+        """
         penalty = self.price / self.starting_weights * q_bits(list(self.layers.values()))
         if penalty.requires_grad:
             penalty.register_hook(self._came_back)
         return penalty
 
     def _came_back(self, gradient: Tensor) -> None:
-        """The loss is differentiated: now, the modes of batch norms are those of training."""
+        """Note the loss scale, and batch norms' modes: in backward() they are those of training."""
         self._note_eval_norms()
         self.formats.note_loss_scale(gradient)
 
@@ -277,23 +297,24 @@ class Compressor:
         self.graph.eval_norms = {name for name, norm in self._norms.items() if not norm.training}
 
     def step(self, optimizer: Optimizer, averages: Sequence[nn.Module] = ()) -> Plan | None:
-        """Step bit depths and exponents; every `interval` steps, cut what died.
+        """Step bit depths and exponents, and every `interval` steps cut dead channels.
 
-        Call it after `optimizer.step()`.
+        Call it once after every `optimizer.step()`.
 
         Args:
-            averages: copies of the model to be cut along, such as an `AveragedModel` of it. They
-                get its bit depths and exponents, which are nothing to be averaged.
+            optimizer: the optimiser of all trainable weights, whose state is cut with the model.
+            averages: copies of the model to cut along with it, such as an `AveragedModel`. They
+                are given the model's bit depths and exponents, which must not be averaged.
 
         Returns:
-            The plan that was applied, if something was cut.
+            The plan that was applied, or None if nothing was cut.
 
         Raises:
             TypeError: the optimiser's state cannot be cut; nothing has been changed.
-            ValueError: it does not hold all trainable weights, or an average is of another shape
-                than the model; nothing has been changed.
+            ValueError: the optimiser does not hold all trainable weights, or an average has other
+                parameters than the model; nothing has been changed.
             CutError: a cut changed what the network computes; the model stays cut.
-            FloatingPointError: a weight or its format is no longer finite.
+            FloatingPointError: a parameter of a quantised layer was not finite at a cut.
         """
         due = (self.steps + 1) % self.interval == 0
         if self.steps == 0 or due:
@@ -315,7 +336,7 @@ class Compressor:
             )
         if self.schedule is not None and self.schedule.ended(self.steps) and not self.frozen:
             self.freeze()
-            if self.path is not None:  # which has counted all of these as gone
+            if self.path is not None:  # its sizes count lingering biases as zero
                 self.lingering.look()
         self.lingering.shrink()
         self.idle.update()
@@ -326,19 +347,19 @@ class Compressor:
     def cut(
         self, optimizer: Optimizer | None = None, averages: Sequence[nn.Module] = ()
     ) -> Plan | None:
-        """Cut what is dead now out of the model and the optimiser's state.
+        """Cut all channels that are dead now out of the model and the optimiser's state.
 
         Rows that quantised to zero at every step since the last cut lose their bits first. Dead
-        channels that make the network faster where they are stay until `finish`: see `multiple`.
+        channels that are kept for speed stay until `finish` (see `multiple`).
 
         Args:
-            averages: as in `step`.
+            optimizer, averages: as in `step`; without an optimiser, only the model is cut.
 
         Returns:
             The plan that was applied, or None if there was nothing to cut.
 
         Raises:
-            As `step`.
+            TypeError, ValueError, CutError, FloatingPointError: as in `step`.
         """
         return self._cut(optimizer, averages)
 
@@ -349,7 +370,7 @@ class Compressor:
         averages: Sequence[nn.Module],
         patient: bool = False,
     ) -> Plan | None:
-        """Cut; if `patient`, only what is worth to be compiled anew."""
+        """Do what `cut` does; if `patient`, only if the plan is worth recompiling the model."""
         self._require_cuttable(optimizer)
         self._require_alike(averages)
         self._require_finite()
@@ -377,7 +398,7 @@ class Compressor:
 
     @torch.no_grad()
     def _keep_alike(self, averages: Iterable[nn.Module]) -> None:
-        """Give averages of the model its formats, which would lag behind."""
+        """Copy the model's bit depths and exponents to `averages`, where they would lag behind."""
         for average in map(_averaged, averages):
             for name, layer in self.layers.items():
                 twin = average.get_submodule(name)
@@ -386,7 +407,13 @@ class Compressor:
                 twin.exponent.copy_(layer.exponent)
 
     def _check(self, before: Snapshot, plan: Plan) -> None:
-        """Compare what the network computes with what it did; a random one cannot be."""
+        """Compare the model's output after a cut with the snapshot taken before it.
+
+        Warns if they cannot be compared: there is no output tensor, or it is random or jumps.
+
+        Raises:
+            CutError: the outputs differ by more than rounding.
+        """
         if not before.outputs:
             warnings.warn(
                 "cuts cannot be checked: no tensor is found in what the model returns, though "
@@ -408,12 +435,13 @@ class Compressor:
 
     @torch.no_grad()
     def preview(self, *, settled: bool = False) -> nn.Module:
-        """A copy of the model as cutting what has no bits now would leave it.
+        """Return a copy of the model from which all that has no bits now has been cut.
 
         Args:
-            settled: with those biases at zero that dead rows have left and that are on their way.
+            settled: in the copy, set lingering biases (see `lingering_biases.py`) to zero first,
+                as training will have done in the end.
         """
-        model = detached_copy(self.model, {id(self): self})  # the model may hold it
+        model = detached_copy(self.model, {id(self): self})  # a model may hold its compressor
         settle_statistics(self.graph, model)
         if settled:
             clear_lingering(self.graph, model)
@@ -422,15 +450,16 @@ class Compressor:
 
     @torch.no_grad()
     def smallest(self) -> nn.Module:
-        """A copy of the model with no more rows than the output and `min_channels` need.
+        """Return a copy of the model with only the rows that the output and `min_channels` need.
 
-        Layers whose weight is frozen keep theirs. Biases that dead rows may leave behind are gone.
+        Layers whose weight is frozen keep their rows. Lingering biases are zero, as in
+        `preview(settled=True)`.
         """
         formats = [p for m in self.layers.values() for p in (m.bit_depth, m.exponent)]
         before = [p.clone() for p in formats]
         try:
             for layer in self.layers.values():
-                if layer.weight.requires_grad:  # else nothing is known of its rows' worth
+                if layer.weight.requires_grad:  # else its rows are never judged, and stay
                     layer.bit_depth.zero_()
             self.connection.keep()
             return self.preview(settled=True)
@@ -439,7 +468,7 @@ class Compressor:
                 parameter.copy_(value)
 
     def freeze(self) -> None:
-        """Bit depths and exponents stay as they are from now on; dead channels still go."""
+        """Stop stepping bit depths and exponents for good; dead channels are still cut."""
         if self.frozen:
             return
         self.frozen = True
@@ -451,18 +480,23 @@ class Compressor:
         optimizer: Optimizer | None = None,
         averages: Sequence[nn.Module] = (),
     ) -> None:
-        """End of training: freeze, cut a last time, and re-estimate batch-norm statistics.
+        """End the training: freeze, cut a last time, and re-estimate batch-norm statistics.
 
-        Cuts from now on leave no dead channels for speed (`multiple` is 1).
-        While formats move, running statistics lag behind; those of the final network are
-        averaged anew over `loader`, which gives batches (x, ...) or x; if `example_input` is a
-        tuple, as many tensors as it has are taken from the front of a batch. Batch norms that were
-        in eval mode at the last backward() keep theirs. So it goes for `averages` of the model,
-        which may then be evaluated and saved like it. Only an optimiser that is given here can
-        train the network on: of any other the cut parameters are the old ones.
+        This cut and later ones keep no dead channels for speed (`multiple` becomes 1). Running
+        statistics lag behind while bit depths and exponents change, so those of the final network
+        are averaged over `loader`. Batch norms that were in eval mode at the last backward() keep
+        theirs.
+
+        Args:
+            loader: batches (x, ...), ((x, ...), ...) or x to average over. If `example_input` is a
+                tuple, the first items of a batch are taken, as many as the tuple has.
+            optimizer: the optimiser, if training is to go on: the cut replaces parameters, and an
+                optimiser that is not given here keeps the old ones.
+            averages: copies of the model to cut and re-estimate along with it, as in `step`. They
+                may then be evaluated and saved like the model.
 
         Raises:
-            As `reestimate` and `step`.
+            TypeError, ValueError, CutError, FloatingPointError: as in `step` and `reestimate`.
         """
         if self.schedule is not None and not self.frozen:
             warnings.warn(
@@ -481,7 +515,7 @@ class Compressor:
             self._warn_if_missed(self.path.target)
 
     def _warn_if_missed(self, target: float) -> None:
-        """Say that the network is larger than the `target`, in stored bits, that was asked for."""
+        """Warn if the network stores over 5 % more than the `target`, in stored bits."""
         size = self.size()
         if size.stored_bits > _MISSED * target:
             warnings.warn(
@@ -491,16 +525,20 @@ class Compressor:
             )
 
     def reestimate(self, loader: Iterable[Any], averages: Sequence[nn.Module] = ()) -> None:
-        """Average batch-norm statistics of the model and `averages` anew, as `finish` does.
+        """Re-estimate the batch-norm statistics of the model and `averages`, as `finish` does.
 
-        While formats move, they lag behind: an evaluation in the middle of a training says little
-        without it.
+        Call it before an evaluation in the middle of training: while bit depths and exponents
+        change, running statistics lag behind.
+
+        Args:
+            loader, averages: as in `finish`.
 
         Raises:
-            ValueError: `loader` has no batches, and there are norms that need some.
+            ValueError: `loader` has no batches though there are norms that need some, or a batch
+                is of an unsupported type.
         """
         models = [self.model, *map(_averaged, averages)]
-        # Perhaps nothing was differentiated yet.
+        # Modes are noted in backward(), which may not have run yet.
         if self.model.training and not self.graph.eval_norms:
             self._note_eval_norms()
         self._follow_model()
@@ -509,27 +547,34 @@ class Compressor:
             settle_statistics(self.graph, model, measured=True)
 
     def report(self) -> Report:
-        """By layer: is it quantised, how many of its channels can leave, and if not, why."""
+        """Return, by layer, whether it is quantised, how many channels can go, and if not, why."""
         return make_report(self.model, self.graph, self.left_in_float)
 
     def __str__(self) -> str:
         return str(self.report())
 
     def size(self, *, fold_norms: bool = False, half: bool = False) -> Size:
-        """All the sizes of the model as it is now, stored as `selfcompress.save` is told to."""
+        """Return all the sizes of the model as it is now, in total and by layer.
+
+        Args:
+            fold_norms, half: how it is to be stored; see `selfcompress.save`.
+        """
         return measure(
             self.model, self.graph, self.starting_weights, fold_norms=fold_norms, half=half
         )
 
     def __reduce__(self) -> NoReturn:
-        """Refuse `copy.deepcopy` and pickle: the copy's hooks would be the original's."""
+        """Refuse `copy.deepcopy` and pickle: hooks of the copy would be those of the original."""
         raise TypeError(
             "a Compressor cannot be copied or pickled: give its state_dict() to a fresh one, and "
             "do not keep it in a model that is to be copied"
         )
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """The cut model, its formats and, if given, its optimiser, as tensors and plain values.
+        """Return the state of the cut model, the compressor and, if given, the optimiser.
+
+        Returns:
+            A dict of tensors and plain values, for `load_state_dict`.
 
         Raises:
             ValueError: the optimiser does not hold the model's weights as they are now.
@@ -556,18 +601,20 @@ class Compressor:
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Cut a freshly built model to the saved one's shape, and load all that was saved.
+        """Cut a freshly built model to the shape of the saved one, and load all that was saved.
+
+        γ becomes what it was when saved, unless this compressor was made with another `gamma`. All
+        other options stay those of this compressor; warnings name those that differ, except
+        `interval`, `multiple` and `exclude`, which are not saved.
 
         Args:
             state: what `state_dict` returned, perhaps in another process.
             optimizer: of the type that was saved, over `weights()` in the same order.
 
-        γ becomes what it was when saved, unless this compressor was made with another. So are the
-        other options those of this compressor; a warning says if they were others.
-
         Raises:
-            RuntimeError: this compressor has cut its model already.
-            ValueError: the state is of another model, or holds no optimiser though one is given.
+            RuntimeError: this compressor has taken a step or cut its model already.
+            ValueError: the state is of another model, or does not fit the optimiser given.
+            TypeError: the optimiser's state cannot be cut.
         """
         if self.graph.removed.any() or self.steps:
             raise RuntimeError("load_state_dict needs a freshly built model and compressor")
@@ -642,7 +689,7 @@ class Compressor:
                 )
 
     def _require_all_weights(self, optimizer: Optimizer) -> None:
-        """A parameter in another optimiser would stop learning, silently, at its first cut."""
+        """Refuse an optimiser that lacks trainable weights: cuts replace them in this one alone."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = {id(p): name for name, p in self.model.named_parameters()}
         for parameter in self.weights():
@@ -666,7 +713,7 @@ class Compressor:
 
 
 def _averaged(model: nn.Module) -> nn.Module:
-    """What an AveragedModel, or another copy of the model, holds."""
+    """Return the model inside an `AveragedModel` or inside what torch.compile returned."""
     return without_compile(model.module if isinstance(model, AveragedModel) else model)
 
 
@@ -681,7 +728,7 @@ def _compiled_anything() -> bool:
 
 
 def _worth_recompiling(plan: Plan, model: nn.Module) -> bool:
-    """Whether `plan` cuts enough parameters to pay for compiling the model anew."""
+    """Return whether `plan` cuts enough parameters to pay for recompiling the model."""
     before = after = 0
     for name, parameter in model.named_parameters():
         size, kept = parameter.numel(), 1.0

@@ -1,44 +1,46 @@
-"""Choose every row's bit depth by what it is worth, and learn its exponent.
+"""Choose every row's bit depth by what the row is worth to the task, and learn its exponent.
 
-γ must mean the same in everybody's training loop, so the formats are stepped here and not by the
-user's optimiser: clipping, weight decay, schedules and optimisers of the weights never see them.
+γ must mean the same in every training loop, so the formats (bit depths and exponents) are stepped
+here and not by the user's optimiser: gradient clipping, weight decay, learning-rate schedules and
+the choice of optimiser do not act on them.
 
-*What a row is worth.* By how much the loss would rise without the row, to second order, with
-Fisher's estimate of the curvature and rows' weights taken one by one:
+*Worth of a row.* By how much the loss would rise without the row, to second order, with Fisher's
+estimate of the curvature and each of the row's weights on its own:
 
     worth = ½ · E_samples[ Σ_j (g_j · w_j)² ]
 
-g is the gradient of weight w, its mean square over samples B times the one over batches of B
-images. (The straight-through gradient of a bit depth is no such measure: it sees saturated weights
-alone, and what it sees has a mean of zero once the weights have been trained.)
+g_j is the gradient of weight w_j for one sample. Its mean square over samples is taken to be B
+times its mean square over batches of B samples. (The straight-through gradient of a bit depth is
+no such measure: only saturated weights contribute, and their contributions have a mean of zero
+once the weights have been trained.)
 
 *Bit depth.* With b bits, rounding leaves about `ROUNDING`·4^-b of a row's energy as noise, which
-does that share of the harm. One bit more takes away 2 ln2 · ROUNDING·4^-b · worth and costs
-γ·I·H·W/N by eq. (2) to (4). Where they are equal is the depth the row wants, half a log2 of the
-ratio. A row that wants less than one bit is given up. This is the minimum of the loss of eq. (2)
-that the bit depths are to find, without the noise of a descent to it.
+does that share of the harm. One more bit removes 2 ln2 · ROUNDING·4^-b · worth of it and costs
+γ·I·H·W/N by eq. (2) to (4). The two are equal at the depth that the row *wants*, which is half the
+log2 of 2 ln2 · ROUNDING · worth over that cost. A row that wants less than one bit is *given up*.
+The wanted depths minimise the loss of eq. (2), without the noise of a gradient descent to them.
 
-*Not all at once.* The estimate is local, of one row with all others in place, and it vanishes with
-the gradient: before anything is learnt, and when all training data are, every row looks worthless.
-That they are needed after all shows when some are gone, and when all are it is too late. So the
-rows that a layer is giving up hold `AT_ONCE` of its bits, the least wanted of them; the others
-wait. (Without that, networks under a constant γ collapse.)
+*Not all at once.* The estimate is local (one row, with all others in place), and it vanishes with
+the gradient: before anything is learnt, and once all training data are, every row looks worthless.
+That rows are needed after all shows when some of them are gone, and when all are, it is too late.
+So a layer gives up at any time only its least wanted rows, which hold about `AT_ONCE` of its bits;
+the others wait. (Without that, networks under a constant γ collapse.)
 
-*Share of the task.* The curvature overstates what a row is worth, as it holds all other weights
-still; in training they make up for it. So the task's part counts `TASK_SHARE`.
+*Share of the task.* The curvature overstates what a row is worth, because it holds all other
+weights fixed, while in training they make up for the row. So worth is scaled by `TASK_SHARE`.
 
-*Step.* A bit depth moves towards what is wanted by no more than a step at a time; a row that is
-given up moves faster, and turns around if it is wanted again on the way. Its integer depth falls
-by one as its exponent rises by one, so that fewer bits mean a coarser grid and not a narrower one,
-and it starts in the middle of the new depth; at the border it would flicker between the two.
+*Step.* A bit depth moves towards the wanted one by at most one step at a time; a row that is given
+up moves faster, and turns around if it is wanted again on the way. When the integer depth falls by
+one, the exponent rises by one, so that fewer bits mean a coarser grid and not a narrower range. The
+bit depth is then set to the middle of the new integer depth; at the border it would flicker.
 
 *No row of one bit.* With a single bit a weight is 0 or -2^e, never positive. Half as many rows of
-two bits are worth more, so a row that falls below two bits loses both. (Left alone, most rows of a
-network under pressure end at one bit.)
+two bits are worth more, so a row that falls below two bits loses both. (Otherwise most rows of a
+network under a large γ end at one bit.)
 
-*Exponents* are learned by the straight-through gradient of eq. (1), by Adam, and every few steps
-fitted anew to the weights: in a short run the weights grow and shrink faster than steps small
-enough to be harmless can follow.
+*Exponents* are learnt by Adam from the straight-through gradient of eq. (1), and every few steps
+fitted anew to the weights: in a short run the weights grow and shrink faster than exponent steps
+that are small enough to be harmless can follow.
 """
 
 import math
@@ -58,25 +60,25 @@ from selfcompress.layers.quantized import QuantizedLayer, of_rows
 from selfcompress.quantizer import fit_exponent, integer_depth
 from selfcompress.replay import Replay, addresses
 
-ROUNDING = 2.4  # the energy that rounding to b bits takes from normal weights is this times 4^-b
-TASK_SHARE = 0.1  # of what the task says that a row is worth; see above
-GIVING_UP = 8  # times the largest step is how fast the bits of an unwanted row go
-AT_ONCE = 0.2  # of a layer's bits are given up at a time, or one row
-EXPONENT_STEP = 0.1  # the largest step of an exponent, in units of that of a bit depth
-BETAS = (0.9, 0.99)  # of Adam's averages
-FIT_INTERVAL = 20  # steps between two fits of the exponents
-LEAST_WANTED = -1e9  # of a row that has bits, where rows are put in order
+ROUNDING = 2.4  # rounding normal weights to b bits makes noise of this times 4^-b of their energy
+TASK_SHARE = 0.1  # factor on the worth of a row ("Share of the task" above)
+GIVING_UP = 8  # a row that is given up loses bits at this many times the largest step
+AT_ONCE = 0.2  # fraction of a layer's bits that may be given up at a time (one row at the least)
+EXPONENT_STEP = 0.1  # the largest step of an exponent, as a fraction of that of a bit depth
+BETAS = (0.9, 0.99)  # of Adam, which steps the exponents
+FIT_INTERVAL = 20  # steps between two fits of the exponents to the weights
+LEAST_WANTED = -1e9  # floor of wanted depths in sorting: rows without bits, at -inf, come first
 
 
 @dataclass
 class Collected:
-    """What the gradients of one step say of formats, by layer.
+    """What the gradients of one step tell about formats, by layer.
 
     Attributes:
-        norms: (rows,) √(Σ (g·w)²).
-        samples: how many the gradient is of, batches that were accumulated together; 0 if that
-            cannot be told.
-        exponents: (rows,) the gradients of the exponents.
+        norms: layer → (rows,) √(Σ (g·w)²), with g the gradient of weight w.
+        samples: layer → number of samples that its gradient is of, summed over accumulated batches;
+            0 if that is not known.
+        exponents: layer → (rows,) gradients of its exponents.
     """
 
     norms: dict[QuantizedLayer, Tensor] = field(default_factory=dict)
@@ -85,12 +87,12 @@ class Collected:
 
 
 class Pressure(NamedTuple):
-    """What the penalty says of rows, (rows of all layers,) each.
+    """What a step needs to move bit depths; each tensor is (rows of all layers,).
 
     Attributes:
-        price: of a bit.
-        layer_of: the number of the row's layer.
-        least_rows: how many rows of that layer keep bits.
+        price: what one bit of the row adds to the penalty, γ·I·H·W/N.
+        layer_of: the index of the row's layer.
+        least_rows: the least number of rows of that layer that keep bits.
     """
 
     price: Tensor
@@ -99,18 +101,20 @@ class Pressure(NamedTuple):
 
 
 class FormatStepper:
-    """Collects what every layer's rows are worth and their exponents' gradients, and steps both.
+    """Estimate what rows are worth from their gradients, and step bit depths and exponents.
 
     Args:
         layers: the quantised layers by name.
         starting_weights: N of eq. (3).
-        most_bits: that a row may want.
-        bit_step: the largest step of a bit depth, in bits, short of changing its integer depth.
-        told_apart: whether layers know which of their inputs' dimensions counts samples.
+        most_bits: the largest bit depth that a row may want.
+        bit_step: the largest step of a bit depth, in bits, for a row that is not given up; a row
+            whose integer depth changes moves on to the middle of the new one.
+        told_apart: whether layers know which dimension of their inputs counts samples.
 
     Attributes:
-        collected: since the last step. Who replays what was recorded of a step puts here what it
-            was at the recording.
+        collected: what gradient hooks have collected since the last step. A loop that replays a
+            CUDA graph of forward and backward, where no hooks run, must assign what was collected
+            while the graph was recorded.
     """
 
     def __init__(
@@ -125,10 +129,10 @@ class FormatStepper:
         self.starting_weights = starting_weights
         self.most_bits = most_bits
         self.told_apart = told_apart
-        # What rows are worth is averaged over about the steps that one bit takes.
+        # Decay of the EMA of worth: it spans about as many steps as a change by one bit takes.
         self.memory = 1 - min(bit_step, 0.5)
-        # Adam steps the exponents alone. The bit depths are in it for what is kept about them
-        # (the average worth of their rows), which is cut and saved with its state.
+        # Adam steps only the exponents: bit depths have no gradient. They are in it so that the
+        # average worth of rows, kept as their state, is cut and saved like any optimiser's.
         depths = [layer.bit_depth for layer in layers.values()]
         exponents = [layer.exponent for layer in layers.values()]
         self.adam = torch.optim.Adam(
@@ -139,15 +143,17 @@ class FormatStepper:
             betas=BETAS,
         )
         self.collected = Collected()
-        self._loss_scale: Tensor | None = None  # None: no penalty has come back since the last step
-        self._penalised = False  # whether one ever has
-        self._gradients: dict[QuantizedLayer, weakref.ref[Tensor]] = {}  # that were collected from
+        # Of the penalties since the last step; None if none was differentiated.
+        self._loss_scale: Tensor | None = None
+        self._penalised = False  # whether any penalty has been differentiated yet
+        # What norms were computed from, to tell accumulated gradients from new ones.
+        self._gradients: dict[QuantizedLayer, weakref.ref[Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
         self._replays = [Replay(partial(self._compute, fit)) for fit in (False, True)]
         self.watch()
 
     def watch(self) -> None:
-        """Collect from the parameters that the layers have now; call again after a cut."""
+        """Hook the layers' current parameters; call it again after a cut, which replaces them."""
         self.stop()
         for layer in self.layers.values():
             for parameter, collect in (
@@ -158,16 +164,17 @@ class FormatStepper:
                 self._hooks.append(_hooked(parameter, collect))
 
     def stop(self) -> None:
-        """Collect nothing any more, until `watch` is called again."""
+        """Drop what was collected and remove all hooks, until `watch` is called again."""
         self._forget()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def retire(self) -> None:
-        """Formats stay as they are: collect nothing, and have them never keep a gradient again.
+        """Stop collecting for good, freeze the formats, and drop any gradient that they get.
 
-        A loop that freezes and thaws its model as a whole (a GAN's) thaws them too.
+        They can still get one: a loop that freezes and thaws the whole model, such as a GAN's,
+        thaws the formats too.
         """
         self.stop()
         for layer in self.layers.values():
@@ -185,7 +192,7 @@ class FormatStepper:
             gradient, exponent.grad = exponent.grad, None
             assert gradient is not None
             exponents = self.collected.exponents
-            if layer in exponents:  # what is not finite must not spread
+            if layer in exponents:  # of another batch: one that is not finite must not spoil both
                 gradient = _finite(gradient) + _finite(exponents[layer])
             exponents[layer] = gradient
 
@@ -197,19 +204,19 @@ class FormatStepper:
 
     def _norm_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         def collect(weight: Tensor) -> None:
-            if weight.grad is None:  # compiled, an empty weight has none
+            if weight.grad is None:  # under torch.compile an empty weight has no gradient
                 return
-            # What batches accumulated in turn is all there by the last of them.
+            # With accumulated batches this runs after each one; the last has the whole gradient.
             product = layer.by_row(weight.grad * weight.detach())
-            # Not flattened first: in channels_last that would be a copy.
+            # Reduce without flattening, which would copy a channels_last tensor.
             over_row = list(range(1, product.dim()))
             wide = torch.promote_types(product.dtype, torch.float32)
             norm = torch.linalg.vector_norm(product, dim=over_row, dtype=wide)
             self.collected.norms[layer] = norm.float()
-            # A second backward() through the same forward() adds no samples.
+            # Taken, not read: a second backward() through the same forward() adds no samples.
             samples, layer.samples = layer.samples, 0
             known = self._gradients.get(layer)
-            if known is not None and known() is weight.grad:  # else it began anew
+            if known is not None and known() is weight.grad:  # accumulated into, not new
                 samples += self.collected.samples[layer]
             self.collected.samples[layer] = samples
             self._gradients[layer] = weakref.ref(weight.grad)
@@ -218,11 +225,11 @@ class FormatStepper:
 
     @property
     def judged(self) -> bool:
-        """Whether anything is known of what rows are worth."""
+        """Whether the worth of any layer's rows has been estimated yet."""
         return any("worth" in kept for kept in self.adam.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is known of rows, as tensors and plain values, the same on every device."""
+        """Return Adam's state and the worth of rows as tensors and plain values for any device."""
         state = self.adam.state_dict()
         groups = [group | {"capturable": False} for group in state["param_groups"]]
         return state | {"param_groups": groups}
@@ -233,16 +240,16 @@ class FormatStepper:
         groups = [group | {"capturable": on_gpu} for group in state["param_groups"]]
         self.adam.load_state_dict(state | {"param_groups": groups})
         for kept in self.adam.state.values():
-            if "worth" in kept:  # Adam leaves its counts of steps where they were saved
+            if "worth" in kept:  # Adam does not move step counts to the parameter's device
                 kept["step"] = kept["step"].to(kept["worth"])
 
     def note_loss_scale(self, gradient: Tensor) -> None:
-        """Remember the gradient that came back to the penalty: what the loss was multiplied with.
+        """Add up the gradient of the penalty, which is what the loss was multiplied with.
 
         It is 1 unless a GradScaler or the averaging of accumulated batches multiplied the loss.
         """
-        # Has the loop thrown away what it had, an attack's gradients or a batch's that it skips?
-        # What is known of weights will be replaced, as their own gradients are.
+        # No weight has a gradient: the loop has thrown away earlier ones (of an adversarial attack,
+        # or a skipped batch), so drop what they left here. Norms will be overwritten anyway.
         if all(layer.weight.grad is None for layer in self.layers.values()):
             self.collected.exponents.clear()
             self._loss_scale = None
@@ -253,20 +260,21 @@ class FormatStepper:
     def step(
         self, gamma: float, least_bits: float, least_rows: Sequence[int], *, fit: bool
     ) -> None:
-        """Step all formats from what was collected since the last step; maybe `fit` exponents.
+        """Step all formats from what was collected since the last step.
 
-        Nothing is read here, as a GPU would have to be waited for; and rows of all layers are in
-        one tensor, as it takes as long for those of one layer as for all of them.
+        No tensor's values are read here, because that would wait for the GPU. The rows of all
+        layers are in one tensor, because kernels take as long for one layer as for all of them.
 
         Args:
-            gamma: γ of eq. (2); without the penalty in the loss, bit depths stay.
-            least_bits: that a row has unless it has none.
-            least_rows: that keep bits in each layer.
+            gamma: γ of eq. (2). If it is 0 or no penalty was in the loss, bit depths stay.
+            least_bits: the smallest bit depth of a row that is not given up.
+            least_rows: for each layer, the least number of rows that keep bits.
+            fit: whether to fit exponents anew to the weights too.
         """
         layers = list(self.layers.values())
         collected, depth = self.collected, layers[0].bit_depth
         moves = self._loss_scale is not None and gamma > 0
-        # A loop may freeze what it has trained before it comes here, as a GAN's does.
+        # A loop may freeze layers again before this step, as a GAN's does: count those with norms.
         trained = {x for x in layers if x.weight.requires_grad or x in collected.norms}
         if collected.norms:
             able = any(layer.bit_depth.requires_grad for layer in layers)
@@ -281,7 +289,7 @@ class FormatStepper:
                 "they are collected as loss.backward() runs",
                 stacklevel=4,
             )
-        self.adam.zero_grad()  # of layers that have been thawed, which nobody has collected
+        self.adam.zero_grad()  # gradients of thawed layers that no hook has collected
         halved = 0.5 * self._samples()
         numbers = torch.tensor([halved, least_bits - 0.5], dtype=torch.float32, device="cpu")
         pressure = None
@@ -302,7 +310,10 @@ class FormatStepper:
         self._forget()
 
     def _version(self, fit: bool) -> object:
-        """Of what a step reads and writes beside what it is given."""
+        """Return the addresses of the tensors that `_compute` uses besides its arguments.
+
+        A recorded CUDA graph is valid for as long as they do not change.
+        """
         layers = self.layers.values()
         formats = [p for layer in layers for p in (layer.bit_depth, layer.exponent)]
         kept = [tensor for state in self.adam.state.values() for tensor in state.values()]
@@ -318,14 +329,15 @@ class FormatStepper:
         pressure: Pressure | None,
         trained: tuple[bool, ...],
     ) -> None:
-        """All that a step computes.
+        """Do the tensor computations of `step`, which are recorded as a CUDA graph on a GPU.
 
         Args:
-            norms, exponents: as they were collected.
-            scale: what the loss was multiplied with, a scalar.
-            numbers: (2,) half the number of samples, and the least that a bit depth is moved to.
-            pressure: None: bit depths stay.
-            trained: of every layer, whether it is; others stay as they are.
+            norms, exponents: as in `Collected`.
+            scale: scalar; what the loss was multiplied with.
+            numbers: (2,) half the number of samples, and the smallest bit depth to move to, which
+                is in the middle of those that round up to `least_bits`.
+            pressure: None if bit depths stay.
+            trained: for each layer, whether it is trained; others keep their formats.
         """
         layers = list(self.layers.values())
         sizes = [len(layer.bit_depth) for layer in layers]
@@ -355,20 +367,20 @@ class FormatStepper:
                     layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
     def _samples(self) -> int:
-        """The number of samples that gradients are of, in one batch or in several."""
+        """Return the number of samples that the gradients are of; 1 if it is not known."""
         called = sorted(count for count in self.collected.samples.values() if count)
         if not called:
             return 1
-        # Where samples cannot be told from tokens, the smallest count is that of samples. Else the
-        # most frequent is: an expert, or a head for what has a label, sees some of them.
+        # Where samples cannot be told from tokens, the smallest count is that of samples. Otherwise
+        # take the most frequent: an expert, or a head for labelled inputs, sees only some samples.
         return statistics.mode(called) if self.told_apart else called[0]
 
     def _remember(
         self, norms: dict[QuantizedLayer, Tensor], half_samples: Tensor, scale: Tensor
     ) -> None:
-        """Average what rows are worth over steps, of the layers whose gradients were seen.
+        """Update the average worth of rows, for the layers whose gradients were collected.
 
-        Steps whose gradients are not all finite do not count.
+        A step whose gradients are not all finite is left out of the average.
         """
         states = [self.adam.state[layer.bit_depth] for layer in norms]
         for layer, state in zip(norms, states, strict=True):
@@ -386,16 +398,16 @@ class FormatStepper:
 
     @torch.no_grad()
     def wanted(self, gamma: float) -> Tensor:
-        """(rows of all layers,) the bit depths, not rounded, that they are worth at a price.
+        """Return the unrounded bit depths that rows want at `gamma`, (rows of all layers,).
 
-        Below 1, none, and the less the less a row is worth, down to minus infinity. A layer that
-        nothing is known about, as its weight was frozen or is empty, wants what it has.
+        A value below 1 means no bits, and falls with the row's worth down to minus infinity. A
+        layer of unknown worth, whose weight is frozen or empty, wants its current bit depths.
         """
         depth = torch.cat([layer.bit_depth for layer in self.layers.values()])
         return self._wanted(depth, self._prices(gamma)) if gamma > 0 else depth
 
     def _prices(self, gamma: float) -> Tensor:
-        """(rows of all layers,) what a bit costs."""
+        """Return what one bit of each row adds to the penalty, (rows of all layers,)."""
         layers = list(self.layers.values())
         return of_rows(layers, [gamma * layer.fan_in / self.starting_weights for layer in layers])
 
@@ -405,52 +417,59 @@ class FormatStepper:
             state = self.adam.state.get(layer.bit_depth) or _nothing_seen(layer)
             worth.append(state["worth"])
             steps.append(state["step"].expand_as(state["worth"]))
-        averaged = 1 - self.memory ** torch.cat(steps)
+        averaged = 1 - self.memory ** torch.cat(steps)  # bias correction, as in Adam
         first_bit = 2 * math.log(2) * ROUNDING * TASK_SHARE * torch.cat(worth)
         wanted = 0.5 * torch.log2(first_bit / averaged / price)
-        # 0 / 0: no gradient was seen, or none that was finite, or there is no weight.
+        # NaN from 0 / 0: no gradient, or no finite one, was seen, or the weight is empty.
         return torch.where(wanted.isnan(), depth, wanted.clamp(max=self.most_bits))
 
     def _moved(self, depth: Tensor, least: Tensor, pressure: Pressure) -> Tensor:
-        """(rows of all layers,) the bit depths a step nearer to what is wanted."""
+        """Return the bit depths after one step towards the wanted ones, (rows of all layers,)."""
         step = self.adam.param_groups[0]["lr"]
         wanted = self._wanted(depth, pressure.price)
-        # The least is in the middle of the depths that round up to it.
         target = wanted.maximum(least).clamp(max=self.most_bits)
         change = (target - depth).clamp(-step, step)
         layer_of, least_rows = pressure.layer_of.long(), pressure.least_rows.long()
         given_up = _given_up(wanted, depth, layer_of, least_rows, len(self.layers))
         change = change.masked_fill(given_up, -GIVING_UP * step)
-        # Zero bits is the floor. A row that has none has no gradient to say what it is worth.
+        # A row at zero bits stays there: it has no gradient that would show what it is worth.
         return torch.where(depth > 0, (depth + change).clamp(min=0), depth)
 
 
 def _hooked(parameter: Tensor, collect: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have `collect` called with every gradient, of a parameter that is thawed later too."""
+    """Have `collect` called after every gradient of a parameter, even one that is thawed later."""
     trainable = parameter.requires_grad
-    parameter.requires_grad_(True)  # else it would take no hook
+    parameter.requires_grad_(True)  # torch refuses hooks on a frozen parameter
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(collect)
     parameter.requires_grad_(trainable)
     return handle
 
 
 def _nothing_seen(layer: QuantizedLayer) -> dict[str, Tensor]:
-    """What is kept about the worth of a layer's rows: the average, and of how many steps.
+    """Return an empty record of a layer's rows: their average worth, and of how many steps.
 
-    Adam, which loads it, asks for the latter by this name.
+    The number of steps is called "step" because Adam needs that name when it loads the record.
     """
     return {"worth": torch.zeros_like(layer.bit_depth), "step": layer.bit_depth.new_zeros(())}
 
 
 def _finite(gradient: Tensor) -> Tensor:
-    """Zero what is not finite: a batch that the user's loop skips for its loss must not linger."""
+    """Return `gradient` with non-finite values as 0: a skipped batch must not affect others."""
     return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows,) bit depths, in the middle of their integer depth if that is new, and its fall."""
+    """Move bit depths whose integer depth has changed to the middle of the new one.
+
+    Args:
+        depth: (rows,) bit depths after a step.
+        before: (rows,) integer depths before it.
+
+    Returns:
+        The (rows,) bit depths, and by how much the (rows,) integer depths have fallen.
+    """
     whole = integer_depth(depth)
-    whole = whole.masked_fill((whole == 1) & (before > 1), 0.0)  # but it may start at one bit
+    whole = whole.masked_fill((whole == 1) & (before > 1), 0.0)  # a row that started at 1 bit stays
     middle = (whole - 0.5).clamp(min=0)
     return torch.where(whole == before, depth, middle), before - whole
 
@@ -458,20 +477,21 @@ def _settled(depth: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 def _given_up(
     wanted: Tensor, depth: Tensor, layer_of: Tensor, least: Tensor, layers: int
 ) -> Tensor:
-    """(rows of all layers,) which are to lose all bits, given what they want and have.
+    """Return which rows are to lose all their bits now, (rows of all layers,) bool.
 
     Args:
-        layer_of: (rows of all layers,) int64, ascending: the number of each row's layer.
-        least: of the same shape: how many rows of that layer keep bits.
-        layers: how many there are, those without rows too.
+        wanted, depth: (rows of all layers,) the bit depths that rows want and have.
+        layer_of: (rows of all layers,) int64, ascending: the index of each row's layer.
+        least: (rows of all layers,) int64: the least number of rows of that layer that keep bits.
+        layers: the number of layers, including those without rows.
     """
-    # Layer by layer, in the order in which rows go: those without bits, then the least wanted.
+    # Sort by layer, then in the order in which rows go: those without bits, then the least wanted.
     order = wanted.clamp(min=LEAST_WANTED).masked_fill(depth <= 0, -math.inf).argsort(stable=True)
     order = order[layer_of[order].argsort(stable=True)]
     bits = integer_depth(depth)[order].long()
     bits_of = bits.new_zeros(layers).index_add(0, layer_of, bits)
     rows_of = bits.new_zeros(layers).index_add(0, layer_of, torch.ones_like(bits))
-    # What the rows of its layer before it hold: the first may always go, however much it has.
+    # Bits of the rows before it in its layer: 0 for the first, which may go however many it has.
     bits_before = bits.cumsum(0) - bits - (bits_of.cumsum(0) - bits_of)[layer_of]
     rows_after = rows_of.cumsum(0)[layer_of] - 1 - torch.arange(len(bits), device=bits.device)
     goes = (bits_before <= AT_ONCE * bits_of[layer_of]) & (rows_after >= least)

@@ -1,7 +1,8 @@
-"""Rows that have bits and yet quantise to nothing but zeros: in the end they lose their bits.
+"""Find rows that have bits but quantise to all zeros ("idle" rows), and take their bits away.
 
-One step may round a row to zeros and the next wake it up; a row that was zero at every step between
-two cuts is given up.
+Rounding can make a row zero at one step and not at the next, so only a row that was zero at every
+step between two cuts loses its bits. In the code, `woken` and `_awake` mark rows that have
+quantised to something else at some step; all others are `asleep`.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from selfcompress.layers.quantized import QuantizedLayer
 
 
 class IdleRows:
-    """The rows that have been zero at every step since the last `look`.
+    """Tracks the rows that have quantised to all zeros at every step since the last `look`.
 
     Args:
-        layers: by name, those whose rows can go.
+        layers: the quantised layers to watch, by name.
     """
 
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -25,7 +26,7 @@ class IdleRows:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Begin anew with the rows that are zero now."""
+        """Start tracking anew, with the rows that have bits and quantise to all zeros now."""
         self.load(
             {
                 name: (layer.zero_rows() & layer.live_rows()).nonzero().flatten()
@@ -35,26 +36,29 @@ class IdleRows:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Note which have woken up. Nothing is read, as a GPU would be waited for."""
+        """Note which tracked rows no longer quantise to all zeros; call this after every step.
+
+        No values are read, because that would wait for the GPU.
+        """
         for name, rows in self._rows.items():
             if len(rows):
                 woken = ~self.layers[name].zero_rows(among=rows)
                 self._awake[name] = self._awake[name].to(woken.device) | woken
 
     def still(self) -> dict[str, Tensor]:
-        """(rows,) int64 by layer: those that have not."""
-        # The model may have moved to another device since.
+        """Return, by layer name, (rows,) int64: rows that were zero at every step since `look`."""
+        # The model may have moved to another device in the meantime.
         asleep = {name: ~awake.to(self._rows[name].device) for name, awake in self._awake.items()}
         return {name: rows[asleep[name]] for name, rows in self._rows.items()}
 
     @torch.no_grad()
     def give_up(self) -> None:
-        """Take the bits of those that have not."""
+        """Set the bit depth of all rows in `still()` to 0."""
         for name, rows in self.still().items():
             depth = self.layers[name].bit_depth
             depth.index_fill_(0, rows.to(depth.device), 0)
 
     def load(self, rows: Mapping[str, Tensor]) -> None:
-        """Take up what `still` was."""
+        """Track the given rows, layer name → (rows,) int64, such as a saved result of `still`."""
         self._rows = {n: r.to(self.layers[n].bit_depth.device) for n, r in rows.items()}
         self._awake = {n: torch.zeros_like(r, dtype=torch.bool) for n, r in self._rows.items()}

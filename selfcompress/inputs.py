@@ -1,4 +1,4 @@
-"""What a model is called with: an example of it, its device and batch size, and others like it."""
+"""Helpers for the inputs of a model: their device and batch size, and batches like an example."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,18 +12,21 @@ Inputs = Tensor | tuple[Any, ...]
 
 
 def positional(inputs: Inputs) -> tuple[Any, ...]:
-    """`inputs` as the arguments of a call."""
+    """Return `inputs` as the tuple of positional arguments of a call."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def device_of(inputs: Inputs) -> torch.device:
-    """Where the first tensor of `inputs` is."""
+    """Return the device of the first tensor in `inputs`, or the CPU if there is none."""
     tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def moved_like(inputs: Any, example: Inputs) -> Any:
-    """`inputs` on the device of `example`; floats of the type of those in their places there."""
+    """Return `inputs` on the device of `example`, with floats in the dtypes of their counterparts.
+
+    If the two hold different numbers of leaves, there are no counterparts, and dtypes stay.
+    """
     device = device_of(example)
     leaves, structure = pytree.tree_flatten(inputs)
     places = pytree.tree_leaves(example)
@@ -59,18 +62,23 @@ def _both_float(*values: Any) -> bool:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The samples that `inputs` hold: the length of the first tensor; 0 if there is none."""
+    """Return how many samples `inputs` hold, or 0 if they hold no tensor with dimensions.
+
+    It is the length of the first floating-point tensor or, without one, of the first tensor.
+    """
     leaves = pytree.tree_leaves(inputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # a graph's edges come last
+    tensors.sort(key=lambda tensor: not tensor.is_floating_point())  # e.g. edges of a graph last
     return len(tensors[0]) if tensors else 0
 
 
 def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
-    """What a model is called with, batch by batch, on the device and in the precision of `example`.
+    """Yield a model's inputs for every batch of `loader`, with the device and dtypes of `example`.
 
     Args:
-        loader: of batches (x, ...), ((x, ...), ...) or x. As many are taken as `example` holds.
+        example: inputs that the model accepts.
+        loader: gives batches (x, ...), ((x, ...), ...) or x. If `example` is a tuple, the first
+            items of a batch are taken, as many as it holds; otherwise the first.
 
     Raises:
         ValueError: a batch is of another type.
@@ -85,7 +93,7 @@ def batches_like(example: Inputs, loader: Iterable[Any]) -> Iterator[Inputs]:
         elif isinstance(batch, Tensor) or (several and count == 1):
             inputs = (batch,) if several else batch
         elif not several and not isinstance(example, Tensor):
-            inputs = batch  # something of the user's own
+            inputs = batch  # not a tensor, as `example` is not: a dict, say
         else:
             kind = type(batch).__name__
             raise ValueError(

@@ -1,7 +1,8 @@
-"""Biases that are all that dead rows have left: driven to zero, so that their channels fall silent.
+"""Drive "lingering" biases to zero: those that alone still keep a channel from being removed.
 
-A channel goes when what its readers see is exactly 0. Where every row behind it is dead, what they
-see follows from biases alone.
+A channel can be removed once the layers that read it see exactly 0. If all rows that contribute to
+it have lost their bits, they see a constant that depends on biases only. An entry of a bias (of a
+layer or a batch norm) that makes such a constant non-zero is called lingering.
 """
 
 from collections.abc import Mapping
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 from selfcompress.graph.channels import ChannelGraph
 from selfcompress.graph.liveness import analyse
 
-_STEP = 0.01  # how far one step drives a bias: the proximal step of the paper's L1 loss
+_STEP = 0.01  # change of a bias per step: the proximal step of the paper's L1 loss
 
 
 class LingeringBiases:
-    """The entries of biases, and of norms' biases, that only dead rows stand behind.
+    """Finds lingering entries of the biases of layers and norms, and shrinks them step by step.
 
     Args:
-        graph: of the network, as it is now.
+        graph: the channel graph of `model`, which is kept up to date as it is cut.
         model: the network.
+
+    Attributes:
+        positions: name of a bias → (entries,) int64: the entries found to be lingering.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
@@ -29,18 +33,18 @@ class LingeringBiases:
         self.positions: dict[str, Tensor] = {}
 
     def look(self) -> None:
-        """Find those of now."""
+        """Find the biases that are lingering now, and track these from now on."""
         self.load(_lingering(self.graph, self.model))
 
     @torch.no_grad()
     def shrink(self) -> None:
-        """Bring those that were found a step nearer to zero."""
+        """Move the tracked biases towards zero by at most `_STEP`, in place."""
         for name, positions in self.positions.items():
             bias = self.model.get_parameter(name)
             bias[positions] = F.softshrink(bias[positions], _STEP)
 
     def load(self, positions: Mapping[str, Tensor]) -> None:
-        """Take up what `positions` was."""
+        """Track the given entries, such as what `positions` was when the state was saved."""
         self.positions = {
             name: entries.to(self.model.get_parameter(name).device)
             for name, entries in positions.items()
@@ -49,9 +53,9 @@ class LingeringBiases:
 
 @torch.no_grad()
 def clear_lingering(graph: ChannelGraph, model: nn.Module) -> None:
-    """Have all of them at zero at once, as they will be in the end."""
+    """Set all lingering biases of `model` to zero in place, where training would bring them."""
     left_over = True
-    while left_over:  # where one goes, the next may have nothing else to hold
+    while left_over:  # once some are zero, others may have become lingering
         left_over = False
         for name, positions in _lingering(graph, model).items():
             bias = model.get_parameter(name)
@@ -60,7 +64,7 @@ def clear_lingering(graph: ChannelGraph, model: nn.Module) -> None:
 
 
 def _lingering(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
-    """By parameter: (entries,) int64, where it has such a bias. One that is frozen stays."""
+    """Return name of a bias → (entries,) int64 that are lingering; frozen biases are left out."""
     lingering = analyse(graph, model).lingering
     return {
         name: torch.from_numpy(positions)

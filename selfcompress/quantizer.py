@@ -4,8 +4,8 @@ q(x, b, e) = 2^e · round(clamp(2^-e · x, -2^(b-1), 2^(b-1) - 1)), rounding to 
 
 Every equation number in this package refers to Cséfalvay & Imber, "Self-Compressing Neural
 Networks", arXiv 2301.13142. Two consequences of eq. (1) worth keeping in mind: a channel of zero
-bits quantises to exactly 0 (both clamps meet at -1/2, and -1/2 rounds to 0), and one bit stores
-the two levels {-1, 0} · 2^e.
+bits quantises to exactly 0 (both bounds of the clamp are -1/2, which rounds to 0), and one bit
+stores the two levels {-1, 0} · 2^e.
 """
 
 import math
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 16
-"""No channel grows beyond this bit depth; its integers still fit an int16."""
+"""The largest bit depth of a channel; its integers still fit an int16."""
 
 EXPONENT_FLOOR = -24.0
 """The exponent of a channel whose weights are all zero, where log2 would be minus infinity."""
 
 
 def integer_depth(bit_depth: Tensor) -> Tensor:
-    """The whole number of bits that stores a channel: `bit_depth` (any shape) rounded up."""
+    """Return the whole bits that each channel is stored in: `bit_depth` (any shape) rounded up."""
     return bit_depth.detach().ceil()
 
 
 def fake_quantize(
     weight: Tensor, bit_depth: Tensor, exponent: Tensor, *, integer_bits: bool = True
 ) -> Tensor:
-    """Quantise `weight` (rows first) by eq. (1); the gradients pass the rounding straight through.
+    """Quantise `weight` (rows first) by eq. (1), with a straight-through estimator for rounding.
 
     Args:
         weight: (rows, ...) float tensor; a row is one output channel.
@@ -39,8 +39,8 @@ def fake_quantize(
             levels that can be stored. False is the paper's fractional bit depth.
 
     Returns:
-        A tensor of `weight`'s shape and dtype. The arithmetic inside is at least float32, whatever
-        autocast says.
+        A tensor of `weight`'s shape and dtype. It is computed in at least float32, also under
+        autocast.
     """
     quantized: Tensor = _FakeQuantize.apply(weight, bit_depth, exponent, integer_bits)
     return quantized
@@ -50,16 +50,16 @@ def fake_quantize(
 def quantized_integers(
     weight: Tensor, bit_depth: Tensor, exponent: Tensor, *, integer_bits: bool = True
 ) -> Tensor:
-    """The whole numbers that `fake_quantize` multiplies with 2^exponent, which files store.
+    """Return the integers that `fake_quantize` multiplies with 2^exponent, as files store them.
 
     Args:
-        As `fake_quantize`.
+        weight, bit_depth, exponent, integer_bits: as for `fake_quantize`.
 
     Returns:
-        An int32 tensor of `weight`'s shape, from -2^(b-1) to 2^(b-1) - 1 in a row of b bits, b
-        being its `integer_depth`; 0 where that is 0.
+        An int32 tensor of `weight`'s shape. In a row whose `integer_depth` is b its values are from
+        -2^(b-1) to 2^(b-1) - 1, or all 0 if b is 0.
     """
-    # In at least float32, a product n · 2^e over 2^e is within a thousandth of n again.
+    # In at least float32, dividing n · 2^e by 2^e gives n to within a thousandth.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     quantized = fake_quantize(wide, bit_depth, exponent, integer_bits=integer_bits)
     column = (-1,) + (1,) * (weight.dim() - 1)
@@ -69,7 +69,7 @@ def quantized_integers(
 class _FakeQuantize(torch.autograd.Function):
     """Eq. (1) and its straight-through gradients in closed form.
 
-    With s = 2^-e·x, and "saturated" for s strictly outside the clamp:
+    With s = 2^-e·x, and "saturated" where s is strictly outside the clamp:
 
                  inside            saturated
         ∂q/∂x    1                 0
@@ -87,8 +87,8 @@ class _FakeQuantize(torch.autograd.Function):
         half_range = torch.exp2(bits - 1)
         step = torch.exp2(exponent.to(dtype).view(column))
         scaled = weight.to(dtype) / step
-        # Neither in place nor cast to the type it has: compiled by torch 2.11, both give wrong
-        # gradients, without a word.
+        # Do not clamp in place, nor cast to the dtype it has already: compiled by torch 2.11, both
+        # give wrong gradients without any error.
         clamped = scaled.clamp(-half_range, half_range - 1)
         quantized = clamped.round() * step
         ctx.save_for_backward(weight, step, half_range, quantized, clamped == scaled)
@@ -98,7 +98,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, half_range, quantized, inside = ctx.saved_tensors
         grad = grads[0].to(step.dtype)
-        # Of a dead row everything is outside: what is not finite behind its zeros stays there.
+        # In a row of zero bits everything is outside the clamp, so a gradient that is not finite
+        # becomes 0 here (multiplying with a mask would make it NaN).
         grad_inside = torch.where(inside, grad, 0)
 
         over_row = list(range(1, weight.dim()))
@@ -117,7 +118,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 @torch.no_grad()
 def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
-    """The exponent, per row, at which eq. (1) loses least of `weight` in the squared sense.
+    """Return the exponent of each row at which eq. (1) has the least squared error on `weight`.
 
     Tries half powers of two around the exponent that just avoids saturation, which covers both
     "clip nothing" and "clip the tails to resolve the bulk".
@@ -127,8 +128,8 @@ def fit_exponent(weight: Tensor, bit_depth: Tensor) -> Tensor:
         bit_depth: (rows,); rows of fewer than one bit are fitted as if they had one.
 
     Returns:
-        (rows,) float32 exponents; `EXPONENT_FLOOR` where a row is all zero. Of a weight on the
-        meta device there is nothing to fit.
+        (rows,) float32 exponents; `EXPONENT_FLOOR` where a row is all zero, and for a weight on the
+        meta device, where there is nothing to fit.
     """
     rows = weight.detach().float().flatten(1)
     if rows.numel() == 0 or rows.is_meta:

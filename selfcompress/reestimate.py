@@ -1,4 +1,4 @@
-"""Average the statistics of batch norms anew, over the network as it is now."""
+"""Re-estimate batch-norm statistics for a network as it is now."""
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -15,17 +15,18 @@ from selfcompress.look import kept_modes
 def reestimate(
     models: Sequence[nn.Module], batches: Iterable[Inputs], eval_norms: Collection[str]
 ) -> None:
-    """Average the statistics of batch norms over `batches`, all batches alike, read once.
+    """Average the statistics of batch norms over `batches`, in place, with equal weights.
 
-    As torch's `update_bn` does, but norms that are in eval mode while the network trains keep
-    theirs, be they `eval_norms` or left in it by a train() of the model's own.
+    Like torch's `update_bn`, but norms that are in eval mode while the network trains keep their
+    statistics: those in `eval_norms`, and those that the model's own train() leaves in eval mode.
 
     Args:
         models: a network and averages of it.
-        eval_norms: names of those that the loop has in it.
+        batches: inputs of the network, read once for all models.
+        eval_norms: names of the norms that the training loop keeps in eval mode.
 
     Raises:
-        ValueError: there is no batch; the statistics are what they were, as after any error.
+        ValueError: there is no batch. After any error the statistics are as they were before.
     """
     with ExitStack() as stack:
         for model in models:
@@ -46,7 +47,7 @@ def reestimate(
         try:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # the average of all batches
+                norm.momentum = None  # a cumulative average, in which all batches count the same
             for inputs in batches:
                 for model, first in zip(models, firsts, strict=True):  # averages may be elsewhere
                     model(*positional(moved_with(inputs, firsts[0], first)))

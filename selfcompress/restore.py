@@ -1,4 +1,4 @@
-"""Bring a fresh model to the shape of a saved one, if the two go together."""
+"""Check that a saved state fits a fresh model and its optimiser, and plan the cut to its shape."""
 
 from typing import Any
 
@@ -10,13 +10,15 @@ from selfcompress.surgery import Plan, make_plan
 
 
 def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -> Plan:
-    """The plan that cuts an uncut `model` to the shape of the saved one.
+    """Return the plan that cuts an uncut `model` to the shape of the saved one.
 
     Args:
-        state: of a `Compressor`.
+        state: what `Compressor.state_dict` returned.
+        graph: the channel graph of `model`.
+        model: a freshly quantised model.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: the state is of another model.
     """
     removed, silent, rows = state["removed"].numpy(), state["silent"].numpy(), state["rows"]
     for name in rows.keys() ^ graph.origin.keys():
@@ -36,7 +38,7 @@ def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -
     by_layer = {name: r.numpy() for name, r in rows.items()}
     plan = make_plan(graph, model, removed, silent, by_layer)
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):  # what a module's get_extra_state() gives
+        if not isinstance(tensor, Tensor):  # what a module's get_extra_state() returns
             continue
         shape = list(tensor.shape)
         for dim, kept in plan.keep.get(name, []):
@@ -48,7 +50,11 @@ def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -
 
 
 def require_same_kind(state: dict[str, Any], optimizer: Optimizer) -> None:
-    """Refuse an optimiser that the saved one's state is not for."""
+    """Check that `optimizer` has the type and the parameter groups of the saved one.
+
+    Raises:
+        ValueError: the type, or the number of parameters in a group, is another.
+    """
     if state["optimizer_type"] != type(optimizer).__name__:
         raise ValueError(
             f"the state holds {state['optimizer_type']}, not {type(optimizer).__name__}"
@@ -59,9 +65,10 @@ def require_same_kind(state: dict[str, Any], optimizer: Optimizer) -> None:
 
 
 def require_same_order(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuse an optimiser whose parameters are in another order than the saved one's.
+    """Check that `optimizer` has its parameters in the order of the saved one, judging by shapes.
 
-    As far as shapes tell: of a saved moment, that of its parameter.
+    Raises:
+        ValueError: a saved state tensor, such as a moment, is not of its parameter's saved shape.
     """
     saved = {id(p): state["model"][name].shape for name, p in model.named_parameters()}
     shapes = [saved.get(id(p), p.shape) for g in optimizer.param_groups for p in g["params"]]

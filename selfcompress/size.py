@@ -1,33 +1,34 @@
 """How big a network is: Q bits, stored bits, parameters and multiply-accumulates, by layer.
 
-Three sizes are kept apart and named apart:
+Three sizes are told apart:
 
 *Q bits* is what training penalises, eq. (3) + (4): Σ_l I·H·W·Σ_i b_i over the quantised layers,
 with I the input channels the layer has now and b_i its integer bit depths (fractional ones where
-`integer_bits=False`), plus 32 bits for every weight in float. N, the number it is divided by to
-give Q, counts the weights of the *starting* network, quantised or not: those of convolutions,
-linear layers, attention, embeddings and recurrent layers, and all other parameters that are longer
-than one in two dimensions. `float_bits` is 32·N. MACs are those of
-convolutions, linear and recurrent layers and attention's projections, as often as they run on the
-example.
+`integer_bits=False`), plus 32 bits for every weight in float. Q is that number divided by N, the
+number of weights of the *starting* network, quantised or not: those of convolutions, linear layers,
+attention, embeddings and recurrent layers, and all other parameters with at least two dimensions
+longer than 1. `float_bits` is 32·N.
 
 *Stored bits* is all that running the network needs, at the width it is stored in:
 
-    weights         the integer bit depth of its row, for every weight of a row that has bits
+    weights         for every weight of a row that has bits, the integer bit depth of the row
     formats         8 bits for the bit depth and 32 for the exponent of each such row (a file packs
                     depths into 4)
     placement       1 bit per output channel, where a layer or norm does not compute them all;
                     1 bit per input channel, where they do not read them all; 1 bit per row, where
-                    some are without bits, and in grouped convolutions
+                    some are without bits, and 1 bit per row in grouped convolutions
     everything else (biases, batch-norm weights and statistics, layers left in float, any other
-                    parameter or buffer) as it is held: 32 bits for a float32; counters of seen
-                    batches are not needed and not counted
+                    parameter or buffer) as it is held: 32 bits for a float32; batch norms' counters
+                    of batches are not needed and not counted
 
-It is computed from the network alone, without packing anything; if the network is to be saved with
-`fold_norms` or `half`, with the numbers and widths that leaves. Percentages of either are of
-`float_bits`.
+It is computed from the network alone, without packing anything. For a network to be saved with
+`fold_norms` or `half`, it counts the numbers and widths that these leave. Q and stored bits in
+percent are relative to `float_bits`.
 
 *File bytes* is what a file of the network takes on disk: see `selfcompress.save`.
+
+MACs are those of convolutions, linear and recurrent layers and attention's projections, as often as
+they run on the example input.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ WEIGHTED = (
     *FLOAT_LAYERS, nn.MultiheadAttention, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase,
     nn.RNNCellBase,
 )  # fmt: skip
-"""The types of modules whose weights are known by their types."""
+"""Types of modules whose parameters of two or more dimensions are known to be weights."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,16 @@ class LayerSize:
     """One convolution, linear layer, or module with other parameters or buffers.
 
     Attributes:
-        channels: live rows of a quantised layer; all output channels of a float one; 0 for other
-            modules.
-        out_width: channels of its output tensor, live or not; 0 for other modules.
-        mean_bits: mean integer bit depth of the live rows; 0 without any, 32 for a float layer.
-        weights: weights of live rows (of all rows of a float layer).
-        q_bits, stored_bits: see the module's docstring.
-        macs: multiply-accumulates per sample of the live rows; of all rows and columns in
-            attention, recurrent layers and layers with a forward() of a user's own.
+        name: qualified name of the module; empty for the model's own parameters.
+        channels: rows that have bits, of a quantised layer; all output channels of a float one; 0
+            for other modules.
+        out_width: channels of its output tensor, with or without bits; 0 for other modules.
+        mean_bits: mean integer bit depth of the rows that have bits, or 0 if none has; 32 for a
+            float layer.
+        weights: weights of rows that have bits (of all rows of a float layer).
+        q_bits, stored_bits: see the docstring of `selfcompress/size.py`.
+        macs: multiply-accumulates per sample, of the rows that have bits; of all rows and columns
+            in attention, recurrent layers and layers of a user's class with its own forward().
     """
 
     name: str
@@ -92,7 +95,8 @@ class Size:
     Attributes:
         layers: every module that adds to the size, in the model's order.
         float_bits: 32 bits for every weight of the starting network.
-        parameters: numbers in all parameters the network has now, formats not included.
+        parameters: numbers in all parameters that the network has now, without bit depths and
+            exponents.
     """
 
     layers: tuple[LayerSize, ...]
@@ -101,7 +105,7 @@ class Size:
 
     @property
     def q_bits(self) -> float:
-        """Eq. (4) summed over layers, in bits."""
+        """Eq. (4) summed over layers, in bits, with 32 for every weight in float."""
         return sum(layer.q_bits for layer in self.layers)
 
     @property
@@ -111,12 +115,12 @@ class Size:
 
     @property
     def weights(self) -> int:
-        """Weights that still have bits."""
+        """Number of weights that still have bits."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per sample."""
+        """Number of multiply-accumulates per sample."""
         return sum(layer.macs for layer in self.layers)
 
     @property
@@ -131,7 +135,7 @@ class Size:
 
     @property
     def weights_percent(self) -> float:
-        """Live weights in percent of the starting network's."""
+        """Number of weights that have bits, in percent of the starting network's weights."""
         return 100 * 32 * self.weights / self.float_bits
 
     def __str__(self) -> str:
@@ -158,23 +162,24 @@ def _counts(size: LayerSize | Size) -> tuple[str, ...]:
 
 
 def starting_weights(model: nn.Module) -> int:
-    """N: the weights of all modules that have weights, quantised or not; shared ones once."""
+    """Return N, the number of weights of `model`, quantised or not; shared ones count once."""
     seen: set[Tensor] = set()
     return sum(count_weights(module, seen) for module in model.modules())
 
 
 def count_weights(module: nn.Module, seen: set[Tensor]) -> int:
-    """A module's weights, but for parameters in `seen`, which its own are added to."""
+    """Return how many weights of a module are not in `seen`, and add its parameters to `seen`."""
     return _count(_weights(module), _new(module, seen))
 
 
 @torch.no_grad()
 def _weights(module: nn.Module) -> list[Tensor]:
-    """A module's weights: tensors of at least two dimensions, if need be computed from others.
+    """Return a module's weights.
 
-    Of types that are not known these are the parameters that are longer than one in two dimensions.
+    For `WEIGHTED` types these are its tensors of at least two dimensions, among them those that
+    parametrizations compute; for other types, its parameters with two dimensions longer than 1.
     """
-    if isinstance(module, ParametrizationList):  # what it holds makes the weight of another
+    if isinstance(module, ParametrizationList):  # its parameters count with the weight they make
         return []
     if not isinstance(module, WEIGHTED):
         return [p for p in module.parameters(recurse=False) if _is_matrix(p)]
@@ -182,7 +187,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
     if is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)
         with kept_modes(module):
-            module.eval()  # in training a spectral norm changes when it is looked at
+            module.eval()  # in training mode, reading a spectral norm's weight changes it
             found += [getattr(module, name) for name in module.parametrizations]
     return [tensor for tensor in found if tensor.dim() > 1]
 
@@ -192,43 +197,43 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def output_channels(module: nn.Module) -> int:
-    """Channels of the output tensor of a module of the `WEIGHTED` types; of others 0."""
+    """Return the output channels of a module of the `WEIGHTED` types, and 0 for other modules."""
     if not isinstance(module, WEIGHTED):
         return 0
     if isinstance(module, FLOAT_LAYERS):
         return layer_widths(module)[1]
-    # A recurrent layer outputs its hidden state, if need be projected.
+    # A recurrent layer outputs its hidden state, projected to `proj_size` if that is not 0.
     names = ("embed_dim", "embedding_dim", "out_features", "proj_size", "hidden_size")
     width = next(filter(None, (getattr(module, name, 0) for name in names)), 0)
     return width * (2 if getattr(module, "bidirectional", False) else 1)
 
 
 def _new(module: nn.Module, seen: set[Tensor]) -> set[Tensor]:
-    """A module's parameters that are not in `seen` yet, where they are added."""
+    """Return a module's parameters that are not in `seen`, and add them to `seen`."""
     new: set[Tensor] = {p for p in module.parameters(recurse=False) if p not in seen}
     seen |= new
     return new
 
 
 def _count(weights: list[Tensor], new: set[Tensor]) -> int:
-    """Numbers in `weights`, but of parameters that another module has counted."""
+    """Return how many numbers are in `weights`, leaving out parameters that are not in `new`."""
     return sum(_numbers(w) for w in weights if w in new or not isinstance(w, nn.Parameter))
 
 
 def _numbers(tensor: Tensor) -> int:
-    """Elements, of which a complex one is two numbers."""
+    """Return how many numbers a tensor holds; a complex element is two numbers."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def q_bits(layers: Sequence[QuantizedLayer]) -> Tensor:
-    """Eq. (4) summed over layers, in bits: a scalar with gradients to the bit depths.
+    """Return eq. (4) summed over layers, in bits: a scalar with gradients to the bit depths.
 
-    Bit depths count as the forward pass rounds them, with the gradient straight through.
+    Bit depths are rounded as in the forward pass, with a straight-through gradient.
     """
     if not layers:
         return torch.zeros(())
     bits = torch.cat([layer.bit_depth for layer in layers])
-    if layers[0].integer_bits:  # as in all of them
+    if layers[0].integer_bits:  # the same in all layers
         bits = bits + (bits.ceil() - bits).detach()
     return (bits * of_rows(layers, [layer.fan_in for layer in layers])).sum()
 
@@ -242,11 +247,11 @@ def measure(
     fold_norms: bool = False,
     half: bool = False,
 ) -> Size:
-    """The size of `model` now.
+    """Return the size of `model` as it is now.
 
     Args:
-        graph: its channel graph, which knows how often each weight is applied; without it there
-            are no MACs to report (0).
+        graph: its channel graph, which knows how often each weight is applied; without it all MACs
+            are reported as 0.
         weights_at_start: `starting_weights` of the network before anything was cut.
         fold_norms, half: how it is to be stored; see `selfcompress.save`.
     """
@@ -287,7 +292,7 @@ def _measure_module(
         stored += placement_bits(module, len(module.rows), len(module.columns))
         stored += len(module.rows) if live < len(module.rows) else 0
         stored += len(module.rows) if module.grouped else 0
-        # What a user's class has beside.
+        # Parameters and buffers that a user's class has besides.
         own = {module.weight, module.bias, module.bit_depth, module.exponent}
         others: list[Tensor] = [p for p in _new(module, seen) if p not in own]
         stored += sum(_as_held(t, half) for t in (*others, *module.buffers(recurse=False)))
@@ -333,15 +338,15 @@ def _measure_module(
 
 
 def _at_full_width(layer: QuantizedLayer) -> int:
-    """The weights of a layer that computes with its `dense_weight`."""
-    if isinstance(layer, EMBEDDINGS):  # it looks up, and multiplies nothing else
+    """Return how many weights are multiplied by a layer that computes with its `dense_weight`."""
+    if isinstance(layer, EMBEDDINGS):  # it looks vectors up, and multiplies nothing else
         return int(layer.live_rows().sum()) * layer.fan_in
     kernel = layer.weight.shape[2:].numel()
     return int(layer.out_width * (layer.in_width // layer.dense_groups) * kernel)
 
 
 def placement_bits(module: Any, rows: int, columns: int) -> int:
-    """One bit per output and per input channel, unless all are computed or read."""
+    """Return one bit per output and per input channel, unless all are computed or read."""
     out_bits: int = module.out_width if rows < module.out_width else 0
     return out_bits + (module.in_width if columns < module.in_width else 0)
 

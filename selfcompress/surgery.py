@@ -1,8 +1,8 @@
 """Plan what to cut, as plain data, and apply a plan to a model and its optimisers.
 
-A plan speaks of tensors by name and of kept indices, so that the same plan can be applied to the
-model, to an average of it, or on every process of many; making it needs the channel graph,
-applying it does not.
+A plan consists of names of tensors and the indices to keep, so that the same plan can be applied to
+the model, to an average of it, or in each of several processes. Making a plan needs the channel
+graph; applying it does not.
 """
 
 from collections.abc import Iterable
@@ -37,19 +37,19 @@ from selfcompress.layers.quantized import QuantConv, QuantizedLayer
 Index = list[int]
 
 OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad)
-"""Those whose state is known to be one number, or one for each element of a parameter."""
+"""Optimisers whose state is known to be scalars or tensors of the shape of their parameter."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """How a module sits among its channels after the cut.
+    """Which channels a module reads and computes after a cut.
 
     Attributes:
-        in_width, out_width: channels of its input and output tensors.
-        rows: the output channel that each row or entry computes.
-        columns: the input channel that each column or entry of a batch norm reads, of a grouped
-            convolution group after group; None for layers left in float, and embeddings.
-        groups: of a grouped convolution, the group of each row.
+        in_width, out_width: numbers of channels of its input and output tensors.
+        rows: the output channel that each row, or each entry of a batch norm, computes.
+        columns: the input channel that each column, or each entry of a batch norm, reads; in a
+            grouped convolution, group after group. None for layers left in float, and embeddings.
+        groups: the group of each row in a grouped convolution; None for other modules.
     """
 
     in_width: int
@@ -61,15 +61,16 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays, as plain data: it can be printed, and is JSON by `dataclasses.asdict`.
+    """What a cut keeps, as plain data: it can be printed, and `dataclasses.asdict` makes it JSON.
 
     Attributes:
         keep: name of a parameter or buffer → [(dim, kept indices)].
         shapes: the shapes of these tensors before the cut.
-        wiring: module name → how it is wired afterwards.
-        rows: module name → kept row indices, to bring the channel graph up to date.
-        removed: the channel ids that go with this plan, in the numbering of the channel graph.
-        silent: channel ids that have to keep their places, as zeros that nobody computes or reads.
+        wiring: module name → which channels it reads and computes after the cut.
+        rows: module name → kept row indices, to update the channel graph with.
+        removed: the channel ids that the cut removes, in the numbering of the channel graph.
+        silent: ids of dead channels that keep their place in the tensors, but need not be computed
+            or read any more.
     """
 
     keep: dict[str, list[tuple[int, Index]]] = field(default_factory=dict)
@@ -93,11 +94,12 @@ class Plan:
 
 
 def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: int = 1) -> Plan:
-    """The plan that removes all that `alive` says is not.
+    """Return the plan that removes all rows and channels that are not alive.
 
-    A channel that has to keep its place stays as a zero that nobody computes or reads. With a
-    `multiple` above 1, so do, for speed, as many as it takes for tensors to have a multiple of it,
-    and for batch norms and depthwise convolutions to make the channels that they read.
+    A dead channel that cannot be removed becomes `silent`: it keeps its place in the tensors, but
+    need not be computed or read. With a `multiple` above 1, more dead channels keep their places,
+    for speed: as many as it takes for tensors to have a multiple of it, and for batch norms and
+    depthwise convolutions to make the channels that they read.
     """
     removed = removable(graph, alive.gone, alive.rows, model)
     if multiple > 1:
@@ -113,12 +115,13 @@ def make_plan(
     silent: np.ndarray,
     rows: dict[str, np.ndarray],
 ) -> Plan:
-    """The plan that removes channel ids and keeps just the given rows of each module.
+    """Return the plan that removes channel ids and keeps only the given rows of each module.
 
     Args:
-        removed: (number of ids at the start,) bool; see `removable`.
-        silent: the same, of channels that keep their places but are read no more.
-        rows: module name → indices, for every module that may lose rows.
+        removed: (number of ids at the start,) bool: channels to remove; see `removable`.
+        silent: (number of ids at the start,) bool: channels that keep their places but are not
+            read any more.
+        rows: module name → kept row indices, for every module that may lose rows.
     """
     return _Planner(graph, model, removed, silent, rows).run()
 
@@ -145,17 +148,17 @@ class _Planner:
         for node in self.graph.nodes:
             if node.tensor:
                 stays = ~self.removed[self.graph.ids[node.name]]
-                if not stays.all():  # forward() may have put a longer buffer in its place
+                if not stays.all():  # else leave it: forward() may have put in a longer buffer
                     self._keep(node.tensor, node.tensor_dim, np.flatnonzero(stays))
             if isinstance(self.modules.get(node.module), _InstanceNorm):
                 stays = ~self.removed[self.graph.ids[node.name]]
-                if not stays.all():  # it has no tensors, but says how many channels it is for
+                if not stays.all():  # it has no tensors to cut, but a number of channels
                     self.plan.wiring[node.module] = Wiring(len(stays), int(stays.sum()), [])
             if node.kind in WITH_ROWS and node.module not in in_graph:
                 in_graph.add(node.module)
                 ins, outs = self.graph.reads(node), self.graph.ids[node.name]
                 self._wire(node.module, ~self.removed[ins], ~self.silent[ins], ~self.removed[outs])
-        # Layers that could not be followed can still lose rows, leaving gaps.
+        # Layers that are not in the graph can still lose rows, which leaves gaps in their output.
         for name in self.plan.rows.keys() - in_graph:
             module = self.modules[name]
             assert isinstance(module, QuantizedLayer)
@@ -166,7 +169,13 @@ class _Planner:
     def _wire(
         self, name: str, in_stays: np.ndarray, in_sounds: np.ndarray, out_stays: np.ndarray
     ) -> None:
-        """Plan one layer or norm, by which channels stay or are silent."""
+        """Plan the cut of one layer or batch norm.
+
+        Args:
+            in_stays: (input channels,) bool: not removed.
+            in_sounds: (input channels,) bool: not silent.
+            out_stays: (output channels,) bool: not removed.
+        """
         module = self.modules[name]
         new_in, new_out = np.cumsum(in_stays) - 1, np.cumsum(out_stays) - 1
         ins, outs = np.flatnonzero(in_stays), np.flatnonzero(out_stays)
@@ -203,7 +212,7 @@ class _Planner:
         of_row = module.row_groups.numpy(force=True)[rows]
         live, groups = np.unique(of_row, return_inverse=True)
         table = columns.reshape(module.groups, -1)[live]  # what each group reads
-        # All groups lose the same columns; without any group there is nothing to read.
+        # All groups lose the same columns. If no group is left, no column is.
         stays = in_stays[table].all(0) & bool(len(live))
         self._keep(f"{name}.weight", 1, np.flatnonzero(stays))
         columns = new_in[table[:, stays]].ravel().tolist()
@@ -219,17 +228,18 @@ class _Planner:
 
 @torch.no_grad()
 def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
-    """Cut `model` and the state of its optimisers down to what `plan` keeps.
+    """Cut `model` and the state of its optimisers, in place, down to what `plan` keeps.
 
-    The model may be another than the plan was made for: a fresh one that is quantised, or an
-    average of the weights, as long as it has the shape that the other one had.
+    The model may be another one than the plan was made for (a freshly quantised one, or an average
+    of the weights) if its tensors have the shapes that those of the other had before the cut.
 
-    Parameters get new tensors (gradients indexed along); in the optimisers the new parameter
-    takes the old one's place in its group and inherits its state, indexed the same way.
+    Parameters are replaced by new ones, with the kept part of the gradient and the same hooks. In
+    the optimisers, a new parameter takes the old one's place in its group and the kept part of its
+    state.
 
     Raises:
         TypeError: an optimiser is not supported, or has state of an unknown shape; nothing has
-            been changed then.
+            been changed.
         ValueError: the model does not have the tensors of the plan; nothing has been changed.
     """
     optimizers = list(optimizers)
@@ -246,7 +256,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
             new.grad = None if old.grad is None else _select(old.grad, cuts)
             new._backward_hooks = old._backward_hooks
             new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
-            vars(new).update(vars(old))  # what the user noted on it
+            vars(new).update(vars(old))  # attributes that the user has set on it
             setattr(module, name, new)
             renewed[old] = (new, cuts)
         else:
@@ -259,7 +269,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer] = (
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
-    """Refuse a model that `plan` was not made for.
+    """Check that `model` has the tensors that `plan` cuts, in their shapes before the cut.
 
     Raises:
         ValueError: a tensor of the plan is missing, or of another shape.
@@ -271,10 +281,11 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse, by name, an optimiser whose state we do not know how to cut.
+    """Check that the state of `optimizer` can be cut along with its parameters.
 
     Raises:
-        TypeError: it is not one of `OPTIMIZERS`, or holds a tensor of unknown shape.
+        TypeError: it is not one of `OPTIMIZERS`, or holds a tensor in another shape than its
+            parameter's.
     """
     kind = type(optimizer)
     if kind not in OPTIMIZERS:
@@ -314,7 +325,7 @@ def _cut_optimizer(
 
 
 def rewire(module: nn.Module, wiring: Wiring) -> None:
-    """Tell a module, whose tensors are cut already, how it sits among its channels."""
+    """Set the sizes and channel indices of a module whose tensors have been cut already."""
     if isinstance(module, nn.modules.conv._ConvNd):
         module.in_channels, module.out_channels = wiring.in_width, wiring.out_width
     elif isinstance(module, nn.Linear):
@@ -345,5 +356,5 @@ def rewire(module: nn.Module, wiring: Wiring) -> None:
 
 
 def _keeps_places(wiring: Wiring) -> bool:
-    """Whether every channel has the same index in the input and in the output."""
+    """Return whether every channel has the same index in the input and in the output."""
     return wiring.in_width == wiring.out_width and wiring.rows == wiring.columns

@@ -1,4 +1,4 @@
-"""Compare what a network computes before and after a cut, and name the layer where it differs."""
+"""Compare a network's outputs before and after a cut, and name the layer where they differ."""
 
 import math
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from selfcompress.look import called, leaves_of, undisturbed
 from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
 
-_SHAKE, _SHAKES = 4, 5  # units in the last place, and how often
-_AS_MUCH = 3  # times what that changes, a cut may change
+_SHAKE, _SHAKES = 4, 5  # noise for `jumps`: in units in the last place, and number of runs
+_AS_MUCH = 3  # a cut may change an output by this many times what that noise changes
 
 
 class CutError(RuntimeError):
@@ -28,10 +28,10 @@ class Snapshot:
     """The outputs of a network on one batch, and what the rows of each quantised layer computed.
 
     Attributes:
-        outputs: every tensor the model returned.
-        rows: layer name → (rows, ...) its output at the channels it has rows for, in the order
-            layers ran.
-        largest: the largest magnitude that any quantised layer made.
+        outputs: every tensor that the model returned.
+        rows: layer name → (rows, ...) output at the channels that it has rows for, in the order in
+            which layers ran. Layers of users' classes with a forward() of their own are left out.
+        largest: the largest magnitude in the outputs of these layers.
     """
 
     outputs: list[Tensor]
@@ -41,7 +41,10 @@ class Snapshot:
 
 @torch.no_grad()
 def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
-    """Run `model` on `inputs` in eval mode and full precision; modes, buffers and RNG stay."""
+    """Run `model` on `inputs` in eval mode and full precision, and record what it computes.
+
+    Modes, buffers and the state of random number generators are as before afterwards.
+    """
     rows: dict[str, Tensor] = {}
     largest = [0.0]
 
@@ -49,8 +52,8 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
         def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
             assert isinstance(layer, QuantizedLayer)
             if isinstance(layer, OwnForward):
-                return  # it may do more than to compute its rows
-            output = output.detach()  # a forward() may ask for gradients
+                return  # its output need not be what its rows compute
+            output = output.detach()  # a forward() may enable gradients
             rows[name] = output.movedim(layer.channel_dim, 0).index_select(0, layer.rows)
             largest.append(float(output.abs().amax()) if output.numel() else 0.0)
 
@@ -68,28 +71,37 @@ def snapshot(model: nn.Module, inputs: Inputs) -> Snapshot:
 
 
 def _tensors(returned: Any) -> Iterator[Tensor]:
-    """All tensors in what a model returned; a parameter is cut, and no output."""
+    """Yield the tensors in what a model returned, except parameters, whose shape a cut changes."""
     for leaf in leaves_of(returned):
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
             yield torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:
-    """Raise CutError if any output differs by more than `tolerance` of its largest element."""
-    # Rounding is relative to what was summed up, and an output can be a small difference of that.
-    # An object may hold more each time.
+    """Check that outputs before and after a cut agree, but for rounding.
+
+    Args:
+        plan: what was cut, to match the rows of layers.
+        tolerance: the largest difference allowed, as a fraction of an output's largest element, or
+            of 1 % of the largest magnitude in any layer if that is more.
+
+    Raises:
+        CutError: an output differs by more; the message names the first layer that differs.
+    """
+    # Objects that a model returns may collect more tensors with every run.
     pairs = zip(before.outputs, after.outputs, strict=False)
     worst = 0.0
     for a, b in pairs:
-        # Of a half-precision network no more can be asked than its own rounding.
+        # A half-precision network cannot be more exact than its own rounding.
         rounding = 8 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+        # Rounding errors scale with the terms summed up, and an output may be a small difference.
         difference = _difference(a, b, 0.01 * before.largest)
         if difference > max(tolerance, rounding):
             worst = max(worst, difference)
     if worst == 0:
         return
     guilty = "no single layer"
-    for name, was in before.rows.items():  # in the order they ran
+    for name, was in before.rows.items():  # in the order in which layers ran
         if name in plan.rows:
             was = was[plan.rows[name]]
         is_now = after.rows.get(name)
@@ -104,10 +116,13 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
 
 
 def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-    """max |a - b| in units of max |a| or of `floor`; infinite where only one is finite."""
+    """Return max |a - b| in units of max |a|, or of `floor` if that is larger.
+
+    It is infinite if shapes differ, values that are no floats differ, or only one is finite.
+    """
     if a.shape != b.shape:
         return math.inf
-    differs = (a != b) & ~(a.isnan() & b.isnan())  # equal infinities do not
+    differs = (a != b) & ~(a.isnan() & b.isnan())  # equal infinities do not differ, nor do two NaN
     if not differs.any():
         return 0.0
     if not a.is_floating_point():
@@ -117,7 +132,7 @@ def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
 
 
 def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
-    """Whether `model` computes something else each time: dropout that eval mode leaves on, say."""
+    """Return whether `model` is random in eval mode, for example by dropout that stays on."""
     one, other = _runs(model, inputs, 2)
     return len(one) != len(other) or any(
         _difference(a, b) > tolerance for a, b in zip(one, other, strict=True)
@@ -127,11 +142,15 @@ def is_random(model: nn.Module, inputs: Inputs, tolerance: float) -> bool:
 def jumps(
     model: nn.Module, inputs: Inputs, before: Snapshot, after: Snapshot, tolerance: float
 ) -> bool:
-    """Whether all that a cut has changed changes as much when layers are rounded otherwise.
+    """Return whether rounding noise alone changes the outputs about as much as a cut did.
 
-    So it is where a forward() sorts, compares or rounds. What layers make is changed by some units
-    in the last place, at random; `after` is of `model` as it is. In half precision these are large,
-    and nothing can be told by them.
+    That is so where a forward() sorts, compares or rounds. The outputs of all quantised layers are
+    changed at random by a few units in the last place. In half precision these units are large and
+    prove nothing, so the result is False.
+
+    Args:
+        before, after: snapshots from before and after the cut.
+        tolerance: relative changes of an output up to this do not count.
     """
     layers = quantized_layers(model).values()
     if any(layer.weight.element_size() < 4 for layer in layers):
@@ -157,7 +176,7 @@ def jumps(
 
 
 def _runs(model: nn.Module, inputs: Inputs, count: int) -> list[list[Tensor]]:
-    """What `model` returns in as many runs, each with random numbers of its own."""
+    """Return the outputs of `count` runs of `model`, each with another random seed."""
     device = device_of(inputs)
     runs = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
