@@ -1,4 +1,4 @@
-"""Which rows have to keep bits, so that the network's output still depends on its input."""
+"""Find which rows have to keep bits, so that the network's output still depends on its input."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,12 @@ from selfcompress.quantizer import fit_exponent
 
 
 class Connection:
-    """Keeps the output connected with the input.
+    """Keeps enough rows alive for the network's output to depend on its input.
 
     Args:
-        graph: of the network, as it is now.
-        layers: its quantised layers by name.
-        min_channels: rows of every layer that keep bits at the least (all, if it has fewer).
+        graph: the channel graph of the network, as it is now.
+        layers: the network's quantised layers by name.
+        min_channels: how many rows of every layer keep bits at least (all, if it has fewer).
     """
 
     def __init__(
@@ -28,20 +28,23 @@ class Connection:
         self._vital: tuple[set[str] | None, set[str]] = (
             None,
             set(),
-        )  # empty layers → those that must keep a row then
+        )  # (names of layers without rows, names of those that must keep a row then)
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Let no layer fall below `min_channels`, or die whole if the output hangs on it."""
+        """Give bits back to rows of layers with too few live ones.
+
+        Too few are fewer than `min_channels`; or none, if the output depends on the layer.
+        """
         depths: list[Tensor] = [layer.bit_depth for layer in self.layers.values()]
-        # Read at once: a GPU is waited for whenever something is read.
+        # Read all depths at once, since every read from a GPU waits for it.
         live = (torch.cat(depths) > 0).numpy(force=True)
         dead: set[str] = set()
         ends = np.cumsum([len(depth) for depth in depths])
         for (name, layer), rows in zip(self.layers.items(), np.split(live, ends[:-1]), strict=True):
             count = int(rows.sum())
             least = min(self.min_channels, len(layer.rows))
-            # An empty layer lost its rows in a cut, so the network is connected without it.
+            # A layer without any rows lost them in a cut: the network is connected without it.
             if count == 0 and least == 0 and len(layer.rows):
                 if connected(self.graph, dead | {name} | self._empty()):
                     dead.add(name)
@@ -51,10 +54,11 @@ class Connection:
                 _revive(layer, least - count)
 
     def least_rows(self) -> list[int]:
-        """How many rows of every layer keep bits until the next cut, for the output to depend on.
+        """Return how many rows each layer has to keep with bits until the next cut, in order.
 
-        Layers that can all go together may go whole, as many as are found in their order; every
-        other keeps a row. The next cut looks at what has gone.
+        That is `min_channels`, but at least one (as far as the layer has rows), except in layers
+        without which, all together, the output still depends on the input. These are collected
+        greedily, anew whenever a cut has left other layers without rows.
         """
         empty = self._empty()
         if self._vital[0] != empty:
@@ -73,9 +77,9 @@ class Connection:
 
 
 def connected(graph: ChannelGraph, without: set[str]) -> bool:
-    """Whether the output still depends on the input when these modules' outputs don't.
+    """Return whether the output still depends on the input when the outputs of `without` don't.
 
-    Of modules that are in no trace that cannot be said, so it is not.
+    False if one of these modules is in no trace, as it is not known what depends on it.
     """
     if without - {node.module for node in graph.nodes}:
         return False
@@ -89,9 +93,9 @@ def connected(graph: ChannelGraph, without: set[str]) -> bool:
 
 
 def _revive(layer: QuantizedLayer, count: int) -> None:
-    """Give bits again to those dead rows of a layer that have the largest weights."""
+    """Give 2 bits to those `count` dead rows of a layer that have the largest weights (L2)."""
     norms = layer.weight_by_row().flatten(1).norm(dim=1)
     strongest = norms.masked_fill(layer.live_rows(), -1).topk(count).indices
-    layer.bit_depth[strongest] = 2  # one bit has no level above zero
+    layer.bit_depth[strongest] = 2  # with 1 bit there is no level above zero
     weight = layer.weight_by_row()[strongest]
     layer.exponent[strongest] = fit_exponent(weight, layer.bit_depth[strongest])

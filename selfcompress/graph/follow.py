@@ -1,8 +1,22 @@
-"""Follow channels through a traced model: build its channel graph.
+"""Follow channels through a traced model and build its channel graph.
 
 An addition makes the ids of its operands equal; a layer or a norm makes new ids; a move (view,
 cat, chunk, permute ...) is run on the numbers of the positions, so that it tells by itself where
 each one goes; what is not understood has its ids frozen.
+
+`channel_graph` does this with a `_Builder`, whose methods are in this order:
+
+    follow          takes the nodes of one part of the trace in turn, `_visit` a single one
+    _dispatch       decides the kind of a node, and calls the method for that kind
+    _parameter ... _opaque
+                    the methods for the kinds, which compute the ids of what a node makes, among
+                    helpers for layers of users' classes; if one raises a `_CannotFollowError`,
+                    `_visit` has `_opaque` freeze the channels
+    _emit           adds a node to the graph; the methods for the kinds end with it
+    _target ... _evaluate
+                    look up names, modules, values and arguments of a node of torch.fx
+    graph           finishes the graph: layers with a call that cannot be followed are frozen, and
+                    ids that were found to be equal become one
 """
 
 import inspect
@@ -52,14 +66,14 @@ from selfcompress.text import first_line
 def channel_graph(
     model: nn.Module, example_input: Inputs, observed: Observed | None = None
 ) -> ChannelGraph:
-    """The channel graph of `model`, whose layers are quantised already.
+    """Return the channel graph of `model`, whose layers are quantised already.
+
+    If torch.fx cannot trace the model whole, this warns, and follows the parts that can be traced.
+    If there is none the graph is empty: channels can still lose all their bits, but they keep their
+    places.
 
     Args:
         observed: a run of the model on `example_input`; None makes one.
-
-    Of a model that torch.fx cannot trace whole, the parts that it can trace are followed. With
-    nothing to follow the graph is empty: channels can still lose all their bits, but they keep
-    their places.
     """
     observed = observed or observe(model, example_input)
     traced = trace(model, example_input, observed)
@@ -84,8 +98,12 @@ class _Value:
     """A tensor of the trace: the ids of its positions and how they lie in it.
 
     Attributes:
-        copies: (positions,) equal numbers for positions that a move made out of the same one, as
-            flattening does of a channel's pixels; they become one again when it is undone.
+        name: the name of the graph node that makes it.
+        ids: (positions,) the channel id of each position.
+        layout: how the positions lie in the tensor.
+        copies: (positions,) equal numbers for positions that moves have made out of the same one,
+            as flattening does of a channel's pixels. They become one position again if a later
+            move undoes that.
     """
 
     name: str
@@ -106,10 +124,15 @@ _ASKED = "is asked for its width, its statistics or its groups"
 
 
 class _CannotFollowError(Exception):
-    """The operation cannot be followed, for this reason."""
+    """An operation cannot be followed; the message says why, with the operation as its subject."""
 
 
 class _Builder:
+    """Builds the channel graph of a model, part by part; see the top of this file.
+
+    Modules go by the first of their names in `named_modules`.
+    """
+
     def __init__(self, model: nn.Module, traced: Trace, observed: Observed) -> None:
         self.model = model
         self.read_elsewhere = observed.read_elsewhere
@@ -120,13 +143,13 @@ class _Builder:
         self.miscounted = traced.miscounted
         self.ids = ChannelIds()
         self.result = ChannelGraph()
-        self.made: dict[str, tuple[Ids, Ids]] = {}  # module → ids it read and made at first
-        self.made_by: dict[str, _Value] = {}  # by layers
+        self.made: dict[str, tuple[Ids, Ids]] = {}  # layer, norm → ids its first call read, made
+        self.made_by: dict[str, _Value] = {}  # layer → what its last call made
         self.parameters: dict[str, _Value] = {}
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()  # module → how often traces call it or enter it
         self.own_norms: Counter[str] = Counter()  # batch norms of users' classes → followed calls
-        self.read: set[str] = set()  # modules whose tensors are read by other modules
-        self.asked: set[str] = set()  # those whose width, statistics or groups forward() reads
+        self.read: set[str] = set()  # modules whose tensors or widths are read by other modules
+        self.asked: set[str] = set()  # modules whose width, statistics or groups forward() reads
         self.spoiled: dict[str, str] = {}  # layers of which one call could not be followed → why
         owners = Counter(
             id(t)
@@ -136,10 +159,10 @@ class _Builder:
         )
         self.shared = {key for key, times in owners.items() if times > 1}
 
-    # One part at a time.
+    # Following a part of the trace.
 
     def follow(self, part: Part) -> None:
-        """Add the operations of one part."""
+        """Add the operations of one part to the graph."""
         self.prefix, self.facts = part.prefix, part.facts
         self.runs = self.observed_calls[part.name] if part.name else 1
         self.values: dict[torch.fx.Node, Any] = {}
@@ -160,6 +183,7 @@ class _Builder:
                 self._watch(node, value, part.watched[node])
 
     def _visit(self, node: torch.fx.Node, hazards: set[torch.fx.Node]) -> None:
+        """Follow one node; freeze what it reads and makes if it is a hazard or otherwise fails."""
         inputs = list(dict.fromkeys(v for n in node.all_input_nodes for v in self._tensors(n)))
         if node.op == "output":
             self._emit(node, Kind.OUTPUT, inputs)
@@ -167,7 +191,7 @@ class _Builder:
                 self.ids.freeze(value.ids, "it is an output of the model")
             return
         if node.op == "get_attr" and not node.users:
-            self.values[node] = None  # forward() puts another tensor in its place, perhaps
+            self.values[node] = None  # unread; forward() may assign another tensor to its name
             return
         fact = self.facts[node]
         shapes = [leaf for leaf in pytree.tree_leaves(fact) if isinstance(leaf, Shape)]
@@ -182,7 +206,7 @@ class _Builder:
                     "changes in place what is read elsewhere under another name"
                 )
             kind, result = self._dispatch(node, inputs, fact)
-        except Exception as why:  # ours, or whatever an unusual call runs into: not followed
+        except Exception as why:  # a _CannotFollowError, or whatever an unusual call runs into
             if not isinstance(why, _CannotFollowError):
                 warnings.warn(
                     f"{self._label(node)} ran into {type(why).__name__} ({first_line(why)}) as its "
@@ -203,7 +227,7 @@ class _Builder:
         self.result.steps.append(Step(node, kind, named, names, module))
 
     def _dispatch(self, node: torch.fx.Node, inputs: list[_Value], fact: Any) -> tuple[Kind, Any]:
-        """The node's kind and, in the structure of `fact`, the values it makes."""
+        """Return the node's kind and, in the structure of `fact`, the values that it makes."""
         if node.op == "placeholder":
             return Kind.INPUT, self._opaque(node, [], "is the model's input", Kind.INPUT)
         if node.op == "get_attr":
@@ -222,12 +246,12 @@ class _Builder:
         if node.target is F.batch_norm and isinstance(fact, Shape):
             return Kind.OWN_NORM, self._own_norm(node)
         if node.op == "call_method" and node.target in CASTS:
-            inputs = inputs[:1]  # of another tensor it takes only the type
+            inputs = inputs[:1]  # of a second tensor (type_as) only the type is read
         tensors = [n for n in node.all_input_nodes if self._tensors(n)]
         kind = kind_of_module(module) if module else kind_of_call(node, len(tensors))
         named_tuple = isinstance(node.target, type) and issubclass(node.target, tuple)
         if named_tuple or self._is_pick(node):
-            # Of what is not understood, all tensors have the same single, frozen id.
+            # If an opaque operation made these tensors, they all have the same frozen id.
             return Kind.MOVE, call(node, self.values)
         mixes = getattr(node.target, "__name__", "") in ("layer_norm", "group_norm", "rms_norm")
         if kind is Kind.OPAQUE and ("Norm" in type(module).__name__ or mixes):
@@ -244,9 +268,10 @@ class _Builder:
             return kind, self._spatial(node, module, inputs, fact)
         return kind, self._combine(node, kind, module, inputs, fact)
 
-    # The kinds of operations.
+    # The kinds of operations, one method each, and their helpers.
 
     def _parameter(self, node: torch.fx.Node, fact: Any) -> Any:
+        """Follow a tensor of the model that has one channel for each of its elements."""
         name = self._target(node)
         if name in self.parameters:
             return self.parameters[name]
@@ -274,6 +299,7 @@ class _Builder:
     def _layer(
         self, node: torch.fx.Node, name: str, inputs: list[_Value], fact: Any
     ) -> tuple[Kind, _Value]:
+        """Follow a call of a layer or batch norm; all calls of it read and make the same ids."""
         module = self.modules[name]
         lookup = isinstance(module, EMBEDDINGS)
         if (len(inputs) != 1 and not lookup) or not isinstance(fact, Shape):
@@ -322,27 +348,27 @@ class _Builder:
         return kind, result
 
     def _tied(self, node: torch.fx.Node, layer: TiedLinear, inputs: list[_Value]) -> Any:
-        """A linear layer that needs all dimensions of an embedding, whose weight it shares."""
+        """Freeze what a linear layer reads, and the embedding whose weight it shares."""
         name = self.first[layer.embedding]
         looked_up = [self.made_by[name]] if name in self.made_by else []
-        if not looked_up:  # so far
+        if not looked_up:  # the embedding may still be called: it keeps all of its rows
             self.read.add(name)
         return self._opaque(node, inputs + looked_up, f"shares its weight with {name}")
 
     def _watch(self, node: torch.fx.Node, value: _Value, why: str) -> None:
-        """Have somebody whom nothing is known about read a value, which is needed then."""
+        """Freeze a value that is read outside the trace, and add an OPAQUE node that needs it."""
         self.ids.freeze(value.ids, why)
         self._stand_in(node, f"{value.name}.watched", [value], why)
 
     def _indices(self, node: torch.fx.Node, inputs: list[_Value]) -> _Value:
-        """What stands for indices: nothing is known about their values, and nothing may go."""
+        """Freeze the inputs of an embedding, and return a value that stands for the indices."""
         for value in inputs:
             self.ids.freeze(value.ids, f"{self._label(node)} reads values out of it")
         name = f"{self._name(node)}.indices"
         return self._stand_in(node, name, inputs, "it is looked up in an embedding")
 
     def _stand_in(self, node: torch.fx.Node, name: str, inputs: list[_Value], why: str) -> _Value:
-        """A single frozen channel, of which is known only that it depends on `inputs`."""
+        """Return one new frozen channel, made by an OPAQUE node that reads `inputs`."""
         made, nowhere = self.ids.new(1), np.zeros(1, np.int64)
         self.ids.freeze(made, why)
         value = _Value(name, made, Layout((1,), (1,)), nowhere)
@@ -350,7 +376,7 @@ class _Builder:
         return value
 
     def _layer_of(self, node: torch.fx.Node) -> str:
-        """The layer of a user's class that computes a node in its forward(); else empty."""
+        """Return the name of the layer whose own forward() calls `node` on its weight; else ""."""
         product = product_of(node)
         weight = product.weight if product else None
         if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
@@ -360,18 +386,18 @@ class _Builder:
         return name if own and self._is_inside(node, name) else ""
 
     def _is_inside(self, node: torch.fx.Node, name: str) -> bool:
-        """Whether a node is in the forward() of the module `name`, or one of its own."""
+        """Return whether the forward() of the module `name`, or of a part of it, made a node."""
         own = self.modules[f"{self.prefix}{owner_of(node)}".rstrip(".")]
         return any(part is own for part in self.modules[name].modules())
 
     def _is_known(self, tensor: torch.fx.Node, user: torch.fx.Node) -> bool:
-        """Whether a user of a tensor of the model reads its sizes, or is of the layer it is of."""
+        """Return whether a user of a model's tensor is its own layer, or reads only its sizes."""
         name = self._target(tensor).rpartition(".")[0]
         own = isinstance(self.modules[name], OwnForward) and self._is_inside(user, name)
         return own or reads_sizes(user)
 
     def _multiplied(self, node: torch.fx.Node, name: str) -> list[_Value]:
-        """The tensor that a layer of a user's class multiplies with its weight."""
+        """Return the inputs of a call by which a layer's own forward() applies its weight."""
         product, layer = product_of(node), self.modules[name]
         assert product is not None
         bias = "" if layer.bias is None else f"{name}.bias"
@@ -391,7 +417,7 @@ class _Builder:
         grouped = isinstance(layer, QuantizedLayer) and layer.grouped
         if grouped and getattr(product.groups, "name", "") != "groups":
             raise _CannotFollowError("does not take its number of groups from .groups")
-        if isinstance(layer, EMBEDDINGS):  # what bags hold where, and how much of it
+        if isinstance(layer, EMBEDDINGS):  # indices, and of bags offsets and weights too
             others = [n for n in node.all_input_nodes if n is not product.weight]
             return [value for n in others for value in self._tensors(n)]
         values = self._tensors(product.input)
@@ -400,7 +426,7 @@ class _Builder:
         return values
 
     def _along(self, value: _Value, axis: int, width: int) -> np.ndarray:
-        """(width,) the positions of `value` along one of its dimensions."""
+        """Return (width,) the positions of `value` along a dimension that alone has channels."""
         if value.shape[axis] != width:
             raise _CannotFollowError(
                 f"has another number of channels than dimension {axis} of its input"
@@ -412,7 +438,7 @@ class _Builder:
         return np.arange(width) if value.grid[axis] > 1 else np.zeros(width, np.int64)
 
     def _own_norm(self, node: torch.fx.Node) -> _Value:
-        """What the forward() of a user's own subclass of a batch norm computes with."""
+        """Follow a call of F.batch_norm in the forward() of a user's own batch norm class."""
         bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -444,6 +470,7 @@ class _Builder:
     def _spatial(
         self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value], fact: Shape
     ) -> _Value:
+        """Follow an operation that mixes dimensions other than those of the channels."""
         if len(inputs) != 1:
             raise _CannotFollowError("reads several tensors")
         value, rank = inputs[0], len(inputs[0].shape)
@@ -460,7 +487,7 @@ class _Builder:
         ):
             raise _CannotFollowError("changes the number of channels")
         result = _Value(self._name(node), value.ids, Layout(fact.sizes, grid), value.copies)
-        # Of elements that are all the same, the largest is that.
+        # The maximum of equal elements is the same, so a constant stays what it is.
         kind, evaluate = Kind.SPATIAL, None
         if picks_extremes(node, module):
             kind, evaluate = Kind.ELEMENTWISE, torch.clone
@@ -476,7 +503,7 @@ class _Builder:
         inputs: list[_Value],
         fact: Shape,
     ) -> _Value:
-        """Element by element, of one tensor or several that are broadcast against each other."""
+        """Follow an elementwise operation, and tie operands that vary along the same dimensions."""
         rank = len(fact.sizes)
         grids = [(1,) * (rank - len(v.grid)) + v.grid for v in inputs]
         shapes = [(1,) * (rank - len(v.shape)) + v.shape for v in inputs]
@@ -510,7 +537,10 @@ class _Builder:
         return result
 
     def _move(self, node: torch.fx.Node, inputs: list[_Value], fact: Any) -> Any:
-        """Run the move on the numbers of positions; one graph node for each tensor it makes."""
+        """Run the move on the numbers of positions, and add a graph node for each tensor it makes.
+
+        Positions are numbered through all inputs: those of the second follow those of the first.
+        """
         if len(inputs) > 1 and function_of(node) not in JOINS:
             raise _CannotFollowError("moves elements by what is in another tensor")
         starts = np.cumsum([0, *(len(v.ids) for v in inputs)])
@@ -551,7 +581,7 @@ class _Builder:
         return pytree.tree_unflatten(made, pytree.tree_structure(fact))
 
     def _is_pick(self, node: torch.fx.Node) -> bool:
-        """Whether the node picks one of several tensors: result[0]."""
+        """Return whether the node picks one of several tensors, as in `result[0]`."""
         first = node.args[0] if node.args else None
         return (
             node.op == "call_function"
@@ -563,7 +593,7 @@ class _Builder:
     def _opaque(
         self, node: torch.fx.Node, inputs: list[_Value], why: str, kind: Kind = Kind.OPAQUE
     ) -> Any:
-        """Freeze what the node reads and makes; all that it makes is one frozen channel."""
+        """Freeze what the node reads and makes; all that it makes is one new frozen channel."""
         reason = f"{self._label(node)} {why}"
         for value in inputs:
             self.ids.freeze(value.ids, reason)
@@ -582,7 +612,7 @@ class _Builder:
             self._emit(node, kind, inputs)
         return pytree.tree_unflatten(values, structure)
 
-    # Helpers.
+    # Adding nodes, and looking things up.
 
     def _emit(
         self,
@@ -597,7 +627,7 @@ class _Builder:
         tensor_dim: int = 0,
         module: str = "",
     ) -> None:
-        """Add a node to the graph."""
+        """Add a node to the graph, with the ids, layout and sources of `value`, if it makes one."""
         name = value.name if value is not None else self._name(node)
         module = self._target(node) if node.op == "call_module" else module
         if value is not None:
@@ -608,7 +638,7 @@ class _Builder:
         self.result.nodes.append(Node(name, kind, names, module, evaluate, tensor, tensor_dim))
 
     def _target(self, node: torch.fx.Node) -> str:
-        """The first name of the module that a node calls, or the name of the tensor it reads."""
+        """Return the first name of the module that a node calls, or of the tensor it reads."""
         name = self.prefix + str(node.target)
         if node.op == "call_module":
             called: str = self.first[self.modules[name]]
@@ -618,7 +648,7 @@ class _Builder:
         return f"{first}.{key}".lstrip(".")
 
     def _label(self, node: torch.fx.Node) -> str:
-        """What a user knows the node as: "stem.norm (GroupNorm)", "softmax in block1.attention"."""
+        """Return a node as users know it: "stem.norm (GroupNorm)", "softmax in block [name]"."""
         if node.op == "call_module":
             return f"{self._target(node)} ({type(self._module(node)).__name__})"
         what, owner = str(getattr(node.target, "__name__", node.target)), owner_of(node)
@@ -636,6 +666,7 @@ class _Builder:
         return [v for v in pytree.tree_leaves(self.values[node]) if isinstance(v, _Value)]
 
     def _plain_arguments(self, node: torch.fx.Node) -> tuple[Any, dict[str, Any]]:
+        """Return (args, kwargs) of a call without its first argument, as plain values."""
         args, kwargs = torch.fx.node.map_arg(
             (node.args[1:], dict(node.kwargs)), lambda n: self.values[n]
         )
@@ -644,7 +675,7 @@ class _Builder:
     def _evaluate(
         self, node: torch.fx.Node, module: nn.Module | None, inputs: list[_Value]
     ) -> Callable[..., Tensor]:
-        """The node's function of its tensors, with its other arguments as they were traced."""
+        """Return the node as a function of its tensors, with other arguments as traced."""
         if module is not None:
             return _with_dtype_of(module)
         if node.op == "call_method" and node.target in CASTS:
@@ -663,7 +694,7 @@ class _Builder:
         return evaluate
 
     def graph(self) -> ChannelGraph:
-        """All that was followed, with equal ids where channels are the same."""
+        """Finish and return the graph, with equal ids where channels are the same."""
         graph = self.result
         self._freeze_unread()
         for name, module in self.modules.items():
@@ -679,7 +710,7 @@ class _Builder:
         for index, node in enumerate(graph.nodes):
             if node.module in self.spoiled:
                 graph.nodes[index] = replace(node, kind=Kind.OPAQUE)
-                if node.name in graph.ids:  # as of any that is not understood
+                if node.name in graph.ids:  # the sources that `_opaque` gives its nodes
                     nowhere = np.zeros(len(graph.ids[node.name]), np.int64)
                     graph.sources[node.name] = (nowhere,) * len(node.inputs)
         graph.untraceable = self.untraceable
@@ -691,7 +722,7 @@ class _Builder:
         return graph
 
     def _freeze_unread(self) -> None:
-        """Keep of the model's tensors what is only read on inputs of other sizes, perhaps."""
+        """Freeze what no node reads of the model's tensors: other input sizes may read it."""
         unread = {value.name: np.ones(len(value.ids), bool) for value in self.parameters.values()}
         for node in self.result.nodes:
             sources = self.result.sources.get(node.name, ())
@@ -703,7 +734,10 @@ class _Builder:
                 self.ids.freeze(self.result.ids[name][rest], f"of {name} only a part is read")
 
     def _origin(self) -> dict[str, np.ndarray]:
-        """Rows can go from every quantised layer, of norms from those that were followed."""
+        """Return module name → indices of its rows, for every module that may lose some.
+
+        These are all quantised layers and the batch norms that were followed, if not in `read`.
+        """
         norms = {node.module for node in self.result.of_kind(Kind.NORM)}
         return {
             name: np.arange(len(module.rows))
@@ -715,7 +749,7 @@ class _Builder:
 
 
 def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
-    """Narrow to 1 every dimension along which the numbers are those of copies."""
+    """Narrow to 1 every dimension along which all numbers of positions are those of `copies`."""
     for dim in range(numbers.dim()):
         if numbers.shape[dim] > 1:
             first = numbers.narrow(dim, 0, 1)
@@ -730,6 +764,8 @@ def _collapse(numbers: Tensor, copies: Tensor) -> np.ndarray:
 
 
 def _with_dtype_of(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a function that calls `module` on constants in the dtype of its parameters."""
+
     def evaluate(constants: Tensor) -> Tensor:
         own = next(module.parameters(), constants)
         # A copy, as the module may work in place.

@@ -1,14 +1,18 @@
-"""The numbers of channels while a graph is built: made, found to be the same, and frozen."""
+"""Channel ids while a graph is built: they are made, found to be the same, and frozen.
+
+An *id* is the number of a channel. Every position of every tensor has one (see `channels.py` for
+positions), and positions with the same id are of the same channel. A *frozen* id is never removed.
+"""
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-Ids = np.ndarray  # (positions,) int64
+Ids = np.ndarray  # (positions,) int64: the channel id of each position
 
 
 class ChannelIds:
-    """A union-find over channel ids, with the reasons why some of them may never go."""
+    """All channel ids, the pairs of them that are the same, and why some are frozen."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -16,24 +20,24 @@ class ChannelIds:
         self._freezes: list[tuple[Ids, str]] = []
 
     def new(self, count: int) -> Ids:
-        """(count,) ids that nothing else has."""
+        """Return (count,) new ids."""
         self.count += count
         return np.arange(self.count - count, self.count)
 
     def unite(self, a: Ids, b: Ids) -> None:
-        """Have the channels `a` be the channels `b`, one by one."""
+        """Record that `a[i]` and `b[i]` are the same channel, for every i."""
         self._unions.append((a, b))
 
     def freeze(self, ids: Ids, why: str) -> None:
-        """Have these channels stay."""
+        """Record that these channels are never to be removed, and why."""
         self._freezes.append((ids, why))
 
     def resolved(self) -> tuple[Ids, np.ndarray, dict[int, str]]:
-        """What has come of it, with one id for channels that are the same.
+        """Renumber the ids, with a single one for channels that are the same.
 
         Returns:
-            (ids made,) the id that each one is now; (ids now,) bool, whether it is frozen; and of
-            those that are, the first reason.
+            (ids made,) int64, the new id of each; (new ids,) bool, whether each is frozen; and new
+            frozen id → the first reason.
         """
         a = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in self._unions)])
         b = np.concatenate([np.zeros(0, np.int64), *(b for _, b in self._unions)])

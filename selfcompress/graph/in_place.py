@@ -1,4 +1,4 @@
-"""What a forward() changes in place, and who else sees that under another name."""
+"""Follow in-place changes in a forward(), and find those that other names of a tensor see."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from selfcompress.graph.trace import Part
 from selfcompress.graph.tracer import Shape, has_tensors
 
 ModuleOf = Callable[[torch.fx.Node], nn.Module | None]
-"""The module that a node calls, if it calls one."""
+"""Type of a function that returns the module that a node calls, or None."""
 
 
 def redirect_in_place(part: Part, module_of: ModuleOf) -> None:
-    """After x is changed in place, whoever reads x reads the result of that change."""
+    """Let every node that reads x after an in-place change of x read the result of the change."""
     order = {node: index for index, node in enumerate(part.nodes)}
     for node in part.nodes:
         target = node.args[0] if node.args else None
@@ -28,7 +28,7 @@ def redirect_in_place(part: Part, module_of: ModuleOf) -> None:
 
 
 def alias_hazards(part: Part, module_of: ModuleOf) -> set[torch.fx.Node]:
-    """Nodes that change in place what other nodes see under another name; and those nodes."""
+    """Return nodes that change what is read later under other names (views), and these names."""
     order = {node: index for index, node in enumerate(part.nodes)}
     root: dict[torch.fx.Node, torch.fx.Node] = {}
     hazards: set[torch.fx.Node] = set()
@@ -38,7 +38,7 @@ def alias_hazards(part: Part, module_of: ModuleOf) -> set[torch.fx.Node]:
         if not isinstance(target, torch.fx.Node) or not has_tensors(part.facts[target]):
             continue
         module = module_of(node)
-        # What it gives may be something else, so that nobody is redirected to it.
+        # An untraced leaf may give something else: later reads were not redirected to its result.
         writes = node.meta.get(WRITES, False)
         in_place = writes or is_in_place(node, module)
         tensors = [n for n in node.all_input_nodes if n in root]

@@ -1,21 +1,27 @@
-"""What is still alive: dead rows, constant channels, and channels that are silent or unread.
+"""Find what is still alive: which rows have to stay, and which channels nothing depends on.
 
-A row without bits outputs exactly its bias. Such constants are followed through the channel
-graph, in the same way for training and evaluation: `settle_statistics` gives batch norms that
-read a constant c its mean c and a variance of 1, so that they output β in both. (One
-that is held in eval mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which
-becomes its β first.)
+A row without bits outputs exactly its bias. Such constants are followed through the channel graph,
+in the same way for training and evaluation: `settle_statistics` gives batch norms that read a
+constant c its mean c and a variance of 1, so that they output β in both. (One that is held in eval
+mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which becomes its β first.)
+
+The analysis is a fixpoint: all rows with bits and all entries of batch norms are *live* at first,
+and three steps are repeated until none of them is dropped any more. The first finds the channels
+that are constant, the second, backwards, those that are needed and those that could as well be 0,
+and the third drops rows and entries whose output is not needed, rows that read only zeros, and
+entries that read a constant and whose output could as well be 0.
 
 An example: row 3 of `conv` has lost its bits in
 
     conv → norm → relu → next
 
-The convolution makes a 0 of channel 3, in every pixel (or its bias). The norm takes that constant
-away and makes β₃ of it, so relu(β₃) is what `next` reads. If β₃ ≤ 0 this is 0: nobody misses the
-channel (`gone`), and row 3 of `conv`, entry 3 of `norm` and column 3 of `next` can be cut. If
-β₃ > 0, `next` would miss it: β₃ is `lingering`, and is driven to zero until nobody does. Had the
-relu's output been added to another branch, channel 3 would carry what that one has: row 3 and entry
-3 go, and the column stays. And had `next` lost all of its rows, all channels here would be `gone`.
+Channel 3 of the convolution's output is 0 (or the bias) in every pixel. The norm subtracts that
+constant and outputs β₃, so `next` reads relu(β₃). If β₃ ≤ 0 this is 0: nothing depends on the
+channel (it is `gone`), and row 3 of `conv`, entry 3 of `norm` and column 3 of `next` can be cut. If
+β₃ > 0, `next` depends on it: β₃ is `lingering`, and is driven to zero until nothing does. If the
+relu's output were added to another branch, channel 3 would hold the values of that branch: row 3
+and entry 3 would go, and the column would stay. And if `next` had lost all of its rows, all
+channels here would be `gone`.
 """
 
 import math
@@ -33,7 +39,7 @@ from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import QuantConv, QuantizedLayer
 
-_ROUNDING = 0.01  # of a mean: what autocast may do to it
+_ROUNDING = 0.01  # relative error that autocast may cause in a mean
 _NORMS = (Kind.NORM, Kind.OWN_NORM)
 _BY_POSITION = (Kind.ELEMENTWISE, Kind.ADD, Kind.MUL, Kind.MOVE, Kind.SPATIAL)
 
@@ -45,11 +51,13 @@ class Liveness:
     Attributes:
         rows: module name → (rows now,) bool: the rows that must stay, for every module that may
             lose rows.
-        gone: (number of ids at the start,) bool: channels nobody misses: silent (what their
-            readers see is 0 and stays 0) or unread.
-        constant: node name → (positions,) the constant each channel is now, NaN where it varies.
-        lingering: name of a bias → positions in it that are all that keeps their channels: driven
-            to zero, they let the channels go.
+        gone: (number of ids at the start,) bool: channels that nothing depends on, as their value
+            is not read, or is 0 and stays 0, or may as well be 0. Not those that are frozen, or
+            removed already.
+        constant: node name → (positions,) the constant that each channel is with the rows that have
+            bits now, NaN where it varies.
+        lingering: name of a bias → the indices of those entries that alone keep their channels:
+            once they are driven to zero, the channels can go.
     """
 
     rows: dict[str, np.ndarray]
@@ -59,24 +67,24 @@ class Liveness:
 
 
 def analyse(graph: ChannelGraph, model: nn.Module) -> Liveness:
-    """Find what is alive in `model`, whose channels are those of `graph` now."""
+    """Return what is alive in `model`, whose channels are those that `graph` has now."""
     return _Analysis(graph, model).run()
 
 
 @torch.no_grad()
 def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool = False) -> None:
-    """Give batch norms that read constant channels their mean c, and a variance of 1.
+    """Give batch norms that read constant channels c the running mean c and a variance of 1.
 
-    The true one is 0, as in training. That would multiply by 1/√ε = 316 what rounding does to c;
-    β is output with either.
+    The true variance is 0, as in training. With that, rounding errors in c would be multiplied by
+    1/√ε = 316; the output is β with either.
 
-    Changes what the network computes in evaluation, to what it computes in training; so it is a
-    step of its own, before a cut.
+    This changes what the network computes in evaluation, to what it computes in training. So it is
+    a step of its own, before a cut.
 
     Args:
-        measured: statistics are those of the network as it is, and right but for rounding. Where
-            they say something else, they stay: a number that forward() reads from an attribute may
-            be another one than when the network was traced.
+        measured: whether the statistics were just measured on this network, and are right up to
+            rounding. Then those that contradict a constant stay as they are: forward() may read a
+            number from an attribute that has changed since the network was traced.
     """
     analysis = _Analysis(graph, model)
     constant = analysis.run().constant
@@ -86,7 +94,7 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
         if norm.running_mean is None or norm.running_var is None or analysis.calls[node.module] > 1:
             continue
         known = constant[node.inputs[0]][graph.sources[node.name][0]][analysis.columns(node)]
-        # Not blocking, and no index by a mask: a GPU would be waited for.
+        # Not blocking, and no index by a mask, which would wait for a GPU.
         read = torch.from_numpy(known).to(norm.running_mean, non_blocking=True)
         fixed = ~read.isnan()
         if measured:
@@ -98,15 +106,20 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
             made = _in_evaluation(norm, read).to(norm.bias)
             norm.bias.copy_(made.where(fixed, norm.bias))
         norm.running_mean.copy_(read.where(fixed, norm.running_mean))
-        if not held:  # else that is what the network learns with
+        if not held:  # if held, the network is trained with its variance, which has to stay
             norm.running_var.masked_fill_(fixed, 1)
 
 
 class _Analysis:
-    """Looks at a network once.
+    """One analysis of a network, which computes its `Liveness`.
 
     Attributes:
-        fixed: names of nodes that make of untrained tensors of the model what never changes.
+        calls: name of a layer or norm → how often the graph calls it.
+        rows: module name → (rows now,) bool: the rows, or entries, that are live so far.
+        constant: node name → (positions,) its constant, NaN where it varies; given `rows`.
+        fixed: names of nodes computed from untrained tensors of the model alone, so that they never
+            change.
+        needed, replaceable: node name → (positions,) bool; see `_look_back`.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
@@ -117,7 +130,7 @@ class _Analysis:
         for node in graph.nodes:
             for name in node.inputs:
                 self.users[name].append(node)
-        # What was read of modules: every reading waits for a GPU.
+        # A cache of what was read from modules, as every read waits for a GPU.
         self._arrays: dict[tuple[str, str], np.ndarray] = {}
         self.rows: dict[str, np.ndarray] = {}
         for name in graph.origin:
@@ -128,7 +141,8 @@ class _Analysis:
                 self.rows[name] = np.ones(module.num_features, bool)
 
     def run(self) -> Liveness:
-        # What dies can starve or strand its neighbours, so look again until nothing changes.
+        """Repeat the three steps until no row is dropped any more, and return the result."""
+        # A dropped row may leave its readers only zeros, or what it has read unneeded.
         now: dict[str, np.ndarray] = {}
         while True:
             before = {name: live.copy() for name, live in self.rows.items()}
@@ -142,6 +156,7 @@ class _Analysis:
         return Liveness(self.rows, gone, now, self._lingering(gone))
 
     def _follow_constants(self) -> dict[str, np.ndarray]:
+        """Return node name → (positions,) constants, from the inputs to the outputs."""
         constant: dict[str, np.ndarray] = {}
         self.fixed: set[str] = set()
         for node in self.graph.nodes:
@@ -190,20 +205,20 @@ class _Analysis:
         return constant
 
     def _parameter(self, node: Node) -> np.ndarray:
-        """(positions,) a tensor of the model, if it is not trained: of a frozen batch norm, say."""
+        """Return (positions,) the values of a tensor of the model, NaN if it is trained."""
         owner, _, key = node.tensor.rpartition(".")
         tensor = getattr(self.modules[owner], key)
         count = len(self.graph.ids[node.name])
         only_normed = all(user.kind is Kind.OWN_NORM for user in self.users[node.name])
-        trained = tensor.requires_grad or only_normed  # statistics are, in a way
+        trained = tensor.requires_grad or only_normed  # statistics change too
         if trained or tensor.is_complex() or tensor.numel() != count:
             return np.full(count, np.nan)
         return self._array(owner, key).ravel().astype(float)
 
     def _zeros(self, node: Node, constant: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """For each input, (positions,) bool: it is 0, and stays so.
+        """Return, for each input of `node`, (positions,) bool: whether it is 0 and stays 0.
 
-        Not so an untrained tensor of the model, such as a gate that is closed for a while.
+        Untrained tensors of the model do not count: a gate may be closed only for a while.
         """
         return [
             (np.append(constant[name], np.nan)[source] == 0) & (name not in self.fixed)
@@ -211,7 +226,7 @@ class _Analysis:
         ]
 
     def _starved(self, node: Node, read: np.ndarray) -> np.ndarray:
-        """(rows,) bool: the rows of a layer that read nothing but zeros."""
+        """Return (rows,) bool: which rows of a layer read nothing but zeros."""
         if node.kind is Kind.LAYER:
             return np.full(len(self._live(node)), (read[self.columns(node)] == 0).all())
         conv = self._grouped(node)
@@ -220,12 +235,12 @@ class _Analysis:
         return starved
 
     def _look_back(self) -> None:
-        """From the outputs to the inputs, for every position of every tensor:
+        """Compute `needed` and `replaceable` for all positions, from the outputs to the inputs.
 
         needed: some live row or entry, an output, or something not understood depends on it.
         replaceable: with 0 there, the network would compute the same. It is not needed, or its
-            constant is 0, or all that reads it turns 0 into 0 and is itself replaceable: a
-            constant β ≤ 0 in front of a ReLU.
+            constant is 0, or it is another constant, and all that needs it turns 0 into 0 and is
+            itself replaceable: a constant β ≤ 0 in front of a ReLU.
         """
         sizes = {name: len(ids) for name, ids in self.graph.ids.items()}
         self.needed = {name: np.zeros(size, bool) for name, size in sizes.items()}
@@ -249,17 +264,17 @@ class _Analysis:
                 own = source >= 0
                 needs, zero = self._demand(node, index)
                 if name in self.fixed and node.kind in _BY_POSITION:
-                    # It keeps its numbers, unless all that is made with them goes.
+                    # Not needed where what is made with it is a constant that can be 0.
                     known = ~np.isnan(self.constant[node.name])
                     needs = needs & ~(known & self.replaceable[node.name])
                 np.logical_or.at(self.needed[name], source[own], needs[own])
                 np.logical_and.at(zero_will_do[name], source[own], zero[own])
 
     def _demand(self, node: Node, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each position that `node` reads of an input: whether it needs it, whether 0 will do.
+        """Return, for each position of an input: whether `node` needs it, and whether 0 will do.
 
         Args:
-            index: which of its inputs.
+            index: which of the inputs of `node`.
         """
         if node.kind in WITH_ROWS:
             live = self._live(node)
@@ -274,14 +289,14 @@ class _Analysis:
                 needs[self.columns(node).reshape(conv.groups, -1)[groups]] = True
             return needs, ~needs
         needs, zero = self.needed[node.name], self.replaceable[node.name].copy()
-        if node.kind is Kind.OWN_NORM:  # whatever constant it reads, it makes the same one
+        if node.kind is Kind.OWN_NORM:  # its output is the same for every constant it reads
             needs = needs & ~(zero & ~np.isnan(self.constant[node.name]))
             return needs, ~needs
         if node.kind is Kind.MUL:
             needs = needs.copy()
             zeros = self._zeros(node, self.constant)
             for other, is_zero in enumerate(zeros):
-                # Of two zeros only the second is excused by the first: one has to stay.
+                # If both operands are 0, the second is not needed; the first has to stay.
                 if other != index:
                     needs &= ~is_zero | (zeros[index] & (other > index))
         elif node.kind is Kind.ADD:
@@ -291,7 +306,11 @@ class _Analysis:
         return needs, zero | ~needs
 
     def _drop(self) -> None:
-        """Let rows go that see nothing, that nobody needs, or whose constant can be a zero."""
+        """Drop rows and entries that nothing needs, or that are idle.
+
+        A row is idle if it reads only zeros; an entry, if it reads a constant and its output could
+        as well be 0. A module that is called several times keeps what one of the calls needs.
+        """
         stays = {name: np.zeros_like(live) for name, live in self.rows.items()}
         for node in self.graph.of_kind(*WITH_ROWS):
             if node.module not in self.rows:
@@ -311,7 +330,7 @@ class _Analysis:
                 self.rows[name] &= stays[name]
 
     def _carried(self) -> np.ndarray:
-        """(ids,) bool: something is on the channel, or a norm entry that stays needs its place."""
+        """Return (ids,) bool: which are not replaceable in some tensor, or read by a live entry."""
         carried = np.zeros(len(self.graph.frozen), bool)
         for name, replaceable in self.replaceable.items():
             carried[self.graph.ids[name][~replaceable]] = True
@@ -320,11 +339,12 @@ class _Analysis:
         return carried
 
     def _lingering(self, gone: np.ndarray) -> dict[str, np.ndarray]:
+        """Return `Liveness.lingering`: the biases that alone keep a channel from being gone."""
         lingering: dict[str, np.ndarray] = {}
         for node in self.graph.of_kind(*WITH_ROWS, Kind.OWN_NORM):
             if node.module not in self.rows and node.kind is not Kind.OWN_NORM:
                 continue
-            # A norm takes its input's constant away again: no need to drive that one to zero.
+            # A norm subtracts the constant that it reads, which need not be driven to zero.
             only_normed = all(user.kind in _NORMS for user in self.users[node.name])
             if only_normed or getattr(self.modules[node.module], "bias", None) is None:
                 continue
@@ -338,20 +358,20 @@ class _Analysis:
         return lingering
 
     def _live(self, node: Node) -> np.ndarray:
-        """(rows,) bool; a layer left in float keeps all its rows."""
+        """Return (rows,) bool: which rows are live; in a layer left in float, all are."""
         if node.module in self.rows:
             return self.rows[node.module]
         return np.ones(len(self.graph.ids[node.name]), bool)
 
     def _positions(self, node: Node) -> np.ndarray:
-        """(rows,): the output channel of each row."""
+        """Return (rows,) the output channel that each row of `node` computes."""
         module = self.modules[node.module]
         if isinstance(module, Placed):
             return self._array(node.module, "rows")
         return np.arange(len(self._live(node)))
 
     def columns(self, node: Node) -> np.ndarray:
-        """(columns,): the input channel of each column, or of each entry of a norm."""
+        """Return (columns,) the input channel that each column, or entry of a norm, reads."""
         module = self.modules[node.module]
         if isinstance(module, Placed):
             return self._array(node.module, "columns")
@@ -363,7 +383,7 @@ class _Analysis:
         return conv
 
     def _normed(self, node: Node, read: np.ndarray) -> np.ndarray | float:
-        """What entries of a norm make of constants that they read."""
+        """Return what the entries of a norm make of the constants `read`."""
         norm = self.modules[node.module]
         if node.module in self.graph.eval_norms and norm.running_mean is not None:
             assert isinstance(norm, _BatchNorm)
@@ -371,11 +391,11 @@ class _Analysis:
         return self._bias(node)
 
     def _bias(self, node: Node) -> np.ndarray | float:
-        """What a row outputs that computes nothing: by output channel, or by entry of a norm."""
+        """Return what rows output that compute nothing: the bias, by output channel or entry."""
         bias = getattr(self.modules[node.module], "bias", None)
         if bias is None:
             return 0.0
-        if bias.is_complex():  # not followed
+        if bias.is_complex():  # complex constants are not followed
             return math.nan
         return self._array(node.module, "bias")
 
@@ -389,7 +409,7 @@ class _Analysis:
 
 
 def _in_evaluation(norm: _BatchNorm, read: Tensor) -> Tensor:
-    """(entries,) what a norm in eval mode makes of (entries,) constants."""
+    """Return (entries,) what a norm in eval mode makes of the (entries,) constants `read`."""
     assert norm.running_mean is not None and norm.running_var is not None
     read = read.to(norm.running_mean.device, torch.float64)
     scaled = (read - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
@@ -399,7 +419,7 @@ def _in_evaluation(norm: _BatchNorm, read: Tensor) -> Tensor:
 
 
 def _evaluate(node: Node, constants: list[np.ndarray]) -> np.ndarray:
-    """What an operation makes of (positions,) constants."""
+    """Return (positions,) what an operation makes of the constants of its inputs."""
     assert node.evaluate is not None
     with torch.no_grad():
         result = node.evaluate(*(torch.from_numpy(c.copy())[None] for c in constants))[0]

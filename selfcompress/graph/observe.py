@@ -24,20 +24,21 @@ from selfcompress.look import called, copied, seed_everything, undisturbed
 
 @dataclass
 class Observed:
-    """What a run in eval mode showed. Modules go by their first names.
+    """What a run in eval mode showed. Modules go by their first names in `named_modules`.
 
     Attributes:
         counts: module name → number of calls.
         applications: name of a layer → how often its weight is applied in the whole batch: once for
-            every pixel of its output (of its input where it is transposed), or step of a sequence.
+            every pixel of its output (of its input if it is a transposed convolution), or for every
+            step of a sequence.
         arguments: module name → (args, kwargs) of its first call, with tensors on the meta device.
-        varied: names of modules that are not always called with the same arguments, but for the
-            sizes of tensors.
+        varied: names of modules whose calls differ in their arguments by more than the sizes and
+            values of tensors.
         resized: names of modules that are called with tensors of several sizes.
         read_elsewhere: names of modules whose parameters or buffers are read while they are not
             running.
-        rewritten: names of layers of users' classes that have other parameters after they have run.
-        bypassed: names of modules that have replaced others, which are called all the same.
+        rewritten: names of layers of users' classes whose forward() changes their parameters.
+        bypassed: names of modules that have replaced others, although the others are still called.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -51,10 +52,10 @@ class Observed:
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Observed:
-    """Run `model` once in eval mode.
+    """Run `model` once in eval mode and return what the run showed.
 
     Raises:
-        Whatever the model raises when it does not accept `inputs`.
+        Exception: whatever the model raises when it does not accept `inputs`.
     """
     seen = Observed()
     with undisturbed(model, inputs):
@@ -66,7 +67,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observed:
 
 
 class _Watch(TorchFunctionMode):
-    """Notices parameters and buffers that are used while another module than theirs is running."""
+    """Records calls of modules, and uses of parameters and buffers while another module runs."""
 
     def __init__(self, model: nn.Module, seen: Observed) -> None:
         super().__init__()
@@ -74,10 +75,10 @@ class _Watch(TorchFunctionMode):
         self.seen = seen
         self.running: list[nn.Module] = []
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        self.known: list[Tensor] = []  # no other may get the id of one that is replaced
+        self.known: list[Tensor] = []  # kept, so that no new tensor gets the id() of one of these
         self.names = {module: name for name, module in model.named_modules()}
         self.hooks: list[Any] = []
-        self.held: dict[nn.Module, _Held] = {}  # what users' layers had as they were called
+        self.held: dict[nn.Module, _Held] = {}  # users' layers that run → what they had before
         for module, name in self.names.items():
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.dim():  # a single number has no channels
@@ -93,7 +94,7 @@ class _Watch(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
         name = self.names.get(module)
-        if name is None:  # no module of the model, but with hooks of one: a layer that was replaced
+        if name is None:  # not in the model, but with its hooks: a layer that was replaced
             self.seen.bypassed |= {
                 n for m, n in self.names.items() if m._forward_hooks is module._forward_hooks
             }
@@ -119,19 +120,19 @@ class _Watch(TorchFunctionMode):
             if before.keys() != now.keys() or not all(map(_same, before.values(), now.values())):
                 self.seen.rewritten.add(self.names[module])
         self.running.pop()
-        if name is None or output is None:  # it has raised an error
+        if name is None or output is None:  # no output: the module has raised an error
             return
         if type(module) in (nn.MultiheadAttention, QuantAttention):
             names = ("query", "key", "value")
             given = dict(zip(names, args, strict=False)) | kwargs
             steps = [given[name].shape[:-1].numel() for name in names]
             self.seen.applications[f"{name}.out_proj"] += steps[0]
-            for part in (name, f"{name}.in_proj"):  # in float it is no module of its own
+            for part in (name, f"{name}.in_proj"):  # only a quantised in_proj is a module
                 self.seen.applications[part] += sum(steps) // 3
         elif isinstance(module, RECURRENT):
-            made = output[0] if isinstance(output, tuple) else output  # or packed sequences' data
-            made = made[0] if isinstance(made, tuple) else made
-            # Those of a quantised one are modules.
+            made = output[0] if isinstance(output, tuple) else output
+            made = made[0] if isinstance(made, tuple) else made  # the data of packed sequences
+            # The matrices of a quantised one are modules.
             for part in (name, *(f"{name}.{part}" for part in matrices_of(module))):
                 self.seen.applications[part] += made.numel() // made.shape[-1]
         elif isinstance(module, FLOAT_LAYERS) and not isinstance(module, OwnForward):
@@ -162,9 +163,9 @@ class _Watch(TorchFunctionMode):
         if func in PRODUCTS and isinstance(inside, OwnForward) and inside in self.names:
             read = next(iter((*args, *kwargs.values())))
             self._count_applications(self.names[inside], inside, read, result)
-        # Attributes (.shape, .grad, .T) come along here too, as functions named __get__.
+        # Attributes (.shape, .grad, .T) come here too, as functions named __get__.
         attribute = getattr(func, "__name__", "") == "__get__"
-        # Not so its shape, which changes as rows go.
+        # Reading the shape is not harmless, as it changes when rows are cut.
         harmless = attribute and (
             not isinstance(result, Tensor | torch.Size)
             or getattr(func.__self__, "__name__", "") == "grad"
@@ -172,7 +173,7 @@ class _Watch(TorchFunctionMode):
         if self.running:
             for value in pytree.tree_leaves((args, kwargs)):
                 owners = self.owners.get(id(value), [])
-                if harmless:  # but of a recurrent layer, which has modules in their places then
+                if harmless:  # except for recurrent layers, where modules replace parameters
                     owners = [owner for owner in owners if isinstance(owner[1], RECURRENT)]
                 reader = self.running[-1]
                 if isinstance(reader, TiedLinear):
@@ -186,13 +187,13 @@ _Held = dict[str, tuple[nn.Parameter, int, Tensor]]
 
 
 def _is_users(module: nn.Module) -> bool:
-    """Whether a module is a layer of a user's class."""
+    """Return whether a module is a layer of a user's class."""
     layer = isinstance(module, (*FLOAT_LAYERS, *EMBEDDINGS, *RECURRENT))
     return layer and not type(module).__module__.startswith("torch.nn.")
 
 
 def _held(module: nn.Module) -> _Held:
-    """Its parameters by name, where they lie in memory, and a copy of what is in them."""
+    """Return name → (parameter, its address in memory, a copy of its values) of a module."""
     return {
         name: (p, p.data_ptr(), p.detach().clone())
         for name, p in module._parameters.items()
@@ -205,7 +206,7 @@ def _same(before: tuple[nn.Parameter, int, Tensor], now: tuple[nn.Parameter, int
 
 
 def _changes(function: Any) -> bool:
-    """Whether a function changes its first argument, or hands out what such a change slips past."""
+    """Return whether a function changes its first argument, or gives its `.data` to be changed."""
     name = str(getattr(function, "__name__", ""))
     if name == "__get__":
         return getattr(function.__self__, "__name__", "") == "data"
@@ -214,17 +215,17 @@ def _changes(function: Any) -> bool:
 
 
 def _packed(value: Any) -> bool:
-    """Whether it is sentences of several lengths, which cannot be made of anything but those."""
+    """Return whether a value is a packed sequence, which cannot be rebuilt from other tensors."""
     return isinstance(value, PackedSequence)
 
 
 def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """`tree` with `function` of all tensors, but for those of packed sequences."""
+    """Return `tree` with `function` applied to all tensors, except those of packed sequences."""
     return pytree.tree_map_only(Tensor, function, tree, is_leaf=_packed)
 
 
 def _signature(arguments: Any) -> str:
-    """What a call is given, but for the sizes of tensors."""
+    """Describe the arguments of a call by all but the sizes and values of tensors."""
 
     def kind(leaf: Any) -> str:
         if isinstance(leaf, Tensor):
@@ -239,5 +240,5 @@ def _sizes(arguments: Any) -> list[torch.Size]:
 
 
 def zeros_like_observed(observed: Any, device: torch.device) -> Any:
-    """Observed arguments again, zeros in place of the tensors."""
+    """Return observed arguments with zeros on `device` in place of the tensors."""
     return _mapped(lambda t: torch.zeros_like(t, device=device), observed)

@@ -1,6 +1,7 @@
 """What each operation does to channels: tables of the modules and functions that are understood.
 
-An operation that is in no table freezes the channels it touches.
+An operation that is in no table freezes the channels that it reads and makes: they are never
+removed.
 """
 
 import builtins
@@ -17,25 +18,25 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 
 class Kind(Enum):
-    """How channels travel through an operation, and what it does to a constant channel."""
+    """What an operation does to the channels it reads, and to one whose value is constant."""
 
-    INPUT = auto()  # frozen
+    INPUT = auto()  # an input of a traced module: its channels are frozen
     PARAMETER = auto()  # a tensor of the model, one channel per element
     LAYER = auto()  # reads all its input channels, makes new ones; also an unquantised layer
     GROUPED = auto()  # a grouped convolution: each of its rows reads the channels of its group
-    NORM = auto()  # batch norm: one new channel per channel read
-    OWN_NORM = auto()  # a batch norm of a user's class: the same channels, an entry for each
-    ELEMENTWISE = auto()  # the same channels; a constant becomes another constant, or stays one
-    SPATIAL = auto()  # the same channels; zero stays zero (average pooling, dropout)
-    ADD = auto()  # channels of the operands become the same ones; also differences
-    MUL = auto()  # the same, and zero in one operand makes zero
-    MOVE = auto()  # nothing is computed: elements move, repeat or disappear
+    NORM = auto()  # batch norm: makes one new channel per channel read
+    OWN_NORM = auto()  # a batch norm of a user's class: keeps the channels, has an entry for each
+    ELEMENTWISE = auto()  # keeps the channels; a constant stays one, perhaps of another value
+    SPATIAL = auto()  # keeps the channels; only a zero stays constant (average pooling, dropout)
+    ADD = auto()  # ties the channels of its operands together; also subtraction, maximum, minimum
+    MUL = auto()  # the same as ADD, and a zero in one operand makes a zero
+    MOVE = auto()  # nothing is computed: elements move, repeat or disappear (view, cat, chunk)
     OPAQUE = auto()  # not understood: freezes what it reads and what it makes
-    OUTPUT = auto()  # freezes what it reads
+    OUTPUT = auto()  # the outputs of a traced module: freezes what it reads
 
 
 WITH_ROWS = (Kind.LAYER, Kind.GROUPED, Kind.NORM)
-"""What modules compute row by row, or entry by entry: every output channel has one, or none."""
+"""Kinds whose modules compute every output channel by a row or entry of its own, or not at all."""
 
 ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.PReLU,
@@ -43,6 +44,7 @@ ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Identity,
 )  # fmt: skip
 
+# How many of the last dimensions an operation works on; None is all but the first two.
 _SPATIAL_MODULES: dict[type[nn.Module], int | None] = {
     nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3,
     nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3,
@@ -65,7 +67,6 @@ _SPATIAL_FUNCTIONS: dict[Any, int | None] = {
     F.dropout: 0, F.dropout1d: 0, F.dropout2d: 0, F.dropout3d: 0, torch.dropout: 0,
     stochastic_depth: 0,
 }  # fmt: skip
-# How many of the last dimensions they work on; None is all but the first two.
 
 _INSTANCE_NORMS: dict[type[nn.Module], int] = {
     nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
@@ -110,7 +111,7 @@ _MOVE_MODULES = (
 )  # fmt: skip
 
 CASTS = {"contiguous", "float", "double", "half", "bfloat16", "to", "type_as", "detach"}
-# Methods of a tensor, beside those that are named as the functions above are.
+# Tensor methods that are named differently from the function above that does the same.
 _METHODS: dict[str, Any] = {
     "view": torch.reshape, "expand": torch.broadcast_to, "repeat": torch.tile,
     "relu_": torch.relu_, "sigmoid_": torch.sigmoid, "tanh_": torch.tanh, "clamp_": torch.clamp,
@@ -119,7 +120,7 @@ _METHODS: dict[str, Any] = {
 }  # fmt: skip
 
 SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
-"""Attributes of a tensor in which there is nothing of its values."""
+"""Attributes of a tensor that do not depend on its values."""
 _SIZE_METHODS = {"size", "dim", "ndimension", "numel", "nelement"}
 _TYPES = {"dtype", "device", "is_cuda", "is_floating_point", "is_complex", "is_tensor"}
 _SIZED_BY_VALUES = {
@@ -129,7 +130,7 @@ _SIZED_BY_VALUES = {
 
 
 def taken(number: Any, kind: str) -> Any:
-    """A number that forward() goes by: stands in a trace where it was asked for.
+    """Convert `number` with a builtin; in a trace, mark that forward() depends on the result.
 
     Args:
         kind: "bool", "int", "float" or "len".
@@ -138,7 +139,7 @@ def taken(number: Any, kind: str) -> Any:
 
 
 def reads_sizes(node: torch.fx.Node) -> bool:
-    """Whether a node reads sizes of a tensor, or its type, and nothing else."""
+    """Return whether a node reads nothing but the sizes or the type of a tensor."""
     if node.op == "call_method" and node.target in _SIZE_METHODS:
         return True
     sizes = node.op == "call_function" and (
@@ -149,7 +150,7 @@ def reads_sizes(node: torch.fx.Node) -> bool:
 
 
 def reads_type(node: torch.fx.Node) -> bool:
-    """Whether a node reads of a tensor what never changes."""
+    """Return whether a node reads the dtype, device or type of a tensor: no cut changes these."""
     if node.target is getattr:
         return node.args[1] in _TYPES
     calls = node.op in ("call_function", "call_method")
@@ -157,10 +158,10 @@ def reads_type(node: torch.fx.Node) -> bool:
 
 
 def sized_by_values(node: torch.fx.Node, whole: list[Tensor]) -> bool:
-    """Whether the sizes of what a node makes may depend on the values of what it reads.
+    """Return whether the sizes of what a node makes may depend on the values of what it reads.
 
     Args:
-        whole: tensors of whole numbers and flags that it reads, which may count or pick elements.
+        whole: the tensors of integers or bools that it reads, which may count or pick elements.
     """
     name = getattr(node.target, "__name__", node.target)
     if name == "where":
@@ -179,7 +180,7 @@ _KINDS: dict[Any, Kind] = (
 
 
 def function_of(node: torch.fx.Node) -> Any:
-    """The function that `node` calls; for a method, the function that does the same."""
+    """Return the function that `node` calls; for a method, the function that does the same."""
     if node.op != "call_method":
         return node.target
     name = str(node.target)
@@ -187,7 +188,7 @@ def function_of(node: torch.fx.Node) -> Any:
 
 
 def kind_of_call(node: torch.fx.Node, tensors: int) -> Kind:
-    """The kind of a function or method that reads `tensors` different tensors."""
+    """Return the kind of a function or method call that reads `tensors` different tensors."""
     if node.op == "call_method" and node.target in CASTS:
         return Kind.ELEMENTWISE
     if node.target is getattr:
@@ -202,7 +203,7 @@ def kind_of_call(node: torch.fx.Node, tensors: int) -> Kind:
 
 
 def kind_of_module(module: nn.Module) -> Kind:
-    """The kind of a module without rows of its own."""
+    """Return the kind of a module without rows; of layers, norms and unknown ones it is OPAQUE."""
     if type(module) in ELEMENTWISE_MODULES:
         return Kind.ELEMENTWISE
     if isinstance(module, _MOVE_MODULES):
@@ -219,10 +220,10 @@ def _is_plain_instance_norm(module: nn.Module) -> bool:
 def worked_on(
     node: torch.fx.Node, module: nn.Module | None, rank: int, arguments: tuple[Any, dict[str, Any]]
 ) -> set[int] | None:
-    """The dimensions that a SPATIAL operation mixes; None if that cannot be said.
+    """Return the dimensions that a SPATIAL operation mixes; None if it cannot be followed.
 
     Args:
-        rank: dimensions of its input.
+        rank: number of dimensions of its input.
         arguments: (args, kwargs) of the call without its first tensor, as plain values.
     """
     args, kwargs = arguments
@@ -247,16 +248,16 @@ def worked_on(
 
 
 def picks_extremes(node: torch.fx.Node, module: nn.Module | None) -> bool:
-    """Whether a SPATIAL operation makes the largest or smallest of some elements."""
+    """Return whether a SPATIAL operation takes a maximum or minimum: a constant stays the same."""
     return (function_of(node) if module is None else type(module)) in _EXTREMES
 
 
 WRITES = "writes"
-"""What a node's `meta` says of a module that is not looked into and changes its first operand."""
+"""Key in a node's `meta`: whether a module that is not traced into writes to its first operand."""
 
 
 def is_in_place(node: torch.fx.Node, module: nn.Module | None) -> bool:
-    """Whether the operation changes its first operand."""
+    """Return whether the operation changes its first operand."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
@@ -271,13 +272,13 @@ def is_in_place(node: torch.fx.Node, module: nn.Module | None) -> bool:
 
 
 def _flag_at_end(node: torch.fx.Node) -> bool:
-    """True as the last positional argument of an activation or dropout is its `inplace`."""
+    """Return whether an activation or dropout is given `inplace=True` as its last argument."""
     acts = function_of(node) in _ELEMENTWISE_FUNCTIONS or "dropout" in str(node.target)
     return acts and len(node.args) > 1 and node.args[-1] is True
 
 
 def may_alias(node: torch.fx.Node, kind: Kind, module: nn.Module | None) -> bool:
-    """Whether the result may be (a view of) the first operand itself."""
+    """Return whether the result may be the first operand itself or a view of it."""
     passes = isinstance(module, nn.Identity) or "ropout" in type(module).__name__
     passes |= isinstance(module, StochasticDepth) or function_of(node) is stochastic_depth
     cast = node.op == "call_method" and node.target in CASTS

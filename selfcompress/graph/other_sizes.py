@@ -1,4 +1,4 @@
-"""Notice that a forward() that goes by sizes calls something else with inputs of other sizes."""
+"""Detect a forward() that branches on sizes and calls other things for inputs of other sizes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from selfcompress.graph.tracer import Place, Tracer, has_tensors, is_ours, owner_of
 from selfcompress.look import kept_attributes
 
-# What may come or go with the size: no channel of the dimension that is not padded goes anywhere.
+# May come or go with the size, as channels of dimensions that are not padded stay where they are.
 _HARMLESS = {
     "pad", "interpolate", "getitem", "contiguous", "to", "float", "type_as", "clone", "detach",
     "ones", "zeros", "full", "arange",
@@ -18,10 +18,11 @@ _HARMLESS = {
 
 
 def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
-    """The names of modules inside of a traced one that have other ways for other sizes → why.
+    """Return the modules in the traced `module` that call other things at other sizes → why.
 
-    They were told sizes, and have layers that were not called; or call something else when one
-    sample, two, or inputs of other sizes come. Those that they refuse are none of their ways.
+    If none was told a number that depends on sizes, there are none. Else these are modules with
+    layers that were not called, and those that call something else when traced again with other
+    numbers of samples or inputs of other sizes. Sizes that forward() does not accept are skipped.
     """
     if not tracer.takers:
         return {}
@@ -42,7 +43,7 @@ def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
             other = Tracer(args, kwargs, tracer.reads, tracer.failed)
             with kept_attributes(module):
                 other.trace(module)
-        except Exception:  # whatever a forward() says to sizes that it is not for
+        except Exception:  # forward() does not accept these sizes
             continue
         finally:
             del tracer.reads[reads:]
@@ -56,7 +57,7 @@ def other_ways(tracer: Tracer, module: nn.Module) -> dict[str, str]:
 
 
 def _places(tracer: Tracer) -> dict[Place, str]:
-    """What makes tensors, in which lines → the module whose forward() that is."""
+    """Return where a trace calls what makes tensors → the module whose forward() calls it."""
     return {
         tracer.places[node]: owner_of(node)
         for node in tracer.graph.nodes
@@ -68,13 +69,16 @@ def _places(tracer: Tracer) -> dict[Place, str]:
 
 
 def _resized(tensor: Tensor, dims: range, change: Callable[[int], int]) -> Tensor:
-    """An input with other sizes, its numbers repeated; of at most two samples, if those stay."""
+    """Return an input with the sizes of `dims` changed, by leaving out or repeating elements.
+
+    If the number of samples is not to be changed, it becomes at most 2.
+    """
     if 0 not in dims and tensor.dim():
         tensor = tensor[:2]
     for dim in (d for d in dims if d < tensor.dim()):
         size = tensor.shape[dim]
         wanted = change(size)
-        # On a GPU an index out of range, of a position say, is an error that stays.
+        # On a GPU an index out of range, such as a position, leaves an error that persists.
         if dim and tensor.is_cuda:
             wanted = min(wanted, size)
         index = torch.arange(wanted, device=tensor.device) % max(1, size)
@@ -82,7 +86,7 @@ def _resized(tensor: Tensor, dims: range, change: Callable[[int], int]) -> Tenso
     return tensor
 
 
-# Which dimension counts samples, steps or pixels is not known.
+# It is not known which dimension counts samples, steps or pixels: change each in turn.
 _CHANGES = [
     partial(_resized, dims=dims, change=change)
     for dims in (range(1), range(1, 2), range(2, 9))

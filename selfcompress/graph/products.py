@@ -1,4 +1,4 @@
-"""What layers compute with, called as a function in a forward() of a user's own."""
+"""Recognise F.linear, F.conv2d, F.embedding and the like, called in a user's own forward()."""
 
 import operator
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ PRODUCTS: dict[Any, type[nn.Module]] = {
     F.conv_transpose1d: nn.ConvTranspose1d, F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }  # fmt: skip
-"""What layers multiply with their weight with → the type of layer."""
+"""Function by which a layer multiplies with its weight → the type of layer."""
 LOOKUPS: dict[Any, type[nn.Module]] = {
     F.embedding: nn.Embedding, F.embedding_bag: nn.EmbeddingBag,
 }  # fmt: skip
-"""The same, of what looks vectors up."""
+"""Function by which a layer looks vectors up in its weight → the type of layer."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Product:
     """The arguments of a convolution, a matrix product, or a lookup in an embedding.
 
     Attributes:
-        layer: the type of layer that computes so.
-        input, weight, bias: the nodes that it reads; of tensors of the model, these.
-        groups: of a convolution.
+        layer: the type of layer that computes with this function.
+        input, weight, bias: the nodes that are its arguments; of a weight or bias that is cast to
+            another dtype first, the node before the casts.
+        groups: the number of groups of a convolution, else 1.
     """
 
     layer: type[nn.Module]
@@ -40,7 +41,7 @@ class Product:
 
 
 def product_of(node: torch.fx.Node) -> Product | None:
-    """What a node is given that calls what a layer computes with, as a function; else None."""
+    """Return the arguments of a node that calls one of `PRODUCTS` or `LOOKUPS`; else None."""
     layer = (PRODUCTS | LOOKUPS).get(node.target) if node.op == "call_function" else None
     if layer is None:
         return None
@@ -61,9 +62,9 @@ def _before_casts(value: Any) -> Any:
 
 
 def is_only_multiplied(tensor: torch.fx.Node, rank: int) -> bool:
-    """Whether a tensor of the model is read as weight and bias of products alone.
+    """Return whether a tensor of the model is read as weight or bias of products alone.
 
-    Its sizes may be read but for how many channels there are: those of a kernel, that is.
+    Its type, and of its `rank` sizes those of the kernel, may be read too: no cut changes them.
     """
     return all(
         reads_type(user)
@@ -75,7 +76,7 @@ def is_only_multiplied(tensor: torch.fx.Node, rank: int) -> bool:
 
 
 def _reads_kernel(node: torch.fx.Node, rank: int) -> bool:
-    """Whether a node reads sizes of a weight of `rank` dimensions, and none of the first two."""
+    """Return whether a node reads sizes of a weight of `rank` dimensions, but not the first two."""
     if node.target in ("dim", "ndimension") or (node.target is getattr and node.args[1] == "ndim"):
         return True
     kernel = set(range(2, rank))

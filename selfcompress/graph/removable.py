@@ -1,4 +1,4 @@
-"""Which of the dead channels can be removed together, for all to go on as it is written."""
+"""Find the dead channels that can be removed together, with the model's code left as it is."""
 
 from typing import Any
 
@@ -15,14 +15,20 @@ from selfcompress.layers.quantized import QuantizedLayer
 def removable(
     graph: ChannelGraph, removed: np.ndarray, rows: dict[str, np.ndarray], model: nn.Module
 ) -> np.ndarray:
-    """As much of `removed`, (number of ids,) bool, as can be removed together.
+    """Return the part of `removed` that can be removed together.
+
+    Frozen ids stay. No tensor loses its last channel (pooling and convolution refuse tensors
+    without any); a tensor with channels along several dimensions loses whole slices; the groups of
+    a grouped convolution lose the same columns; equal pieces of a tensor (of `chunk`, say) lose the
+    same positions; and the model's own moves must not go wrong. What is kept for one of these may
+    break another, so they are checked until nothing changes.
 
     Args:
+        removed: (number of ids,) bool, the ids to be removed if possible.
         rows: module name → (rows,) bool, the rows that stay.
 
-    No tensor loses its last channel (pooling and convolution refuse tensors without any); a
-    tensor with channels along several dimensions loses whole slices; the groups of a grouped
-    convolution lose the same columns; and the model's own moves must not go wrong.
+    Returns:
+        (number of ids,) bool, True only where `removed` is.
     """
     removed = removed & ~graph.frozen
     while True:
@@ -54,7 +60,7 @@ def removable(
 
 
 def _equal_pieces(graph: ChannelGraph) -> list[np.ndarray]:
-    """(pieces, positions of each) ids, for every move that cuts a tensor into equal pieces."""
+    """Return the (pieces, positions of each) ids of every move that makes equal pieces."""
     found = []
     for step in graph.steps:
         pieces = [graph.ids[name] for name in step.names]
@@ -64,10 +70,11 @@ def _equal_pieces(graph: ChannelGraph) -> list[np.ndarray]:
 
 
 def wrong_moves(graph: ChannelGraph, removed: np.ndarray) -> set[str]:
-    """Run the moves on the ids that `removed` leaves; the tensors where that goes wrong.
+    """Run the moves on the ids that `removed` leaves, and return the tensors of moves gone wrong.
 
     A move must give just the ids that striking the removed ones from its result gives. All
-    other operations must be called with the numbers they were traced with.
+    other operations must be called with the numbers they were traced with. The names returned are
+    those of tensors that a wrong operation reads or makes and that lose channels.
 
     Say a tensor x of 12 channels is reshaped by `x.view(n, 3, 4)`: three heads, four channels
     each. Without channel 0 it has 11, and the call fails: wrong. Without channels 0, 4 and 8,
@@ -97,9 +104,9 @@ def wrong_moves(graph: ChannelGraph, removed: np.ndarray) -> set[str]:
         traced[node] = step
         runs = step.kind is Kind.MOVE or (step.kind is None and node.op.startswith("call_"))
         if reads_type(node) or (step.kind is None and _reads_values(node, traced)):
-            right = True  # of channel numbers it would read something else
+            right = True  # it cannot be run again: from ids it would read something else
         elif not runs:
-            # Arguments that are no tensors must be what they were when the model was traced.
+            # Arguments other than tensors must be the same as when the model was traced.
             right = all(
                 traced[n].names or values[n] == traced[n].result for n in node.all_input_nodes
             )
@@ -110,22 +117,22 @@ def wrong_moves(graph: ChannelGraph, removed: np.ndarray) -> set[str]:
                     right = values[node] == expected
                 else:
                     right = step.kind is None or _same(values[node], expected)
-            except Exception:  # sizes that do not fit, in whatever way torch says it
+            except Exception:  # sizes do not fit; which error torch raises then varies
                 right = False
         if not right:
             values[node] = expected
             wrong |= _behind(graph, node)
-    # What is wrong is to be mended by removing less: of tensors that lose nothing, nothing can.
+    # The caller mends them by removing less, which it cannot where nothing is removed.
     return {name for name in wrong if removed[graph.ids[name]].any()}
 
 
 def _reads_values(node: torch.fx.Node, traced: dict[torch.fx.Node, Step]) -> bool:
-    """Whether a node makes numbers of what is in a tensor, whose channels are frozen then."""
+    """Return whether a node makes numbers of values in a tensor (whose channels are frozen)."""
     return not reads_sizes(node) and any(traced[n].names for n in node.all_input_nodes)
 
 
 def _behind(graph: ChannelGraph, node: torch.fx.Node) -> set[str]:
-    """The tensors that `node` makes and reads, through whatever numbers lie between."""
+    """Return the tensors that `node` makes, or reads directly or through numbers made of them."""
     steps = {step.node: step for step in graph.steps}
     found = set(steps[node].names)
     pending = list(node.all_input_nodes)
@@ -138,6 +145,7 @@ def _behind(graph: ChannelGraph, node: torch.fx.Node) -> set[str]:
 
 
 def _same(result: Any, expected: Any) -> bool:
+    """Return whether two results hold equal tensors."""
     a, b = pytree.tree_leaves(result), pytree.tree_leaves(expected)
     return len(a) == len(b) and all(
         isinstance(x, Tensor) and x.shape == y.shape and bool((x == y).all())

@@ -1,8 +1,9 @@
-"""Trace a model with torch.fx, in parts where it cannot be traced whole, and learn all its shapes.
+"""Trace a model with torch.fx, in parts if it cannot be traced whole, and record all shapes.
 
-Quantised layers and batch norms are leaves. A submodule whose forward() cannot be traced becomes
-a leaf too, and the modules inside of it are traced on their own; so does the model itself. What
-runs is always the user's own eager module: the traces are only read.
+Quantised layers and batch norms are leaves, except those with a user's own forward(). A submodule
+whose forward() cannot be traced becomes a leaf too, and the modules inside of it are traced on
+their own; likewise if the model itself cannot be traced. What runs is always the user's own eager
+module: the traces are only read.
 """
 
 from collections import Counter
@@ -31,14 +32,14 @@ class Part:
     """One module that was traced as a whole, with all that it calls.
 
     Attributes:
-        name: the module, "" for the model.
-        nodes: its operations in order; `facts[node]` is what each gave on the example, with a
-            `Shape` in place of every tensor.
+        name: name of the module, "" for the model.
+        nodes: its operations in order.
+        facts: node → what it gave on the example, with a `Shape` in place of every tensor.
         inside: names of the submodules that are leaves because they cannot be traced.
-        watched: operation → who else may read what it gave.
-        read: names of the batch norms whose width or statistics its forward() reads, and of
-            convolutions whose groups it counts.
-        entered: name of a layer whose forward() is a user's → how often it was looked into.
+        watched: node → why something outside the trace may read its result.
+        read: names of the batch norms whose width or statistics forward() reads, and of grouped
+            convolutions whose number of groups it uses; see `kept_whole`.
+        entered: name of a layer with a user's own forward() → how often it was traced into.
     """
 
     name: str
@@ -51,18 +52,18 @@ class Part:
 
     @property
     def prefix(self) -> str:
-        """What comes before the names of its submodules: "" or "features."."""
+        """What comes before the names of the part's submodules: "" or, say, "features."."""
         return f"{self.name}." if self.name else ""
 
 
 @dataclass
 class Trace:
-    """All parts of a model, and what could not be traced.
+    """All parts of a model that were traced, and what could not be traced.
 
     Attributes:
         untraceable: name of a module whose own forward() cannot be traced ("" is the model) → why.
-        miscounted: names of modules that run more often than the part they are in says, called by
-            something that cannot be traced.
+        miscounted: names of modules that run more often than the trace of their part says, since
+            code that cannot be traced calls them too.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -71,9 +72,10 @@ class Trace:
 
 
 def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
-    """Trace `model`, whose layers are quantised already; leaves its modes and buffers alone.
+    """Trace `model`, whose layers are quantised already, and restore its modes and buffers.
 
-    The way is that of training mode; that of eval mode must call nothing else.
+    Modules are traced in training mode. One that calls more than that in eval mode counts as
+    untraceable.
 
     Args:
         observed: a run of the model on `example_input`.
@@ -83,13 +85,13 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
     with undisturbed(model, example_input), _without_fast_path():
         while pending:
             name = pending.pop()
-            if name in seen:  # what failed inside of what failed is named by both
+            if name in seen:  # a child of two failed modules, one inside of the other
                 continue
             seen.add(name)
             module = model.get_submodule(name)
             if name and (is_ours(module) or not has_layers(module)):
-                continue  # nothing inside to follow; of the float baseline the MACs are wanted
-            if name and name not in observed.arguments:  # a ModuleList, say
+                continue  # nothing to follow; a float model itself is traced to count its MACs
+            if name and name not in observed.arguments:  # never called: a ModuleList, say
                 pending += _children(name, module)
                 continue
             args, kwargs = positional(example_input), {}
@@ -111,14 +113,14 @@ def trace(model: nn.Module, example_input: Inputs, observed: Observed) -> Trace:
             result.parts.append(part)
             for failed in part.inside:
                 pending += _children(failed, model.get_submodule(failed))
-        # Once more for real: what forward() keeps in objects of its own is then no proxy.
+        # Run once without tracing, so that no proxy is left in objects that forward() keeps.
         called(model.eval(), example_input)
     return result
 
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Inside, torch's transformer layers go the way they train by; which other, asks for values."""
+    """Inside, torch's transformer layers avoid their fast path, which depends on tensor values."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -138,6 +140,15 @@ def _trace_part(
     kwargs: dict[str, Any],
     untraceable: dict[str, str],
 ) -> Part:
+    """Trace one module; submodules that call other things at other sizes become leaves.
+
+    Args:
+        untraceable: name → why, to which the submodules that cannot be traced are added.
+
+    Raises:
+        RuntimeError: the module itself calls other things at other sizes, or calls or reads more
+            in evaluation than in training.
+    """
     module.train()
     failed: dict[str, str] = {}
     with _of_any_rank(module):
@@ -176,7 +187,7 @@ def _trace_part(
 
 
 def _watch_what_stays(tracer: Tracer, module: nn.Module) -> None:
-    """Note what forward() has left in attributes, and in the places of buffers."""
+    """Watch the proxies that forward() has left in attributes or in place of buffers."""
     for owner, submodule in module.named_modules():
         for key, value in vars(submodule).items():
             if not is_torchs(key):
@@ -192,7 +203,7 @@ def _watch_what_stays(tracer: Tracer, module: nn.Module) -> None:
 
 @contextmanager
 def _of_any_rank(module: nn.Module) -> Iterator[None]:
-    """Inside, users' own batch norms do not ask how many dimensions their input has."""
+    """Inside, users' own batch norms do not check how many dimensions their input has."""
     own = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and not is_ours(norm)]
     try:
         for norm in own:
@@ -204,7 +215,7 @@ def _of_any_rank(module: nn.Module) -> Iterator[None]:
 
 
 def _calls(tracer: Tracer) -> Counter[tuple[str, str]]:
-    """How often a trace calls which function, method or module that gives tensors."""
+    """Count the calls in a trace of every function, method or module that gives tensors."""
     nodes = [
         node
         for node in tracer.graph.nodes
@@ -216,11 +227,14 @@ def _calls(tracer: Tracer) -> Counter[tuple[str, str]]:
 def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
     """Compare how often a part's layers run with how often its trace says they do.
 
+    Args:
+        real: name of a module → how often it was observed to run.
+
     Returns:
-        The layers that somebody else calls as well.
+        The names of layers that are also called from outside of the trace.
 
     Raises:
-        RuntimeError: the module goes another way than its trace.
+        RuntimeError: the number of calls of a layer contradicts the trace.
     """
     first = {module: name for name, module in model.named_modules()}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -233,7 +247,7 @@ def _compare(part: Part, model: nn.Module, real: Counter[str]) -> set[str]:
     more = set()
     for module in model.get_submodule(part.name).modules():
         name = first[module]
-        # A layer of training alone, such as an auxiliary head, does not run here at all.
+        # A layer that only training uses, such as an auxiliary head, has not run in eval mode.
         if not is_ours(module) or real[name] in (0, runs * traced[name]):
             continue
         if traced[name] > 0 and real[name] > runs * traced[name]:

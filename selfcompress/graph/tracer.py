@@ -1,4 +1,8 @@
-"""Trace one module with torch.fx while it computes, so that its forward() may go by sizes."""
+"""Trace one module with torch.fx while it computes, so that its forward() may branch on sizes.
+
+Every operation is recorded as a node and at once run on the example's values. What a node gave is
+its *fact*. Where forward() asks for a number that follows from sizes, it is *told* the number.
+"""
 
 import functools
 import inspect
@@ -36,24 +40,25 @@ from selfcompress.text import first_line
 
 @dataclass(frozen=True)
 class Shape:
-    """Stands for a tensor of a traced run."""
+    """The sizes of a tensor that a traced operation gave; takes the tensor's place in facts."""
 
     sizes: tuple[int, ...]
 
 
 def has_tensors(fact: Any) -> bool:
-    """Whether there is a tensor in what a node gave."""
+    """Return whether `fact`, the result of a node, is or contains a tensor."""
     return any(isinstance(leaf, Shape) for leaf in pytree.tree_leaves(fact))
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a proxy stands for on the example.
+    """What is known of a proxy on the example.
 
     Attributes:
-        sizes: whether that number, or the sizes of that tensor, are the same for all values of
-            inputs of these sizes.
-        own: whether it depends on buffers of the model alone.
+        value: what the proxy stands for: a tensor, a number or another object.
+        sizes: whether the value, if it is a number, or else the sizes of its tensors depend on
+            the sizes of the inputs alone, not on what is in them.
+        own: whether the value depends on buffers of the model alone.
     """
 
     value: Any
@@ -62,38 +67,38 @@ class _Known:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that it is, or that are in it."""
+        """All tensors in the value, or the value itself if it is one."""
         return _tensors(self.value)
 
     def attribute(self, name: str) -> "_Known":
-        """The same, of what `getattr` gives."""
+        """Return what is known of the value's attribute `name`."""
         sizes = self.sizes and (name in SIZE_ATTRIBUTES or not _tensors(self.value))
         return _Known(getattr(self.value, name), sizes, self.own)
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether a module is one of those that have taken the place of torch's."""
+    """Return whether a module is one of this package's replacements for torch's modules."""
     ours = Placed | QuantAttention | QuantRecurrent | TiedLinear
     return isinstance(module, ours)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one of ours that is not looked into."""
+    """Return whether a module is one of this package's that is not traced into."""
     return is_ours(module) and not isinstance(module, OwnForward)
 
 
 def has_layers(module: nn.Module) -> bool:
-    """Whether there is a quantised layer in a module."""
+    """Return whether a module is or contains a quantised layer."""
     return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 class _Countable(torch.fx.Proxy):
-    """A proxy that Python may ask for its number, and that can tell `x += y` from `x = x + y`."""
+    """A proxy that can be converted to a Python number, and that traces `x += y` as in place."""
 
     tracer: "Tracer"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":  # it would be lost
+        if name == "data":  # the trace would lose the assignment
             raise RuntimeError("it sets .data of a tensor")
         super().__setattr__(name, value)
 
@@ -117,14 +122,14 @@ class _Countable(torch.fx.Proxy):
 
 
 class _Attribute(_Countable, torch.fx.proxy.Attribute):
-    """The same, for `x.shape` and its like."""
+    """A `_Countable` for an attribute of a proxy, such as `x.shape`."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(f"it assigns to items of .{self.attr}")
 
 
 def setitem_(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    """`tensor[index] = value`, which gives the tensor: who reads it afterwards reads this."""
+    """Assign `tensor[index] = value` and return `tensor`, for later nodes to read this node."""
     tensor[index] = value
     return tensor
 
@@ -150,40 +155,43 @@ for _name in (
     setattr(_Countable, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
-_TRACING = ("torch.fx", __name__)
+_TRACING = ("torch.fx", __name__)  # modules whose stack frames are not the user's code
 Place = tuple[str, str, str, int]
-"""What a node does, what it calls, in which file and on which line."""
+"""Where forward() makes a node: (node.op, name of what it calls, file, line)."""
 
-# torch.ones(n, m) looks at its arguments before it asks proxies, torch.ones((n, m)) does not.
+# To be wrapped by torch.fx: torch.ones(n, m) checks its arguments before it asks proxies, whereas
+# torch.ones((n, m)) does not.
 _MADE_OF_SIZES = (
     torch.ones, torch.zeros, torch.full, torch.empty, torch.rand, torch.randn, torch.is_tensor,
 )  # fmt: skip
 
 
 class Tracer(torch.fx.Tracer):
-    """Computes while it traces, so that forward() may go by the sizes of the example.
+    """A torch.fx tracer that computes while it traces, so that forward() may branch on sizes.
 
-    Where Python asks for a number that depends on sizes alone (in an `if`, say), it is told that of
-    the example, and a node `taken` notes that the number has to stay the same. What depends on the
-    values of a tensor it is not told. A submodule that fails to be traced becomes a leaf, which
-    runs, and it is remembered why.
+    Where Python asks for a number that depends on sizes alone (in an `if`, say), it is told the
+    example's, and a node `taken` records that the number has to stay the same. It is also told
+    numbers computed from the model's buffers alone, and these buffers keep their channels. A
+    number that depends on the values of another tensor raises an error. A submodule that cannot be
+    traced becomes a leaf: it runs as a whole, and `failed` says why.
 
     Args:
         args, kwargs: what the module to be traced is called with.
-        reads: what is read of layers, to which those that compute are to add nothing.
+        reads: the list in which `noting_widths` records attributes read from layers. Reads by
+            operations that are only computed are deleted from it.
         failed: names of submodules that are not to be traced into → why.
 
     Attributes:
-        facts: what each node gave, with a `Shape` in place of every tensor.
-        failed: names of submodules that are leaves for that → why.
-        takers: names of the modules whose forward() was told a number.
-        places: what each node calls, and the line of code that calls it.
-        watched: operation → who else may read what it gave.
-        entered: name of a layer whose forward() is a user's → how often it was looked into.
+        facts: node → what it gave, with a `Shape` in place of every tensor.
+        failed: names of submodules that are leaves because they cannot be traced → why.
+        takers: names of the modules whose forward() was told a number that depends on sizes.
+        places: node → what it calls, and the line of code that calls it.
+        watched: node → why something outside the trace may read its result.
+        entered: name of a layer with a user's own forward() → how often it was traced into.
     """
 
     proxy_buffer_attributes = True
-    shows_parameters = True  # of users' layers, not the quantised weight
+    shows_parameters = True  # tells `OwnForward` to show the parameter, not the quantised weight
 
     def __init__(
         self,
@@ -205,7 +213,7 @@ class Tracer(torch.fx.Tracer):
         self.computing = False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """All tensors that forward() is given are inputs, in whatever they come."""
+        """Make a placeholder of every tensor in the arguments of forward(), however nested."""
         args, kwargs = self.arguments
         forward = self.root.forward  # the user may have put another one on the object
         bound = inspect.signature(forward).bind(*args, **kwargs)
@@ -231,6 +239,11 @@ class Tracer(torch.fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
     ) -> torch.fx.Proxy:
+        """Record an operation, compute it on the example, and note what is known of its result.
+
+        Raises:
+            RuntimeError: it writes to a tensor in a way that cannot be followed.
+        """
         if kind == "call_method" and target in ("reshape_as", "view_as"):
             target, args = "reshape", (args[0], args[1].shape)
         leaves = _leaves((args, kwargs))
@@ -255,10 +268,10 @@ class Tracer(torch.fx.Tracer):
         return self._note(proxy, _Known(value, sizes, own))
 
     def _versions(self, leaves: list[Any]) -> list[tuple[Tensor, int]]:
-        """Of the tensors that an operation is given, those made in the trace: their versions."""
+        """Return (tensor, version) for every argument of an operation that the trace has made."""
         proxies = [leaf for leaf in leaves if _is_proxy(leaf)]
         made = [p for p in proxies if isinstance(p, _Attribute) or p.node.op != "get_attr"]
-        # Of an ordinary tensor, which the trace takes for a constant, they may be a part.
+        # Left out are parts of ordinary tensors, which the trace takes for constants.
         ordinary = {_memory(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         return [
             (tensor, tensor._version)
@@ -268,9 +281,10 @@ class Tracer(torch.fx.Tracer):
         ]
 
     def _is_followed(self, node: torch.fx.Node, args: Any, written: set[int]) -> bool:
-        """Whether the memory that an operation has written to is known to be its first operand's.
+        """Return whether an operation that has written to memory wrote to its first operand's.
 
-        Of a leaf that could not be traced this is noted, as nothing else tells.
+        For a leaf that could not be traced this is also recorded in `node.meta`, as neither its
+        name nor an attribute tells.
         """
         if not args or not _is_proxy(args[0]):
             return False
@@ -283,7 +297,7 @@ class Tracer(torch.fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *more: Any, **options: Any) -> torch.fx.Node:
         node = super().create_node(kind, target, *more, **options)
-        if kind == "get_attr":  # of a buffer or a constant no proxy is made
+        if kind == "get_attr":  # a buffer or constant passed as an argument gets no proxy
             self.facts[node] = Shape(tuple(self._attribute(target).shape))
         return node
 
@@ -305,6 +319,7 @@ class Tracer(torch.fx.Tracer):
 
     @contextmanager
     def _only_computing(self) -> Iterator[None]:
+        """Inside, nothing is traced, and what is read of layers is not recorded in `reads`."""
         before, self.computing, reads = self.computing, True, len(self.reads)
         try:
             yield
@@ -325,7 +340,7 @@ class Tracer(torch.fx.Tracer):
         return known
 
     def _values(self, tree: Any) -> Any:
-        """Arguments of a call with what proxies stand for in their places."""
+        """Return the arguments of a call with every proxy replaced by its value."""
 
         def value(leaf: Any) -> Any:
             return self._known(leaf).value if _is_proxy(leaf) else leaf
@@ -333,7 +348,14 @@ class Tracer(torch.fx.Tracer):
         return torch.fx.node.map_aggregate(tree, value)
 
     def take(self, kind: str, proxy: torch.fx.Proxy) -> Any:
-        """The number, or length, of a proxy, which forward() may go by from now on."""
+        """Return the number, flag or length that a proxy has, and record that forward() knows it.
+
+        Args:
+            kind: "bool", "int", "float" or "len".
+
+        Raises:
+            RuntimeError: it depends on the values of a tensor that is not a buffer.
+        """
         known = self._known(proxy)
         if known.own:
             self._hold_buffers(proxy.node)
@@ -345,7 +367,7 @@ class Tracer(torch.fx.Tracer):
         return self._known(made).value
 
     def _hold_buffers(self, node: torch.fx.Node) -> None:
-        """Keep the channels of the buffers that a number was read out of."""
+        """Watch the buffers that a number was computed from, so that they keep their channels."""
         pending, seen = [node], {node}
         while pending:
             node = pending.pop()
@@ -361,7 +383,7 @@ class Tracer(torch.fx.Tracer):
         return iter([operator.getitem(obj, index) for index in range(self.take("len", obj))])
 
     def watch(self, values: Any, why: str) -> None:
-        """Note that somebody outside of the trace sees `values`."""
+        """Record that code outside of the trace may read the proxies in `values`."""
         for leaf in pytree.tree_leaves(values):
             if isinstance(leaf, torch.fx.Proxy) and leaf.tracer is self:
                 self.watched[leaf.node] = why
@@ -375,7 +397,7 @@ class Tracer(torch.fx.Tracer):
         return _Countable(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        # A buffer that is a single number counts something, or is a flag that forward() goes by.
+        # A buffer that is a single number is a counter, or a flag that forward() branches on.
         number = isinstance(attr_val, Tensor) and not attr_val.dim()
         if self.computing or (number and not isinstance(attr_val, nn.Parameter)):
             return attr_val
@@ -384,17 +406,17 @@ class Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_leaf(m) or module_qualified_name in self.failed:
             return True
-        # torch's own containers (its transformers) are leaves to torch.fx, layers and all.
+        # torch.fx takes torch's own containers (its transformers) for leaves: these hold layers.
         return super().is_leaf_module(m, module_qualified_name) and not has_layers(m)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        # What is no part of the model, such as an activation out of a table, is traced into.
+        # A module outside of the model, such as an activation in a table, has no name: trace it.
         if self.computing or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         inner = without_compile(m)
-        if inner is not m:  # what torch.compile made of a submodule: trace that submodule
+        if inner is not m:  # m is what torch.compile made of a submodule: trace the submodule
             result = inner(*args, **kwargs)
             self._watch_hooked(m, args, kwargs, result)
             return result
@@ -421,12 +443,12 @@ class Tracer(torch.fx.Tracer):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where it lies, as its views do: these count how often it is written to together."""
+    """Return the address of a tensor's storage, which its views share."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _line_of_user() -> tuple[str, int]:
-    """Where forward() is, past what traces it."""
+    """Return the file and line of the innermost stack frame that is not part of the tracing."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_TRACING):
         frame = frame.f_back
@@ -434,25 +456,26 @@ def _line_of_user() -> tuple[str, int]:
 
 
 def owner_of(node: torch.fx.Node) -> str:
-    """The name of the module whose forward() has made a node; "" for the one that is traced."""
+    """Return the name of the module whose forward() made a node; "" is the traced one itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]) if stack else ""
 
 
 def _leaves(tree: Any) -> list[Any]:
-    """As torch.fx sees them, with what is in slices."""
+    """Return the leaves of `tree` as torch.fx sees them, including the bounds of slices."""
     found: list[Any] = []
     torch.fx.node.map_aggregate(tree, found.append)
     return found
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in what may come out of a forward(), or be in a slice."""
+    """Return all tensors in `value`, be they in containers known to pytree or in slices."""
     leaves = pytree.tree_leaves(_leaves(value))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _is_whole(tensor: Tensor) -> bool:
+    """Return whether a tensor holds whole numbers or flags."""
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -461,10 +484,14 @@ def _is_proxy(value: Any) -> bool:
 
 
 def _outputs(returned: Any) -> Iterator[torch.fx.Proxy]:
-    """All tensors in what a forward() returns, those of objects such as dataclasses too."""
+    """Yield the proxies in what a forward() returned, also from objects such as dataclasses.
+
+    Raises:
+        RuntimeError: there is an object in it that cannot be searched for tensors.
+    """
     for leaf in leaves_of(returned):
         if _is_proxy(leaf):
-            if leaf.node.op != "get_attr":  # a parameter is cut, and no output
+            if leaf.node.op != "get_attr":  # a parameter is no output: it may be cut
                 yield leaf
         elif isinstance(leaf, type) or not isinstance(leaf, CLOSED):
             raise RuntimeError(f"it returns a {type(leaf).__name__}")

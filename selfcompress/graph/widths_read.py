@@ -1,4 +1,4 @@
-"""Notice where a forward() computes with how many channels a layer has, which a cut changes.
+"""Detect where a forward() computes with the number of channels of a layer, which a cut changes.
 
 To torch.fx such a number is a constant: nothing in a trace says where it came from.
 """
@@ -23,14 +23,14 @@ _OF_INPUTS, _OF_OUTPUTS = (
     ("out_channels", "out_features", "embedding_dim"),
 )
 _OF_NORMS = ("num_features", "running_mean", "running_var")
-_OF_GROUPS = ("groups",)  # which go as the last row of a group goes
+_OF_GROUPS = ("groups",)  # their number falls when a group loses its last row
 
 
 class Width(int):
-    """A number that can be told from others that are as large.
+    """A number that was read from a layer; its identity tells it from equal numbers.
 
     Attributes:
-        name: of the attribute that it is the value of.
+        name: the name of the attribute that it is the value of.
     """
 
     name = ""
@@ -46,10 +46,10 @@ class Read(NamedTuple):
 
 @contextmanager
 def noting_widths(module: nn.Module) -> Iterator[list[Read]]:
-    """Inside, it is noted what is read of layers and batch norms in `module`, from outside of them.
+    """Inside, record reads of the widths, statistics and groups of layers and norms in `module`.
 
-    Properties of classes that are put in the place of theirs do that. A user's own subclass of a
-    layer, whose class may be asked for, is left alone.
+    For this, each of them gets a subclass of its class in which these attributes are properties,
+    except layers left in float of a user's subclass, as forward() may ask for their class.
     """
     reads: list[Read] = []
     kinds = {
@@ -86,9 +86,10 @@ def _noted(name: str, reads: list[Read]) -> Any:
 def kept_whole(
     reads: Sequence[Read], nodes: Sequence[torch.fx.Node], module: nn.Module
 ) -> set[str]:
-    """Names in `module` of what must not lose anything: of what was read, rows are a part.
+    """Return the names of norms and grouped convolutions in `module` that must keep all rows.
 
-    Groups may be read to give them to the very convolution.
+    forward() has read the width or statistics of these norms, or the groups of these convolutions,
+    which a cut would change. Groups that it only passes to the convolution function do not count.
     """
     given = [product.groups for product in map(product_of, nodes) if product]
     layers = {
@@ -103,11 +104,11 @@ def kept_whole(
 def frozen_by_widths(
     reads: Sequence[Read], nodes: Sequence[torch.fx.Node], module: nn.Module
 ) -> dict[torch.fx.Node, str]:
-    """What keeps its channels since their number was read → why.
+    """Return the nodes that keep their channels, since forward() reads how many there are → why.
 
-    Not so where a tensor is flattened to as many numbers as a layer reads: both are cut alike. Nor
-    where what a layer has made is given its own width: it is then the trace's constant that
-    channels stay for, and their rows go.
+    Two uses of a width do not count. If a tensor is flattened to as many numbers as a layer reads,
+    both are cut alike. And if what a layer has made is shaped by the layer's own width, that number
+    is a constant of the trace, for which the channels keep their places, while their rows can go.
     """
     found: dict[torch.fx.Node, str] = {}
     calls = {node: layer for node in nodes if (layer := _called(node, module))}
@@ -126,7 +127,7 @@ def frozen_by_widths(
 
 
 def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module | None:
-    """The module that is called, or whose weight something is multiplied with."""
+    """Return the module that a node calls, or whose weight it multiplies with; None if neither."""
     if node.op == "call_module":
         return module.get_submodule(str(node.target))
     product = product_of(node)
@@ -137,7 +138,7 @@ def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module | None:
 
 
 def _shapes_to(node: torch.fx.Node, width: int) -> bool:
-    """Whether `node` is a view of a shape in which that very number is."""
+    """Return whether `node` is a view or reshape to a shape with the very object `width` in it."""
     is_view = node.op == "call_method" and node.target in ("view", "reshape")
     if not is_view and node.target is not torch.reshape:
         return False
@@ -147,7 +148,7 @@ def _shapes_to(node: torch.fx.Node, width: int) -> bool:
 def _is_made_by(
     layer: nn.Module, node: torch.fx.Node, calls: dict[torch.fx.Node, nn.Module]
 ) -> bool:
-    """Whether what `node` reads is what `layer` made, with no other layer in between."""
+    """Return whether `node` reads what `layer` made, with no other layer in between."""
     while node.args and isinstance(node.args[0], torch.fx.Node):
         node = node.args[0]
         if isinstance(calls.get(node), (Placed, *FLOAT_LAYERS)):
