@@ -20,6 +20,7 @@ from selfcompress.graph.connection import Connection
 from selfcompress.graph.fast_widths import fast_multiple
 from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.graph.planner import plan_cut
 from selfcompress.idle_rows import IdleRows
 from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
@@ -32,7 +33,7 @@ from selfcompress.restore import plan_towards, require_same_kind, require_same_o
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
-from selfcompress.surgery import Plan, apply_plan, check_optimizer, plan_cut
+from selfcompress.surgery import Plan, apply_plan, check_optimizer
 from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
 
 _WORTH_RECOMPILING = 0.05  # with torch.compile in use, cut only if this share of parameters goes

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfcompress.graph.channels import ChannelGraph
-from selfcompress.surgery import Plan, make_plan
+from selfcompress.graph.planner import make_plan
+from selfcompress.surgery import Plan
 
 
 def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -> Plan:

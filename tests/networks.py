@@ -17,8 +17,9 @@ from selfcompress.convert import quantize_layers
 from selfcompress.graph.channels import ChannelGraph
 from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.graph.planner import plan_cut
 from selfcompress.layers.quantized import quantized_layers
-from selfcompress.surgery import Plan, apply_plan, plan_cut
+from selfcompress.surgery import Plan, apply_plan
 
 
 @contextlib.contextmanager

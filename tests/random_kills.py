@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor
-from selfcompress.graph.liveness import analyse, settle_statistics
+from selfcompress.graph.liveness import constants, settle_statistics
 from selfcompress.graph.ops import Kind
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 
@@ -93,7 +93,7 @@ def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
         return lambda norm, args: before(norm, args[0], known)
 
     graph, model = compressor.graph, compressor.model
-    constant = analyse(graph, model).constant
+    constant = constants(graph, model)
     # Of a norm that is not followed, behind a layer that is not, nothing is known.
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     known = {name: np.zeros(_width(norm), bool) for name, norm in norms.items()}

@@ -25,8 +25,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from models.resnet9 import ResNet9
 from selfcompress import Compressor, CutError, Schedule
 from selfcompress.graph.connection import connected
+from selfcompress.graph.planner import plan_cut
 from selfcompress.layers.quantized import quantized_layers
-from selfcompress.surgery import plan_cut
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from selfcompress import Compressor, to_dense
 from selfcompress.graph.liveness import settle_statistics
+from selfcompress.graph.planner import plan_cut
 from selfcompress.layers.quantized import QuantConv2d
-from selfcompress.surgery import Plan, plan_cut
+from selfcompress.surgery import Plan
 from selfcompress.verify import CutError, compare, snapshot
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress import Compressor
 from selfcompress.graph.channels import ChannelGraph, Node
-from selfcompress.graph.liveness import analyse
+from selfcompress.graph.liveness import constants
 from selfcompress.graph.ops import Kind
 from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.surgery import Plan
@@ -87,7 +87,7 @@ def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
             zero[layer.rows] = False
             kept = (graph.silent & ~still_read)[graph.ids[node.name]]
             found[f"{node.module}.bias"] = zero | torch.from_numpy(kept)
-    constant = analyse(graph, compressor.model).constant
+    constant = constants(graph, compressor.model)
     for node in graph.of_kind(Kind.OWN_NORM):  # whose entries stay where their channels do
         nothing = (constant[node.name] == 0) | graph.silent[graph.ids[node.name]]
         found[f"{node.module}.bias"] = torch.from_numpy(nothing)

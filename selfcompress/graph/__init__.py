@@ -10,4 +10,5 @@ The modules, in the order in which they are best read:
     in_place, follow              build the channel graph from the trace
     liveness, connection          which rows and channels are alive, and which have to be
     removable, fast_widths        which dead channels can be removed, and which are better kept
+    planner                       turn all that into the indices that a cut keeps
 """

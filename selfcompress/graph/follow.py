@@ -50,7 +50,7 @@ from selfcompress.graph.ops import (
     reads_sizes,
     worked_on,
 )
-from selfcompress.graph.products import is_only_multiplied, product_of
+from selfcompress.graph.products import is_only_multiplied, product_of, weight_of
 from selfcompress.graph.trace import Part, Trace, trace
 from selfcompress.graph.tracer import Shape, owner_of
 from selfcompress.inputs import Inputs, batch_size
@@ -377,9 +377,8 @@ class _Builder:
 
     def _layer_of(self, node: torch.fx.Node) -> str:
         """Return the name of the layer whose own forward() calls `node` on its weight; else ""."""
-        product = product_of(node)
-        weight = product.weight if product else None
-        if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
+        weight = weight_of(node)
+        if weight is None:
             return ""
         name, _, key = self._target(weight).rpartition(".")
         own = isinstance(self.modules[name], OwnForward) and key == "weight"

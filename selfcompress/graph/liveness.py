@@ -54,21 +54,23 @@ class Liveness:
         gone: (number of ids at the start,) bool: channels that nothing depends on, as their value
             is not read, or is 0 and stays 0, or may as well be 0. Not those that are frozen, or
             removed already.
-        constant: node name → (positions,) the constant that each channel is with the rows that have
-            bits now, NaN where it varies.
         lingering: name of a bias → the indices of those entries that alone keep their channels:
             once they are driven to zero, the channels can go.
     """
 
     rows: dict[str, np.ndarray]
     gone: np.ndarray
-    constant: dict[str, np.ndarray]
     lingering: dict[str, np.ndarray]
 
 
 def analyse(graph: ChannelGraph, model: nn.Module) -> Liveness:
     """Return what is alive in `model`, whose channels are those that `graph` has now."""
     return _Analysis(graph, model).run()
+
+
+def constants(graph: ChannelGraph, model: nn.Module) -> dict[str, np.ndarray]:
+    """Return node name → (positions,) the constant that each channel is, NaN where it varies."""
+    return _Analysis(graph, model).follow_constants()
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def settle_statistics(graph: ChannelGraph, model: nn.Module, *, measured: bool =
             number from an attribute that has changed since the network was traced.
     """
     analysis = _Analysis(graph, model)
-    constant = analysis.run().constant
+    constant = analysis.follow_constants()
     for node in graph.of_kind(*_NORMS):
         norm = model.get_submodule(node.module)
         assert isinstance(norm, _BatchNorm)
@@ -143,20 +145,21 @@ class _Analysis:
     def run(self) -> Liveness:
         """Repeat the three steps until no row is dropped any more, and return the result."""
         # A dropped row may leave its readers only zeros, or what it has read unneeded.
-        now: dict[str, np.ndarray] = {}
         while True:
             before = {name: live.copy() for name, live in self.rows.items()}
-            self.constant = self._follow_constants()
-            now = now or self.constant
+            self.constant = self.follow_constants()
             self._look_back()
             self._drop()
             if all((live == before[name]).all() for name, live in self.rows.items()):
                 break
         gone = ~self._carried() & ~self.graph.frozen & ~self.graph.removed
-        return Liveness(self.rows, gone, now, self._lingering(gone))
+        return Liveness(self.rows, gone, self._lingering(gone))
 
-    def _follow_constants(self) -> dict[str, np.ndarray]:
-        """Return node name → (positions,) constants, from the inputs to the outputs."""
+    def follow_constants(self) -> dict[str, np.ndarray]:
+        """Return node name → (positions,) the constant that each channel is, NaN where it varies.
+
+        With the rows that are live so far: at first, those that have bits.
+        """
         constant: dict[str, np.ndarray] = {}
         self.fixed: set[str] = set()
         for node in self.graph.nodes:

@@ -55,6 +55,14 @@ def product_of(node: torch.fx.Node) -> Product | None:
     return Product(layer, given("input", 0), weight, bias, groups)
 
 
+def weight_of(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the node that reads the model's tensor which `node` has as its weight, if it has."""
+    product = product_of(node)
+    weight = product.weight if product else None
+    is_models = isinstance(weight, torch.fx.Node) and weight.op == "get_attr"
+    return weight if is_models else None
+
+
 def _before_casts(value: Any) -> Any:
     while isinstance(value, torch.fx.Node) and value.op == "call_method" and value.target in CASTS:
         value = value.args[0]

@@ -12,7 +12,7 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.graph.products import product_of
+from selfcompress.graph.products import product_of, weight_of
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.kinds import FLOAT_LAYERS
 from selfcompress.layers.placing import Placed
@@ -130,11 +130,8 @@ def _called(node: torch.fx.Node, module: nn.Module) -> nn.Module | None:
     """Return the module that a node calls, or whose weight it multiplies with; None if neither."""
     if node.op == "call_module":
         return module.get_submodule(str(node.target))
-    product = product_of(node)
-    weight = product.weight if product else None
-    if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
-        return None
-    return module.get_submodule(str(weight.target).rpartition(".")[0])
+    weight = weight_of(node)
+    return None if weight is None else module.get_submodule(str(weight.target).rpartition(".")[0])
 
 
 def _shapes_to(node: torch.fx.Node, width: int) -> bool:
