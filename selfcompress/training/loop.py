@@ -400,7 +400,7 @@ class Run:
         )
 
     def _version(self) -> object:
-        """Return a key that changes with the tensors that a step uses and the gradients it computes."""
+        """Return a key that changes when a step uses other tensors or computes other gradients."""
         return (self.compressor.cuts, self.compressor.frozen) if self.compressor else None
 
     def _diverged(self, loss: float, step: int) -> UserError:

@@ -161,7 +161,7 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """Describe the first option that differs, if any; one missing, as it is newer, counts as None."""
+    """Describe the first option that differs, if any; one missing (then unknown) counts as None."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"
