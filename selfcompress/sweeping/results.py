@@ -81,7 +81,7 @@ class Result:
 
 
 def read(folder: Path) -> Result | None:
-    """Read the run in `folder`; None if it is not finished.
+    """Read the run in `folder`, or return None if it is not finished.
 
     Raises:
         UserError: the files of the run are damaged.

@@ -155,7 +155,7 @@ def plan(sweep: Sweep, default_width: int | None) -> Plan:
     """Plan the runs of `sweep`, one seed after the other, and download its dataset if need be.
 
     Args:
-        default_width: width of the model; None if it cannot be chosen.
+        default_width: default width of the model; None if it cannot be chosen.
 
     Raises:
         UserError: the sweep cannot be run.
@@ -211,7 +211,7 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
     """Train the missing runs of `sweep`, report on all finished ones, and return the exit code.
 
     Args:
-        default_width: width of the model; None if it cannot be chosen.
+        default_width: default width of the model; None if it cannot be chosen.
         train: path of train.py.
 
     Raises:

@@ -68,7 +68,7 @@ def run(
     A run that is finished already is not trained again, unless `config.overwrite` is set.
 
     Args:
-        default_width: width of the model that `config` names; None if it cannot be chosen.
+        default_width: default width of the model that `config` names; None if it cannot be chosen.
         build_model: builds that model.
         make: makes the run; None is `Run`.
 
