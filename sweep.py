@@ -6,7 +6,7 @@
     tensorboard --logdir runs/SWEEP                                 all runs; see HPARAMS
 
 A sweep's folder ends up with results.csv, curve.png and .svg, more figures, and report.html. The
-same command again finishes what was interrupted and tries again what failed.
+same command, run again, finishes interrupted runs and tries failed ones again.
 """
 
 import sys

@@ -8,7 +8,7 @@
     python train.py --dataset folder --data-dir DIR     DIR/train/CLASS/* and DIR/test/CLASS/*
     tensorboard --logdir runs                           watch it shrink
 
-The same command again goes on where an interrupted run stopped, and skips a finished one.
+The same command, run again, resumes an interrupted run and skips a finished one.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Is a compressed network faster? Float and compressed, in torch and in ONNX Runtime, side by side.
+"""Time a compressed network beside the float one it started as, in torch and in ONNX Runtime.
 
     python -m benchmarks.inference RUN/net.scnn
 
 Takes a packed network of the package `models`, builds the float network it started as, and times
 both on random images, in turn, in one process: as torch modules and as ONNX files, in float32, on
-the CPU, and on a GPU (torch alone) where there is one. Times are medians; what to read are the
-ratios to the float network in the same engine.
+the CPU, and on a GPU (torch only) where there is one. Times are medians; the results to compare are
+the ratios to the float network in the same engine.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     start = about.architecture
-    assert start is not None  # load() has built it
+    assert start is not None  # load_described() has built it
     original = build(start.name, start.classes, start.width, start.image_size).eval()
     dense = to_dense(model)
     share = sum(about.macs.values()) / max(1, sum(about.macs_at_start.values()))
@@ -104,7 +104,7 @@ def _onnx_calls(original: nn.Module, model: nn.Module, images: Tensor) -> dict[s
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = torch.get_num_threads()
             settings.add_session_config_entry("session.disable_quant_qdq", unpack)
-            # Its threads would go on spinning while torch is timed.
+            # Its threads would otherwise go on spinning while torch is timed.
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(
                 str(path), settings, providers=["CPUExecutionProvider"]
@@ -117,10 +117,10 @@ def _onnx_calls(original: nn.Module, model: nn.Module, images: Tensor) -> dict[s
 
 
 def _medians(calls: dict[str, Call], seconds: float, device: str) -> dict[str, float]:
-    """The median time of each call, all of them in turn until `seconds` are over."""
+    """Return the median seconds of each call; all take turns until `seconds` have passed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        call()  # the first is slower
+        call()  # the first call is slower
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
         for name, call in calls.items():

@@ -1,15 +1,17 @@
-"""A language model that compresses itself, beside narrower ones at uniform bits: the library alone.
+"""Compare a self-compressing language model with narrower ones at uniform bits, without train.py.
 
     python -m benchmarks.language                                         two hours on one core
-    python -m benchmarks.language --steps 60 --widths 32 --gammas 0.003   to see it work
+    python -m benchmarks.language --steps 60 --widths 32 --gammas 0.003   a quick trial
 
-A GPT of four blocks learns to predict the next character of Python's own library as it lies on this
-machine; every tenth file is held out. This is the README's loop, on a model of nobody's list.
+A GPT of four blocks learns to predict the next character of Python's own library as installed on
+this machine; every tenth file is held out. The training loop is the README's; the model is defined
+here and not one of those in `models`.
 
 The peers are those of benchmarks/peers.py: *float*, the full width; *uniform*, narrower networks
-all of whose weights have 2, 3 or 4 bits, after 60 % of the run in 8 bits. Every network learns for
-the same steps with the same AdamW, and is measured as its file holds it. Files that are there
-already are measured again and not made anew, so that the command goes on where it was stopped.
+all of whose weights have 2, 3 or 4 bits, after 60 % of the run in 8 bits. Every network is trained
+for the same number of steps with the same AdamW, and evaluated as loaded from its file. Files that
+exist already are evaluated again but not trained again, so the command resumes where it was
+stopped.
 """
 
 import itertools
@@ -32,12 +34,12 @@ import selfcompress
 from benchmarks.peers import LEARN, Point, bar, height, number, set_bits
 from benchmarks.zoo import markdown
 
-CHARACTERS = 128  # of ASCII; others are the last of them
+CHARACTERS = 128  # ASCII; all other bytes are mapped to the last one
 CONTEXT = 128  # characters
-BATCH = 32  # windows of that length
+BATCH = 32  # windows of CONTEXT characters
 BLOCKS, HEADS = 4, 4
-RATE = 2e-3
-MEASURED = 100  # batches of the text held out
+RATE = 2e-3  # peak learning rate
+MEASURED = 100  # batches of held-out text per evaluation
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,23 @@ class Args:
     """Train the peers and print a table."""
 
     width: int = 128
-    """Of our network and of the float one."""
+    """Width of our network and of the float one."""
     gammas: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003, 0.01)
-    """Of our networks."""
+    """γ of our networks."""
     widths: tuple[int, ...] = (48, 64, 96, 128)
-    """Of the uniform networks: multiples of 4."""
+    """Widths of the uniform networks: multiples of 4."""
     bits: tuple[int, ...] = (2, 3, 4)
-    """Of the uniform networks."""
+    """Bits per weight of the uniform networks."""
     steps: int = 1500
-    """Of every network."""
+    """Training steps of every network."""
     seed: int = 0
-    """Of weights and batches."""
+    """Seed of weights and batches."""
     runs: Path = Path("runs/language")
     """Where the files of the networks go."""
 
 
 class Block(nn.Module):
-    """Attention to what came before, then an MLP, each added to what it reads."""
+    """A transformer block: causal self-attention, then an MLP, each with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class Block(nn.Module):
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, time, width) to the same."""
+        """Map (batch, time, width) to the same shape."""
         normed = self.norm1(x)
         q, k, v = (
             layer(normed).unflatten(2, (HEADS, -1)).transpose(1, 2)
@@ -84,7 +86,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits of the next character."""
+    """A transformer that predicts the logits of the next character."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """(batch, time) int64 to (batch, time, CHARACTERS)."""
+        """Map (batch, time) int64 characters to (batch, time, CHARACTERS) logits."""
         x = self.token(text) + self.place(torch.arange(text.shape[1], device=text.device))
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
@@ -112,7 +114,7 @@ def main() -> None:
 
 
 def train_all(args: Args) -> Iterator[Point]:
-    """Every network's point, its file made if it is not there yet."""
+    """Yield the point of every network, training those whose file does not exist."""
     learnt, held_out = text()
     for kind, width, pressure in [
         ("float", args.width, 0.0),
@@ -136,7 +138,7 @@ def train_all(args: Args) -> Iterator[Point]:
 
 
 def text() -> tuple[Tensor, Tensor]:
-    """(characters,) int64 each: Python's library to learn from, and the files held out."""
+    """Return Python's library as training and held-out text, each (characters,) int64."""
     library = Path(sysconfig.get_path("stdlib"))
     paths = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts)
     files = [path.read_bytes() for path in paths if "test" not in path.parts]
@@ -150,14 +152,14 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def windows(characters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch at random: (BATCH, CONTEXT) int64 each, what is read and what comes next."""
+    """Draw a batch of inputs and of the characters that follow, each (BATCH, CONTEXT) int64."""
     starts = torch.randint(len(characters) - CONTEXT, (BATCH, 1), generator=generator)
     window = characters[starts + torch.arange(CONTEXT + 1)]
     return window[:, :-1], window[:, 1:]
 
 
 def train(model: nn.Module, kind: str, pressure: float, args: Args, learnt: Tensor) -> None:
-    """Train from scratch; `pressure` is γ of ours, and the bits of a uniform network."""
+    """Train `model` from scratch; `pressure` is γ for "ours" and the bit depth for "uniform"."""
     generator = torch.Generator().manual_seed(args.seed)
     compressor = None
     if kind != "float":
@@ -191,14 +193,14 @@ def train(model: nn.Module, kind: str, pressure: float, args: Args, learnt: Tens
 
 
 def loss_of(model: nn.Module, read: Tensor, following: Tensor) -> Tensor:
-    """Cross-entropy in nats a character: a scalar."""
+    """Return the cross-entropy in nats per character, a scalar."""
     logits: Tensor = model(read)
     return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Tensor) -> float:
-    """Mean cross-entropy in nats a character, on batches that are the same for every network."""
+    """Return the mean cross-entropy in nats per character; every network gets the same batches."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     batches = [windows(held_out, generator) for _ in range(MEASURED)]
@@ -206,7 +208,7 @@ def evaluate(model: nn.Module, held_out: Tensor) -> float:
 
 
 def table(points: list[Point]) -> str:
-    """All networks by kind and size, as markdown; their scores are minus bits a character."""
+    """Return a markdown table by kind and size of networks scored by minus bits per character."""
     hull = bar(points)
     full = next(p for p in points if p.kind == "float")
     header = "", "", "file KB", "of float", "bits a character", "the bar", "of the way to float"

@@ -5,9 +5,9 @@
     python -m benchmarks.libraries bert regnet       those whose name contains one of these
     python -m benchmarks.libraries --markdown --why  a table to paste; what keeps its place, and why
 
-Of timm the smallest model of an architecture, or nearly, for images of 64 or 128 px where it can be
-had for such small ones; of transformers tiny ones, built from configurations. Columns and exit code
-are those of zoo.py; px is the length of a sentence where there is no image.
+Of timm, the smallest model (or nearly) of each architecture is measured, with images of 64 or 128
+px if it accepts them; of transformers, tiny models built from configurations. Columns and exit code
+are those of zoo.py; for text, px is the length of the sequence.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.zoo import BATCH, Result, measure_model, randomise, tell
 
-# timm's byoanet is not here: softmaxes of its attention, with random weights, multiply rounding by
-# more than 10⁹.
+# timm's byoanet is left out: with random weights, the softmaxes of its attention amplify rounding
+# errors more than 10⁹ times.
 TIMM = """
     cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convit_tiny convmixer_1024_20_ks9_p14
     convnext_atto_rms cpubone_nano crossvit_tiny_240 cs3darknet_focus_s csatv2_21m cspnext_tiny
@@ -49,7 +49,7 @@ _STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 _FOUR = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 _MOBILE = {"depth_multiplier": 0.25, "image_size": 64}
 
-# Model class without "For…" → what its configuration has, and the rest of the class's name.
+# Model class without "For…" → the rest of the class's name, and its configuration's arguments.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Albert": ("ForSequenceClassification", _TEXT | {"embedding_size": 16}),
     "Bert": ("ForSequenceClassification", _TEXT),
@@ -85,10 +85,10 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def of_timm(name: str) -> tuple[nn.Module, Tensor]:
-    """A model in train mode, and images as small as it takes."""
+    """Build a timm model in train mode, and the smallest images of a few sizes that it accepts."""
     import timm
 
-    # At 64 px some end in 1 × 1: a batch norm over two numbers multiplies rounding.
+    # At 64 px these end in 1 × 1, and a batch norm over two numbers amplifies rounding errors.
     smallest = 128 if name.startswith(("levit", "efficientvim")) else 64
     refused: Exception | None = None
     for px, sized in ((smallest, True), (smallest, False), (224, True), (224, False), (256, False)):
@@ -97,7 +97,7 @@ def of_timm(name: str) -> tuple[nn.Module, Tensor]:
             model = timm.create_model(name, num_classes=10, drop_rate=0.0, **size)
             x = torch.randn(BATCH, 3, px, px)
             model.train()(x)
-        except Exception as error:  # whatever a model says to images that it is not for
+        except Exception as error:  # models raise all kinds of errors for unsuitable images
             refused = error
             continue
         for module in model.modules():
@@ -108,7 +108,7 @@ def of_timm(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def of_transformers(name: str) -> tuple[nn.Module, Tensor]:
-    """A tiny model in train mode, and what it reads."""
+    """Build a tiny model of transformers in train mode, and an input for it."""
     import transformers
 
     what, options = TRANSFORMERS[name]
@@ -124,7 +124,7 @@ def of_transformers(name: str) -> tuple[nn.Module, Tensor]:
 def measure(
     name: str, build: Callable[[str], tuple[nn.Module, Tensor]], dtype: torch.dtype, seed: int
 ) -> Result:
-    """Draw the model's parameters anew, kill, cut and compare."""
+    """Build a model, draw its parameters anew, and measure it as zoo.py does."""
     torch.manual_seed(seed)
     model, x = build(name)
     for module in model.modules():

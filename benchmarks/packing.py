@@ -11,10 +11,10 @@ Columns, in milliseconds, medians over the repeats, in this process and on this 
     coded      whether integers are entropy coded
     pack       from the network to the bytes of the file
     unpack     from these bytes to integers and floats
-    set up     from those to the network; building it in the first place is not counted
+    set up     from those to the network; building the starting network is not counted
     bytes      of the file
-    stored     bytes that the network's stored bits are, see selfcompress/size.py
-    entropy    bytes that ideal coding of the integers would take, of all else as stored
+    stored     the network's stored bits in bytes, see selfcompress/size.py
+    entropy    bytes that the file would have if its integers were coded ideally
 """
 
 import statistics
@@ -44,7 +44,7 @@ def main(repeats: int = 5) -> None:
     """Time packing and loading.
 
     Args:
-        repeats: of every measurement.
+        repeats: how often every measurement is repeated.
     """
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':18} coded  pack  unpack  set up       bytes      stored     entropy")
@@ -77,7 +77,7 @@ def mix_bits(model: nn.Module) -> None:
 def measured(
     model: nn.Module, build_network: Callable[[], nn.Module], coded: bool, repeats: int
 ) -> tuple[list[tuple[float, float, float]], int, float]:
-    """Seconds to pack, unpack and set up, each time; bytes of the file; with ideal coding."""
+    """Return seconds to pack, unpack and set up, by repeat; the file's bytes, as is and ideal."""
     times = []
     for _ in range(repeats):
         fresh = build_network()

@@ -1,4 +1,4 @@
-"""The figures of the paper (arXiv 2301.13142) with a sweep's own runs drawn over them.
+"""Draw the figures of the paper (arXiv 2301.13142) with the runs of a sweep over them.
 
     python -m benchmarks.paper runs/sweep --out docs/paper.png
 
@@ -8,7 +8,7 @@ fractional bits; so everything is drawn relative to where each network started:
 
 - *Fig. 3*: accuracy lost against the float network, over Q in percent of 32 bits;
 - *Fig. 1*: Q over the training;
-- *Fig. 2*: the time of an epoch, in times the first three's;
+- *Fig. 2*: the time of an epoch, relative to the median of the first three;
 - *Fig. 4*: channels left in every layer, in percent of its width.
 """
 
@@ -28,16 +28,16 @@ from selfcompress.sweeping.results import Result, read_all
 from selfcompress.training.errors import UserError
 
 # Read off the paper's figures, or stated in its text; Fig. 3 is in `curves`.
-FLOAT = 95.69
+FLOAT = 95.69  # accuracy of the float network, %
 EPOCHS = 930
 SIZE = {0: 24.0, 50: 8.0, 100: 5.0, 200: 3.3, 930: 2.2}  # epoch → Q %
-SECONDS = {0: 16.0, 930: 10.5}  # epoch → its time
+SECONDS = {0: 16.0, 930: 10.5}  # epoch → its seconds
 WIDTHS = {
     "prep.conv": (64, 30), "layer1.conv": (128, 102), "res1.block1.conv": (128, 101),
     "res1.block2.conv": (128, 97), "layer2.conv": (256, 112), "layer3.conv": (512, 364),
     "res3.block1.conv": (512, 58), "res3.block2.conv": (512, 346),
 }  # fmt: skip
-"""Name of a layer in `models.resnet9` → its width, what is left of it."""
+"""Name of a layer in `models.resnet9` → its width, and the channels left of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Args:
     folder: Annotated[Path, tyro.conf.Positional]
     """Where finished runs of train.py or sweep.py are."""
     out: Path = Path("paper.png")
-    """The picture."""
+    """File that the picture is written to."""
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """The four figures, for the runs of the default model among `results`.
+    """Draw the four figures, for the runs of the default model (resnet9) among `results`.
 
     Raises:
         UserError: there is no float run, or nothing to compare with it.
@@ -124,7 +124,7 @@ def _q_percent(result: Result) -> list[float]:
 
 
 def _relative_time(result: Result) -> list[float]:
-    """Of medians over three epochs: machines are shared."""
+    """Return epoch times relative to the first ones, as medians of three: machines are shared."""
     seconds = result.summary["seconds_per_epoch"]
     smooth = [median(seconds[max(0, n - 1) : n + 2]) for n in range(len(seconds))]
     return [s / median(seconds[:3]) for s in smooth]

@@ -1,4 +1,4 @@
-"""Self-compression beside what one could do instead: accuracy against the bytes of the file.
+"""Compare self-compression with alternatives, by accuracy against the bytes of the file.
 
     python -m benchmarks.peers --dataset folder --data-dir data/cifar10-jpeg --epochs 12
     python -m benchmarks.peers --dataset digits --width 8          small, no network needed
@@ -7,17 +7,18 @@
 The peers, all trained by train.py's own loop with the same data, epochs, schedule and seeds:
 
 - *float*: the full width in 32 bits, the accuracy to aim at;
-- *uniform*: what a user would type first, a narrower network whose weights all have 2, 3 or 4
-  bits (quantisation-aware training by the same quantiser, with exponents fitted and learned per
-  row like ours, and packed into the same file). They learn in 8 bits for the first 60 % of the
-  run: with two bits from the start, or from 30 %, they end several points lower, or one;
+- *uniform*: the obvious alternative, a narrower network whose weights all have 2, 3 or 4 bits
+  (quantisation-aware training by the same quantiser, with exponents fitted and learned per row like
+  ours, and packed into the same kind of file). They learn in 8 bits for the first 60 % of the run:
+  with two bits from the start they end several points lower, with two bits from 30 % on, one point;
 - *DiffQ* (with --diffq, its penalties): groups of 8 weights, bits learned by Adam as its authors
   advise; its bytes are those that it reports itself, compressed.
 
-The bar is the upper hull of the uniform networks in (log bytes, accuracy): every network on it can
-be had by choosing a width, everything between by luck. The table says how many points a network is
-above the bar, and which share of the way from the bar to float that is. Every network is a run
-folder of train.py's below --runs, so the command goes on where it was stopped.
+The bar is the upper hull of the uniform networks in (log bytes, accuracy): the networks at its
+corners can be had by choosing a width and bits, those between only by luck. The table says how many
+points a network is above the bar, and which share of the way from the bar to float that is. Every
+run has a folder of its own below --runs, as train.py makes them, so the command resumes where it
+was stopped.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from selfcompress.training.config import Config, DatasetName
 from selfcompress.training.errors import exit_code
 from selfcompress.training.loop import Run, run
 
-LEARN = 0.6  # of the run: until then uniform networks have 8 bits
+LEARN = 0.6  # fraction of the run in which uniform networks have 8 bits
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,23 @@ class Args:
     """Train the peers and put them into one table and one figure."""
 
     data_dir: Path = Path("data")
-    """As train.py's."""
+    """As in train.py."""
     dataset: DatasetName = "cifar10"
-    """As train.py's."""
+    """As in train.py."""
     model: str = "resnet9"
-    """As train.py's."""
+    """As in train.py."""
     width: int = 16
-    """Of our network and of the float one."""
+    """Width of our network and of the float one."""
     epochs: int | None = None
-    """Of every network; as train.py's."""
+    """Epochs of every network, as in train.py."""
     gammas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    """Of our networks."""
+    """γ of our networks."""
     widths: tuple[int, ...] = (4, 6, 8, 10, 12, 14)
-    """Of the uniform networks."""
+    """Widths of the uniform networks."""
     bits: tuple[int, ...] = (2, 3, 4)
-    """Of the uniform networks."""
+    """Bits per weight of the uniform networks."""
     diffq: tuple[float, ...] = ()
-    """Penalties of DiffQ per MB; none: it is left out."""
+    """Penalties of DiffQ per MB; without any, DiffQ is left out."""
     seeds: int = 1
     """Runs of every network, seeds 0, 1, ..."""
     runs: Path = Path("runs/peers")
@@ -80,7 +81,7 @@ class Args:
 
 @dataclass(frozen=True)
 class Point:
-    """One network: means over its seeds.
+    """The size and accuracy of one network, as means over its seeds.
 
     Attributes:
         kind: "float", "uniform", "ours" or "DiffQ".
@@ -97,14 +98,14 @@ class Point:
 
 @torch.no_grad()
 def set_bits(compressor: Compressor, bits: int) -> None:
-    """Give all rows so many bits, and exponents to fit."""
+    """Give all rows `bits` bits, and fit their exponents to that."""
     for layer in compressor.layers.values():
-        layer.bit_depth.fill_(bits - 0.5)  # the middle of those that round up to it
+        layer.bit_depth.fill_(bits - 0.5)  # the middle of the depths that round up to `bits`
         layer.exponent.copy_(fit_exponent(layer.weight_by_row(), layer.bit_depth))
 
 
 class UniformRun(Run):
-    """Quantisation-aware training at γ = 0: rows keep the bit depth of --bits, later on `bits`."""
+    """Quantisation-aware training at γ = 0: rows have --bits until `LEARN`, then `bits`."""
 
     def __init__(self, *args: Any, bits: int) -> None:
         super().__init__(*args)
@@ -118,25 +119,25 @@ class UniformRun(Run):
 
 
 class DiffQRun(Run):
-    """A float network that DiffQ quantises."""
+    """A run in which DiffQ quantises a float network."""
 
     def __init__(self, *args: Any, penalty: float) -> None:
         super().__init__(*args)
         from diffq import DiffQuantizer
 
         self.penalty = penalty
-        self.model.to(memory_format=torch.contiguous_format)  # it views weights as flat
-        # Convolutions and the linear layer; DiffQ leaves what is no multiple of 8 alone.
+        self.model.to(memory_format=torch.contiguous_format)  # as DiffQ flattens weights by views
+        # For convolutions and the linear layer; DiffQ skips weights whose size 8 does not divide.
         self.quantizer = DiffQuantizer(self.model, group_size=8, min_size=0.001)
         self.bits = torch.optim.Adam(
             [p for name, p in self.model.named_parameters() if name.endswith("_diffq")], lr=5e-3
         )
         self.quantizer.no_optimizer()
-        # DiffQ's hooks are not to be recorded.
+        # DiffQ's hooks must not be recorded in a CUDA graph.
         self.differentiate = lambda _, *batch: self._differentiate(*batch)
 
     def train(self) -> dict[str, Any]:
-        """Train, from the start; the summary has what `Point` needs and no more."""
+        """Train from the start, and return a summary of only what `Point` needs."""
         for epoch in range(self.epochs):
             metrics = self._epoch(epoch)
         summary = {
@@ -175,7 +176,7 @@ def compare(args: Args) -> int:
 
 
 def train_all(args: Args) -> Iterable[Point]:
-    """Every network's point, its runs trained if they are not there yet."""
+    """Yield the point of every network, training those runs that are not finished."""
     base = Config(
         dataset=args.dataset, data_dir=args.data_dir, model=args.model, width=args.width,
         epochs=args.epochs,
@@ -215,7 +216,7 @@ def _point(kind: str, name: str, summaries: Sequence[dict[str, Any]]) -> Point:
 
 
 def bar(points: Iterable[Point]) -> list[Point]:
-    """The corners of the uniform networks' upper hull over log bytes, smallest first."""
+    """Return the corners of the uniform networks' upper hull over log bytes, smallest first."""
     hull: list[Point] = []
     uniform = sorted((p for p in points if p.kind == "uniform"), key=lambda p: (p.size, p.accuracy))
     for point in uniform:
@@ -233,7 +234,7 @@ def _slope(a: Point, b: Point) -> float:
 
 
 def height(size: float, hull: Sequence[Point]) -> float:
-    """The bar's accuracy at so many bytes; NaN below its smallest network."""
+    """Return the bar's accuracy at `size` bytes; NaN below its smallest network."""
     if size < hull[0].size:
         return math.nan
     for a, b in itertools.pairwise(hull):
@@ -243,7 +244,7 @@ def height(size: float, hull: Sequence[Point]) -> float:
 
 
 def table(points: Sequence[Point]) -> str:
-    """All networks by kind and size, as markdown."""
+    """Return a markdown table of all networks, by kind and size."""
     hull = bar(points)
     full = next(p for p in points if p.kind == "float")
     header = (
@@ -268,7 +269,7 @@ def number(value: float, form: str, unit: str = "") -> str:
 
 
 def figure(points: Sequence[Point]) -> Figure:
-    """Accuracy over bytes of the file, with the bar as a line."""
+    """Draw accuracy over the bytes of the file, with the bar as a line."""
     drawing = Figure(figsize=(7, 4.5), layout="constrained")
     axes = drawing.add_subplot()
     full = next(p for p in points if p.kind == "float")

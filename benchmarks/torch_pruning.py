@@ -6,28 +6,29 @@
     python -m benchmarks.torch_pruning --layer-norm         groups with layer norms too
     python -m benchmarks.torch_pruning --markdown           a table to paste
 
-(With -m, from the repository's root: run as a script, this file would be imported in the library's
-place.)
+(Use -m, from the repository's root: run as a script, this file would be imported in place of the
+library of the same name.)
 
 The question is the same for both: when 30 % of the channels of every layer compute nothing, does
 taking them out leave the output as it was? Both get the same model and input from
-benchmarks/zoo.py, in float64 (float32 above 150 M parameters), so that a difference is a mistake
-and not rounding. A process of its own runs each, for at most --limit CPU seconds.
+benchmarks/zoo.py, in float64 (float32 above 150 M parameters), so that a difference is an error of
+the cut and not of rounding. Each runs in its own process, for at most --limit CPU seconds.
 
 Torch-Pruning is used as its README recommends: `tp.pruner.BasePruner` with a pruning ratio of
-0.3, random importance, the classifier in `ignored_layers`, no `round_to`, other options as they
-come (auxiliary heads off, as in its own torchvision example), and `step(interactive=True)`. All
+0.3, random importance, the classifier in `ignored_layers`, no `round_to`, defaults for all other
+options (auxiliary heads off, as in its own torchvision example), and `step(interactive=True)`. All
 the groups it proposes are first silenced: the rows, batch-norm weights and biases that a group
 says belong to its channels are set to 0. The network now computes nothing on these channels; its
-batch norms get new statistics, lest activations grow beyond all bounds; its output is recorded;
+batch norms get new statistics, so that activations stay bounded; its output is recorded;
 and each group is cut with `DG.get_pruning_group`, `DG.check_pruning_group` and `group.prune()`.
 Removing a channel from a layer norm changes its mean and variance even if the channel is 0, so
 groups that a layer norm is part of are left out, unless --layer-norm is given (then with
 `round_to` = number of heads for ViTs, whose attention needs it).
 
-Columns for Torch-Pruning: the verdict; groups cut of groups proposed; parameters cut; the largest
-difference, of the output's scale (exact: up to 1e-5); CPU seconds to build the graph and to prune.
-For selfcompress as in zoo.py, for one cut; its seconds to cut include its own check of the output.
+Columns for Torch-Pruning: the verdict; groups cut of groups proposed; parameters cut, in percent;
+the largest difference, relative to the output's scale (exact: up to 1e-5); CPU seconds to build the
+graph and to prune. For selfcompress they are as in zoo.py, for one cut; its seconds to cut include
+its own check of the output.
 """
 
 import argparse
@@ -58,10 +59,10 @@ class Pruned:
     """What Torch-Pruning did to one model.
 
     Attributes:
-        groups: proposed by Torch-Pruning.
-        skipped: left out for a layer norm.
-        cut: pruned without an exception.
-        error: the first exception, and where.
+        groups: groups proposed by Torch-Pruning.
+        skipped: groups left out because of a layer norm.
+        cut: groups pruned without an exception.
+        error: the first exception, and where it was raised.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Ours:
-    """What selfcompress did to the same model."""
+    """What selfcompress did to one model."""
 
     cut_percent: float = 0.0
     difference: float = 0.0
@@ -159,7 +160,7 @@ def prune(name: str, layer_norm: bool, seed: int = 0) -> Pruned:
             if pruner.DG.check_pruning_group(group):
                 group.prune()
                 cut += 1
-        if isinstance(model, VisionTransformer):  # whose forward() checks against it
+        if isinstance(model, VisionTransformer):  # forward() checks hidden_dim
             model.hidden_dim = model.conv_proj.out_channels
         seconds += time.process_time() - start
         where = "running the pruned model"
@@ -175,7 +176,7 @@ def prune(name: str, layer_norm: bool, seed: int = 0) -> Pruned:
 
 @torch.no_grad()
 def silence(group: Any, graph: Any) -> None:
-    """Set everything that the group says computes its channels to 0."""
+    """Set to 0 all weights and biases that, according to `group`, compute its channels."""
     for dep, idxs in group:
         module = dep.target.module
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -189,7 +190,7 @@ def silence(group: Any, graph: Any) -> None:
 
 
 def compress(name: str, seed: int = 0) -> Ours:
-    """Let selfcompress cut the same model."""
+    """Let selfcompress cut 30 % of the rows of every quantised layer of a model."""
     try:
         result = zoo.measure(name, seed=seed, cuts=1)
     except Exception as error:
@@ -204,7 +205,7 @@ def compress(name: str, seed: int = 0) -> Ours:
 
 
 def apart(limit: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns in a process of its own, or why it returned nothing, as a str."""
+    """Call `function` in a process of its own; return its result, or why there is none as a str."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(there, limit, function, *args), daemon=True)
@@ -240,7 +241,7 @@ HEADER = (
 
 
 def cells(theirs: Pruned, ours: Ours) -> tuple[str, ...]:
-    """The row of the table."""
+    """Return the row of the table for one model."""
     return (
         theirs.name,
         theirs.verdict,
@@ -259,7 +260,7 @@ def cells(theirs: Pruned, ours: Ours) -> tuple[str, ...]:
 
 
 def totals(pairs: list[tuple[Pruned, Ours]]) -> Iterable[str]:
-    """The counts over all models, in lines."""
+    """Yield lines with the counts over all models."""
     theirs, ours = [t for t, _ in pairs], [o for _, o in pairs]
     yield (
         f"Torch-Pruning: {len(theirs)} models, {sum(t.built for t in theirs)} traced, "

@@ -1,14 +1,14 @@
-"""What a step of training costs: float, self-compressing and cut networks, side by side.
+"""Time training steps of float, self-compressing and cut networks, side by side.
 
     python -m benchmarks.training --width 16
     pip install diffq, and add --diffq                     DiffQ's step too (CC-BY-NC licence)
     python -m benchmarks.training --whole                  and two whole runs on digits
 
-Steps are train.py's own, on random images held in memory: augmentation, forward, backward, the
-optimiser, and the compressor's share. All networks take turns in one process; times are medians,
-and what to read are the ratios. Networks with fewer MACs are the self-compressing one after some
-channels of every layer, drawn at random, have lost their bits and were cut out: as in training,
-layers that add up lose different ones.
+Steps are train.py's own, on random images held in memory: forward, backward, the optimiser, and the
+compressor's step; augmentation is timed separately. All networks take turns in one process; times
+are medians, and the results to compare are their ratios. Networks with fewer MACs are the
+self-compressing one after some channels of every layer, drawn at random, have lost their bits and
+were cut: as in training, layers whose outputs are added lose different channels.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from selfcompress.training.memory import keep_freed
 from selfcompress.training.runs import RunFolder
 
 CLASSES, IMAGES = 10, 2048
-EPOCH_IMAGES = 50_000  # of CIFAR-10: a cut is made once in as many
+EPOCH_IMAGES = 50_000  # of CIFAR-10; train.py cuts once per epoch
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Options:
     """Time steps of training, and what they are made of."""
 
     model: str = "resnet9"
-    """As train.py's."""
+    """As in train.py."""
     width: int | None = None
-    """As train.py's."""
+    """As in train.py."""
     image_size: int = 32
-    """Pixels."""
+    """Height and width of the images in pixels."""
     batch_size: int = 512
     """Images per step."""
     kept: tuple[float, ...] = (0.7, 0.45, 0.25)
-    """Channels of every layer that the smaller networks keep."""
+    """Fractions of the channels of every layer that the smaller networks keep."""
     steps: int = 15
-    """Of every network, to take the median of."""
+    """Steps of every network that the median is taken over."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Threads of torch; None is its default."""
     diffq: bool = False
@@ -71,7 +71,7 @@ class Timed:
     times: list[float] = dataclasses.field(default_factory=list)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of training, without the augmentation of its images."""
+        """Do one training step, without augmentation, and note how long it took."""
         self.times.append(_seconds(lambda: self.run._step(images, labels), images.device))
 
     @property
@@ -104,7 +104,7 @@ def main() -> int:
 
 def _steps(options: Options, folder: Path, device: torch.device) -> None:
     dataset = _random_images(options.image_size, device)
-    # So many epochs that bits take their smallest steps: the network stays what it is.
+    # With so many epochs a step changes bit depths very little, so the networks keep their sizes.
     config = Config(
         dataset="digits", model=options.model, width=options.width, epochs=100_000,
         batch_size=options.batch_size, gamma=0.01, flip=True,
@@ -115,7 +115,7 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
         changed = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
         run = kind(changed, dataset, device, RunFolder(folder, {}), build)
         if run.compressor is not None:
-            # In the middle of the run, where the penalty presses and formats move.
+            # In the middle of the run, where the penalty acts and formats change.
             run.compressor.steps = run.epochs * run.steps_per_epoch // 2
         return run
 
@@ -164,7 +164,7 @@ def _steps(options: Options, folder: Path, device: torch.device) -> None:
 
 
 def _compressor_step(run: Run, images: Tensor, labels: Tensor) -> float:
-    """Seconds that one `Compressor.step` takes, part of a step of training."""
+    """Return the median seconds of one `Compressor.step`, which is part of a training step."""
     compressor = run.compressor
     assert compressor is not None
     times = []
@@ -178,11 +178,11 @@ def _compressor_step(run: Run, images: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def _cut(run: Run, share: float) -> None:
-    """Take channels of every layer, drawn at random, out of a network in training."""
+    """Cut all but a `share` of the channels, drawn at random, of all layers but the last."""
     assert run.compressor is not None
     generator = torch.Generator().manual_seed(0)
     for layer in list(run.compressor.layers.values())[:-1]:
-        if layer.grouped:  # a depthwise one loses those of the layer before it
+        if layer.grouped:  # a depthwise one loses the channels of the layer before it
             continue
         order = torch.randperm(layer.out_width, generator=generator)
         layer.bit_depth[order[max(1, round(share * layer.out_width)) :].to(layer.rows)] = 0
@@ -190,7 +190,7 @@ def _cut(run: Run, share: float) -> None:
 
 
 def _whole(folder: Path) -> None:
-    """Two runs of equal epochs, one after the other."""
+    """Train digits in float and at γ = 0.01, one after the other, and print both times."""
     seconds = {}
     for name, options in (("float", {"float_baseline": True}), ("γ = 0.01", {"gamma": 0.01})):
         config = Config(dataset="digits", run_dir=folder / name, **options)  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done what it was given."""
+    """Return a clock's seconds, after waiting for the device to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

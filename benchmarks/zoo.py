@@ -1,4 +1,4 @@
-"""Cut every classification model of torchvision twice, and measure whether it stays the same.
+"""Cut every classification model of torchvision twice, and check that its outputs stay the same.
 
     python benchmarks/zoo.py                         every model up to 250 M parameters
     python benchmarks/zoo.py resnet mnasnet0_5       those whose name contains one of these
@@ -7,28 +7,30 @@
 
 Each model is built without trained weights, for small inputs in a batch of 2, with dropout and
 stochastic depth at 0; all its parameters and batch-norm statistics are drawn anew, so that every
-part of it is heard in its output (torchvision starts some heads and norms at zero). Then, twice:
-30 % of the rows of every quantised layer lose their bits, what is left of them (biases, and β of
-the batch norms that read nothing else) is set to 0, and compressor.cut() cuts them, SGD's momentum
-along. Half of the 30 % is the same choice for all layers of one width, so that residual streams
-lose channels too. The model is trained for a step before the first cut and for two between them.
+part of it affects its output (torchvision starts some heads and norms at zero). Then, twice: 30 %
+of the rows of every quantised layer lose their bits, what is left of them (biases, and β of the
+batch norms that read nothing else) is set to 0, and compressor.cut() removes them from the model
+and from SGD's momentum. Half of the 30 % is the same choice for all layers of one width, so that
+residual streams lose channels too. The model is trained for a step before the first cut and for two
+steps between the cuts.
 
 Columns:
 
     px          height and width of the input
     dtype       float64 where memory allows; float32 above 150 M parameters
     traced      yes; parts: some of it is opaque to the tracer; no: nothing can be removed
-    quantised   weights in quantised layers, of all weights of layers
-    removable   channels that may leave the network, of all that such layers make
-    conv        the same, of convolutions alone
-    cut         parameters that two cuts removed
-    Δ eval      largest difference between the outputs before and after a cut, of their scale:
-    Δ train     in eval mode; in train mode, where models may return more outputs
+    quantised   weights in quantised layers, in percent of all weights of layers
+    removable   channels that can be removed, in percent of all that layers with weights compute
+    conv        the same for convolutions alone
+    cut         parameters that two cuts removed, in percent
+    Δ eval      largest difference between the outputs before and after a cut, relative to the
+                scale of the output, in eval mode
+    Δ train     the same in train mode, where models may return more outputs
     trace s     CPU seconds to build the Compressor
     cut s       CPU seconds for one cut, its own check included (mean of two)
 
 Exits with 1 if a model fails or differs by more than 1e-10 (float32: 1e-5, and in eval mode only,
-for batch norms over few numbers multiply its rounding too much).
+as batch norms over few numbers amplify its rounding errors too much).
 """
 
 import argparse
@@ -59,14 +61,14 @@ from selfcompress.graph.liveness import settle_statistics
 BATCH = 2
 DEAD = 0.3  # of the rows of every layer, at each of the two cuts
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-FLOAT64_LIMIT = 150e6  # parameters: up to here in float64
-BACKWARD_LIMIT = 100e6  # above, gradients are made up: autograd would need 10 times the weights
-LARGE = 250e6  # above, only with --large
+FLOAT64_LIMIT = 150e6  # parameters; larger models are measured in float32
+BACKWARD_LIMIT = 100e6  # parameters; above, made-up gradients: autograd needs 10 times the memory
+LARGE = 250e6  # parameters; larger models are measured only with --large
 
-# Height and width of the input by family, at which a model works in both modes, and means
-# something in train mode: at 32 px many end in tensors of 1 × 1, and a batch norm over the two
-# numbers of a batch of 2 multiplies rounding up to 10⁹ times (measured with disturbed inputs).
-# (inception_v3's second head, which only train mode runs, asks for 299.)
+# Height and width of the input by family, at which a model works in both modes and train mode is
+# meaningful: at 32 px many models end in tensors of 1 × 1, and a batch norm over the two numbers
+# of a batch of 2 amplifies rounding errors up to 10⁹ times (measured with perturbed inputs).
+# (inception_v3's second head, which only runs in train mode, needs 299.)
 _PX: dict[str, int] = {
     "vgg|squeezenet|convnext|swin|vit_._16": 32, "vit_h_14": 28, "maxvit": 224, "inception": 299,
 }  # fmt: skip
@@ -77,7 +79,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_._32": {"image_size": 64},
     "vit_h_14": {"image_size": 28},
 }
-_FORMATS = {"bit_depth", "exponent"}  # parameters of the compressor's, not the network's
+_FORMATS = {"bit_depth", "exponent"}  # parameters that belong to the compressor, not to the network
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Layer:
     """One entry of the compressor's report, and what kind of layer it is.
 
     Attributes:
-        mlp: the first linear layer of an MLP block, whose rows are its hidden channels.
+        mlp: whether it is the first linear layer of an MLP block, with its hidden channels as rows.
     """
 
     name: str
@@ -119,8 +121,8 @@ class Result:
     def exact(self) -> bool:
         """Whether no cut changed an output by more than rounding.
 
-        In train mode that is asked of float64 alone: batch norms over few numbers multiply
-        rounding by up to 10⁵ in deep networks.
+        Train mode counts in float64 only: batch norms over few numbers amplify rounding errors
+        up to 10⁵ times in deep networks.
         """
         counts = [self.difference_eval]
         if self.dtype is torch.float64:
@@ -129,22 +131,22 @@ class Result:
 
     @property
     def removable_percent(self) -> float:
-        """Channels that may leave the network, of all channels."""
+        """Channels that can be removed, in percent of all channels."""
         return _percent(self.layers)
 
     @property
     def conv_removable_percent(self) -> float:
-        """The same for convolutions; NaN without any."""
+        """Channels of convolutions that can be removed, in percent; NaN without convolutions."""
         return _percent(layer for layer in self.layers if layer.conv)
 
     @property
     def cut_percent(self) -> float:
-        """Parameters that are gone after two cuts."""
+        """Parameters that the cuts removed, in percent."""
         return 100 * (1 - self.left / self.parameters)
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
+        """The row of the table for this model."""
         return (
             self.name,
             str(self.px),
@@ -168,25 +170,25 @@ HEADER = (
 
 
 def names(wanted: Iterable[str] = ()) -> list[str]:
-    """torchvision's classification models, or those whose name contains one of `wanted`."""
+    """Return torchvision's classification models, or those whose name contains one of `wanted`."""
     every: list[str] = models.list_models(module=models)
     wanted = list(wanted)
     return [n for n in every if not wanted or any(w in n for w in wanted)]
 
 
 def parameters(name: str) -> int:
-    """How many parameters the model has, from torchvision's own records; it is not built."""
+    """Return a model's number of parameters from torchvision's metadata, without building it."""
     weights = next(iter(models.get_model_weights(name)))
     return int(weights.meta["num_params"])
 
 
 def dtype_for(name: str) -> torch.dtype:
-    """The most exact type that memory allows."""
+    """Return float64, or float32 for models that are too large for it."""
     return torch.float64 if parameters(name) <= FLOAT64_LIMIT else torch.float32
 
 
 def build(name: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> tuple[nn.Module, Tensor]:
-    """The model with parameters drawn anew, in train mode, and an input of its size."""
+    """Build a model with parameters drawn anew, in train mode, and an input of its size."""
     torch.manual_seed(seed)
     for family, extra in _OPTIONS.items():
         if re.match(family, name):
@@ -202,15 +204,15 @@ def build(name: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> tuple
 
 
 def px_of(name: str) -> int:
-    """Height and width of the model's input."""
+    """Return the height and width of a model's input in pixels."""
     return next((px for family, px in _PX.items() if re.match(family, name)), _DEFAULT_PX)
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, x: Tensor) -> None:
-    """Draw all parameters anew, at scales that let signals through, and batch-norm statistics.
+    """Draw all parameters and batch-norm statistics anew, at scales that keep signals in range.
 
-    The statistics are those of `x`, disturbed, so that activations keep their size in eval mode
+    The statistics are those of `x`, perturbed, so that activations keep their scale in eval mode
     however deep the network is.
     """
     done: set[int] = set()
@@ -230,7 +232,7 @@ def randomise(model: nn.Module, x: Tensor) -> None:
             if module.bias is not None:
                 module.bias.normal_(0, 0.3)
             done |= {id(module.weight), id(module.bias)}
-    for parameter in model.parameters():  # tokens, positions, scales of layers, biases of attention
+    for parameter in model.parameters():  # tokens, positions, layer scales, attention biases
         if id(parameter) not in done:
             parameter.add_(torch.randn_like(parameter), alpha=0.5)
     settle(model, x)
@@ -244,7 +246,7 @@ def randomise(model: nn.Module, x: Tensor) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module, x: Tensor) -> None:
-    """Give all batch norms the statistics of `x`; leaves the model in train mode."""
+    """Set all batch norms' statistics to those of `x`; leaves a model with norms in train mode."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -257,10 +259,10 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 @torch.no_grad()
 def kill(compressor: Compressor, seed: int) -> None:
-    """Take all bits from 30 % of the rows of every quantised layer.
+    """Set the bit depths of 30 % of the rows of every quantised layer to 0.
 
-    Half of them are chosen by their output channel, in the same way for all layers with that many
-    channels: the writers of a residual stream agree on them.
+    Half of them are chosen by output channel, in the same way for all layers of equal width, so
+    that the layers that add to one residual stream lose these channels together.
     """
     generator = torch.Generator().manual_seed(seed)
     own_share = 1 - (1 - DEAD) / (1 - DEAD / 2)
@@ -275,12 +277,13 @@ def kill(compressor: Compressor, seed: int) -> None:
 
 @torch.no_grad()
 def silence(compressor: Compressor, x: Tensor) -> None:
-    """Set to 0 what the dead rows leave behind: their biases, and β of norms that read constants.
+    """Set to 0 what rows without bits leave behind: biases, and β of norms of constant channels.
 
-    Constant channels are found in the numbers, not in the graph under test: batch norms are
-    watched in the order they run, and where a channel they read is one number all over the batch,
-    their β becomes 0 before they compute. The norms' statistics are settled before and after, as a
-    cut would do it first of all, so that outputs can be compared around the cut alone.
+    Constant channels are found from values, not from the channel graph, which is under test: hooks
+    see the inputs of batch norms in the order in which these run, and where a channel has a single
+    value all over the batch, β is set to 0 before the norm computes. The norms' statistics are
+    settled before and after, as a cut would do first, so that a comparison of outputs before and
+    after the cut shows the effect of the cut alone.
     """
     model = compressor.model
     for layer in compressor.layers.values():
@@ -309,7 +312,7 @@ def silence(compressor: Compressor, x: Tensor) -> None:
 
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    """All tensors the model returns in a mode; its buffers and the random state are put back."""
+    """Return all tensors that the model returns in a mode; restores buffers and random state."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -321,7 +324,7 @@ def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest difference between two runs, of the scale of the tensor it is in."""
+    """Return the largest difference between two lists of outputs, relative to a tensor's scale."""
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
@@ -332,7 +335,7 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def train_step(model: nn.Module, x: Tensor, optimizer: SGD, made_up: bool) -> None:
-    """One small step; with made-up gradients where autograd would take too much memory."""
+    """Do one small training step; with `made_up` gradients if autograd takes too much memory."""
     optimizer.zero_grad()
     if made_up:
         for group in optimizer.param_groups:
@@ -349,14 +352,14 @@ def train_step(model: nn.Module, x: Tensor, optimizer: SGD, made_up: bool) -> No
 
 
 def measure(name: str, dtype: torch.dtype | None = None, seed: int = 0, *, cuts: int = 2) -> Result:
-    """Kill, cut and compare one model of torchvision, twice; see the module's docstring."""
+    """Cut a model of torchvision `cuts` times and compare outputs; see the module's docstring."""
     return measure_model(name, *build(name, dtype or dtype_for(name), seed), seed, cuts=cuts)
 
 
 def measure_model(
     name: str, model: nn.Module, x: Tensor, seed: int = 0, *, cuts: int = 2
 ) -> Result:
-    """The same for any model in train mode whose parameters were drawn by `randomise`."""
+    """Measure, as `measure` does, a model in train mode whose parameters `randomise` has drawn."""
     kinds = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
     conv = {n for n, m in kinds.items() if isinstance(m, _ConvNd)}
     mlp = set(mlp_layers(model))
@@ -415,14 +418,14 @@ def measure_model(
 
 
 def traced_of(compressor: Compressor) -> str:
-    """Whether the tracer followed the model: yes, in parts, or no."""
+    """Say whether the tracer followed the model: yes, in parts, or no."""
     if not compressor.graph.nodes:
         return "no"
     return "parts" if compressor.graph.untraceable else "yes"
 
 
 def mlp_layers(model: nn.Module) -> Iterator[str]:
-    """Names of linear layers that another one follows, with an activation in between."""
+    """Yield the names of linear layers that another one follows, with an activation in between."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             children = [
@@ -442,14 +445,14 @@ def mlp_layers(model: nn.Module) -> Iterator[str]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Elements of the network's own parameters."""
+    """Return the number of parameters, without bit depths and exponents."""
     return sum(
         p.numel() for n, p in model.named_parameters() if n.rpartition(".")[2] not in _FORMATS
     )
 
 
 def reasons(layers: Iterable[Layer]) -> Counter[str]:
-    """Why channels stay → how many of them; digits in names are dropped, to sum over layers."""
+    """Count channels that stay by reason; numbers in reasons become #, to sum over layers."""
     found: Counter[str] = Counter()
     for layer in layers:
         if layer.removable < layer.channels:
@@ -467,7 +470,7 @@ def _percent(layers: Iterable[Layer]) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small inputs run fastest, and repeatably, on one thread."""
+    """Use one thread inside a `with` block: small inputs run fastest, and repeatably, on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -477,13 +480,13 @@ def one_thread() -> Iterator[None]:
 
 
 def format_row(cells: Iterable[str]) -> str:
-    """A line of the table for a terminal."""
+    """Format a line of the table for a terminal."""
     first, *others = cells
     return f"{first:<30}" + "".join(f"{cell:>12}" for cell in others)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table as markdown."""
+    """Format the table as markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
 
@@ -513,7 +516,7 @@ def main() -> int:
 
 
 def tell(measurements: Mapping[str, Callable[[], Result]], why: bool, as_markdown: bool) -> int:
-    """Print the table of all models, and give the exit code."""
+    """Measure all models, print the table, and return the exit code."""
     results: list[Result] = []
     failed: dict[str, str] = {}
     print(format_row(HEADER), flush=True)
@@ -521,7 +524,7 @@ def tell(measurements: Mapping[str, Callable[[], Result]], why: bool, as_markdow
         for name, measured in measurements.items():
             try:
                 result = measured()
-            except Exception as error:  # one model's trouble is not the next one's
+            except Exception as error:  # the error of one model must not stop the others
                 failed[name] = f"{type(error).__name__}: {error}"
                 print(f"{name:<30}  FAILED {failed[name]}", flush=True)
                 continue

@@ -1,1 +1,1 @@
-"""The packed file of a network: what is in it (header, streams, integers), writing, reading it."""
+"""The packed file of a network: its format (header, streams, integers), writing and reading."""

@@ -1,27 +1,35 @@
-"""What a packed network's file says of itself: the header, and how everything else is laid out.
+"""The file format of a packed network: its header, and how the other streams are laid out.
 
-The file is a safetensors file of a few flat tensors, called streams here:
+The file is a safetensors file of a few one-dimensional tensors, here called streams:
 
     header          uint8   CRC-32 (4 bytes, lowest first), then a `Header` as JSON, compressed
                             with zlib
-    bits            uint8   three sections, each filled up to whole bytes: bit depths, placement,
-                            and what `integers.py` makes of the integers
-    float32, int64 …        all other numbers, by type: first the exponents of the rows that have
-                            bits, layer by layer, then the header's tensors in their order (of
-                            a complex number the real part, then the imaginary one)
+    bits            uint8   three sections, each padded to whole bytes: bit depths, placement,
+                            and the integers as `integers.py` encodes them
+    float32, int64 …        all other numbers, one stream for each dtype they are stored in: first
+                            the exponents of the rows that have bits, layer by layer, then the
+                            header's tensors in their order, each in row-major order (of a complex
+                            number the real part, then the imaginary one)
 
-Streams without content are left out. The CRC-32 is that of the compressed JSON and then, in the
-order of their names, of the other streams: name, semicolon, content.
+Empty streams are left out. The CRC-32 is that of the compressed JSON followed, for every other
+stream in the order of their names, by its name, a semicolon and its content.
 
-The bit depths are those of the rows that have bits, layer by layer, 4 bits for each depth minus 1.
-The groups of integers are, layer by layer, the rows of one bit depth, smallest depth first.
+In the JSON, a `Layer`, `Norm`, `FloatLayer` or `Tensor` is an array of its fields in the order
+below; the other structures are objects. Layers come in the order of `Header.layers`, and the rows
+of a layer in the order of their output channels. The lowest bit of a byte comes first.
 
-The placement has of every layer one bit per output channel (is there a row for it?) unless there
-are rows for all, one per input channel (is it read?) unless all are, one per row (does it open a
-new group?) if the convolution is grouped, and one per row (has it bits?) unless all have; then of
-every norm the first two. The lowest bit of a byte comes first.
+*Bit depths*: 4 bits, the bit depth minus 1, for every row that has bits, layer by layer.
 
-Nothing but the header names anything, and nothing in it is ever run or imported.
+*Placement*: for every layer, one bit per output channel (is there a row for it?) unless there are
+rows for all; one per input channel (is it read?) unless all are; one per row (does it start a new
+group?) if the convolution is grouped, whose columns are divided evenly among its groups, in order;
+and one per row (has it bits?) unless all have. Then, for every batch norm, the first two of these.
+
+*Integers*: every group of integers holds the rows of one bit depth of a layer; groups come layer by
+layer, smallest depth first. A row's integers are in the order of the other dimensions of
+`Layer.shape`. A weight is its integer times 2^exponent; rows without bits are 0.
+
+Only the header names layers and tensors, and nothing in a file is ever executed or imported.
 """
 
 import math
@@ -38,22 +46,22 @@ FORMAT = "selfcompress"
 VERSION = 1
 
 MAX_NUMBERS = 2**31
-"""Weights and other numbers of one network, at most."""
+"""Most numbers (weights and elements of other tensors) that one network may have."""
 
 MAX_CHANNELS = 2**24
-"""Input and output channels of all layers, at most."""
+"""Most input and output channels that all layers and batch norms may have together."""
 
 MAX_WITHOUT_BITS = 2**26
-"""Weights in rows without bits, at most: they take memory, but nothing in the file."""
+"""Most weights in rows without bits: they take memory when loaded, but nothing in the file."""
 
-_MAX_HEADER = 2**23  # bytes, unpacked
+_MAX_HEADER = 2**23  # bytes, after decompression
 
 Count = Annotated[int, Meta(ge=0, le=MAX_NUMBERS)]
 Large = Annotated[int, Meta(ge=0, le=2**62)]
 Shape = Annotated[list[Count], Meta(max_length=8)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
-# A stranger's words reach terminals and error messages of one line: no control characters.
+# Text of untrusted files is shown on terminals and in one-line messages: no control characters.
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
 
 FloatType = Literal["float64", "float32", "float16", "bfloat16"]
@@ -65,7 +73,7 @@ TensorType = Literal[NumberType, "complex128", "complex64"]
 
 
 class FileError(ValueError):
-    """A file is no packed network, or a damaged one, or does not fit the model: one line."""
+    """A file is not a packed network, is damaged or does not fit the model (one-line message)."""
 
 
 class Architecture(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,22 +86,22 @@ class Architecture(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a file may tell beside the network itself. Everything can be left out.
+    """Optional information about a network, stored in its file; every field can be left out.
 
     Attributes:
-        architecture: what to build before loading; without it `load` wants a model.
-        class_names: the classes' names, in the order of the logits.
-        mean, std: what images are normalised with, by colour, for values from 0 to 1.
+        architecture: the starting network that `load` builds; without it `load` needs a model.
+        class_names: the names of the classes, in the order of the logits.
+        mean, std: the normalisation of images, by colour channel, for values from 0 to 1.
         image_size: pixels on a side of the square images it was trained on.
         dataset: name of the data it was trained on.
         dataset_kind: train.py's --dataset.
         gamma: γ of eq. (2).
-        seed, epochs: of the training.
-        test_accuracy: 0 to 1.
+        seed, epochs: those of the training.
+        test_accuracy: from 0 to 1.
         starting_weights: N of eq. (3).
         channels_at_start, macs_at_start: layer → output channels and multiply-accumulates per
             sample of the starting network.
-        macs: layer → multiply-accumulates per sample now.
+        macs: layer → multiply-accumulates per sample of the stored network.
     """
 
     architecture: Architecture | None = None
@@ -117,14 +125,15 @@ class Layer(msgspec.Struct, frozen=True, array_like=True):
     """A quantised layer.
 
     Attributes:
-        shape: of its weight as it is held, without rows and columns that were cut.
-        row_dim: the dimension of `shape` that counts rows (1 in transposed convolutions).
-        in_width, out_width: channels of its input and output.
-        columns: input channels that it reads (of all groups together).
-        live: rows that have bits.
+        shape: shape of its weight, without the rows and columns that were cut.
+        row_dim: the dimension of `shape` that counts rows (1 in transposed convolutions and
+            embeddings).
+        in_width, out_width: number of channels of its input and output.
+        columns: number of input channels that it reads (of all groups together).
+        live: number of rows that have bits.
         grouped: whether it was a grouped convolution at the start.
-        dtype, exponent_dtype: of its weight and of its formats.
-        channels_last: whether that is how its weight is laid out in memory.
+        dtype, exponent_dtype: the dtypes of its weight and of its bit depths and exponents.
+        channels_last: whether its weight's memory format is channels_last.
     """
 
     name: Text
@@ -159,9 +168,10 @@ def weights_without_bits(layers: list[Layer]) -> int:
 
 
 class Norm(msgspec.Struct, frozen=True, array_like=True):
-    """A batch norm: how many channels it has, and those of its input and output.
+    """A batch norm: how many channels it normalises, and how many its input and output have.
 
-    If `folded`, its mean and variance are in its weight and bias.
+    If `folded`, its weight and bias are those of y = weight · x + bias, which it computes in
+    evaluation, and its running mean and variance are not stored.
     """
 
     name: Text
@@ -184,7 +194,7 @@ class FloatLayer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
-    """A parameter or buffer that is not quantised; `channels_last` as of a `Layer`."""
+    """A parameter or buffer that is not quantised; `channels_last` as in `Layer`."""
 
     name: Text
     dtype: TensorType
@@ -197,7 +207,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the streams need to be understood.
+    """Everything that is needed to interpret the streams.
 
     Attributes:
         half: whether floats are stored as float16, whatever their `dtype`.
@@ -226,11 +236,11 @@ def to_bytes(header: Header) -> bytes:
 
 
 def from_bytes(data: bytes) -> Header:
-    """The header.
+    """Decode what `to_bytes` returned, and check it.
 
     Raises:
-        FileError: it is none, is of another version, its fields are not what they should be, or
-            it claims sizes that make no sense.
+        FileError: `data` is no header or one of another version, a field has another type than it
+            should, or the sizes that it claims make no sense.
     """
     try:
         unpacker = zlib.decompressobj()
@@ -255,13 +265,13 @@ def from_bytes(data: bytes) -> Header:
 
 
 def _check_sizes(header: Header) -> None:
-    """Refuse what claims to be huge before any of it is made."""
+    """Raise FileError for excessive or impossible sizes, before anything is allocated for them."""
     named: list[Layer | Norm | FloatLayer] = [
         *header.layers, *header.norms, *header.float_layers
     ]  # fmt: skip
     if sum(entry.in_width + entry.out_width for entry in named) > MAX_CHANNELS:
         raise FileError(f"it claims to have more than {MAX_CHANNELS:,} channels")
-    # Sizes of 0 count as 1, for arrays without numbers have limits too.
+    # Sizes of 0 count as 1: the other sizes of an array without elements are limited too.
     shapes = [layer.shape for layer in header.layers] + [t.shape for t in header.tensors]
     if sum(math.prod(max(size, 1) for size in shape) for shape in shapes) > MAX_NUMBERS:
         raise FileError(f"it claims to hold more than {MAX_NUMBERS:,} numbers")
@@ -276,10 +286,10 @@ def _check_sizes(header: Header) -> None:
 
 
 def check_about(about: Any) -> About:
-    """`about` as it will be read again.
+    """Return `about` as it will be read back from a file.
 
     Raises:
-        ValueError: a field of it is of another type than `About` says, or cannot be written.
+        ValueError: a field has another type than `About` says, or cannot be written.
     """
     try:
         checked = msgspec.convert(msgspec.to_builtins(about), About)

@@ -1,15 +1,19 @@
-"""Whole numbers to bytes and back: each at its row's bit depth, or entropy coded.
+"""Encode integers as bytes and decode them: each at its row's bit depth, or entropy coded.
 
 The integers come in groups: those of all rows of one layer that have the same bit depth. A group
-of b bits is written either
+of n integers of b bits is written either
 
-- *plain*: n · b bits, the integer plus 2^(b-1), lowest bit first; or
-- *coded*: by an ANS coder from a table of how often each of the 2^b integers occurs in the group,
-  at close to n times the entropy of that. Frequencies take a byte each, the largest being 255.
+- *plain*: n · b bits, each integer plus 2^(b-1), lowest bit first; or
+- *coded*: by an ANS coder with a table of how often each of the 2^b integers occurs in the group,
+  in about n times the entropy of these frequencies. A frequency takes one byte, the largest is 255,
+  and the table is in the order of the integers, the most negative first.
 
-whichever is shorter, its table included. All groups together are one row of bytes: a bit per group
-(is it coded?), filled up to whole bytes; the tables of those that are; all that is plain, filled
-up; and what the coder made, in words of 32 bits.
+whichever is estimated to be shorter, the table included. All groups together are one array of
+bytes: one bit per group (is it coded?), padded to whole bytes; the tables of the coded groups; all
+plain groups, padded to whole bytes; and the coder's words of 32 bits, each lowest byte first. The
+lowest bit of a byte comes first. One coder, constriction's `AnsCoder`, holds all coded groups; it
+is read in the order of the groups, with the model
+`Categorical(frequencies / frequencies.sum(), perfect=False)`.
 """
 
 from collections.abc import Sequence
@@ -18,9 +22,9 @@ import constriction
 import numpy as np
 
 MAX_CODED = 256
-"""Coded integers per byte, at most: a small file must not unfold into a huge network."""
+"""Most coded integers per byte of the coder: a small file must not unpack into a huge network."""
 
-_WIDEST_TABLE = 12  # bits: above, tables cost more than they save in networks that anybody has
+_WIDEST_TABLE = 12  # bits; tables of deeper groups cost more than they save in realistic networks
 
 Group = tuple[int, np.ndarray]
 """A bit depth from 1 to 16 and (n,) integers from -2^(depth-1) to 2^(depth-1) - 1."""
@@ -31,7 +35,7 @@ class DamagedIntegersError(ValueError):
 
 
 def encode(groups: Sequence[Group], entropy_coding: bool) -> np.ndarray:
-    """(bytes,) uint8."""
+    """Encode `groups` as (bytes,) uint8, all of them plain unless `entropy_coding` is set."""
     unsigned = [_unsigned(depth, values) for depth, values in groups]
     tables = [
         _table(depth, values) if entropy_coding else None
@@ -58,14 +62,14 @@ def encode(groups: Sequence[Group], entropy_coding: bool) -> np.ndarray:
 
 
 def decode(data: np.ndarray, groups: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """The int32 integers of each group; what `encode` was given.
+    """Return the (n,) int32 integers of each group that `encode` was given.
 
     Args:
-        data: (bytes,) uint8, what it made of them.
-        groups: bit depth and number of integers of each.
+        data: (bytes,) uint8, as returned by `encode`.
+        groups: bit depth and number of integers of each group.
 
     Raises:
-        DamagedIntegersError: these bytes cannot come from such groups.
+        DamagedIntegersError: `data` cannot be the encoding of such groups.
     """
     flags_size = -(-len(groups) // 8)
     if len(data) < flags_size:
@@ -74,7 +78,7 @@ def decode(data: np.ndarray, groups: Sequence[tuple[int, int]]) -> list[np.ndarr
     coded_size = sum(n for (_, n), c in zip(groups, is_coded, strict=True) if c)
     plain_size = sum(b * n for (b, n), c in zip(groups, is_coded, strict=True) if not c)
     tables_size = sum(2**b for (b, _), c in zip(groups, is_coded, strict=True) if c)
-    # All sizes are checked before anything is unfolded.
+    # All sizes are checked before anything is unpacked.
     left = len(data) - flags_size - tables_size - -(-plain_size // 8)
     if left < 0:
         raise DamagedIntegersError("there are fewer plain integers than there should be")
@@ -101,7 +105,7 @@ def decode(data: np.ndarray, groups: Sequence[tuple[int, int]]) -> list[np.ndarr
 
 
 def entropy_bits(groups: Sequence[Group]) -> float:
-    """The entropy of every group's integers, summed, in bits: what ideal coders would need."""
+    """Return the sum of the entropies of all groups, in bits: what an ideal coder would need."""
     total = 0.0
     for depth, values in groups:
         counts = np.bincount(_unsigned(depth, values))
@@ -116,7 +120,7 @@ def _unsigned(depth: int, values: np.ndarray) -> np.ndarray:
 
 
 def _to_bits(depth: int, values: np.ndarray) -> np.ndarray:
-    """(n,) uint16 → (n · depth,) zeros and ones."""
+    """Return the (n · depth,) bits, as zeros and ones, of (n,) uint16 values."""
     if depth <= 8:
         octets = values.astype(np.uint8)[:, None]
     else:
@@ -125,14 +129,14 @@ def _to_bits(depth: int, values: np.ndarray) -> np.ndarray:
 
 
 def _from_bits(depth: int, bits: np.ndarray) -> np.ndarray:
-    """(n · depth,) zeros and ones → (n,) int32."""
+    """Return the (n,) int32 values of (n · depth,) bits, given as zeros and ones."""
     octets = np.packbits(bits.reshape(-1, depth), axis=1, bitorder="little").astype(np.int32)
     low: np.ndarray = octets[:, 0]
     return low if depth <= 8 else low + 256 * octets[:, 1]
 
 
 def _table(depth: int, values: np.ndarray) -> np.ndarray | None:
-    """Frequencies to code a group with, or None if it is shorter without."""
+    """Return the frequencies to code a group with, or None if the group is to be written plain."""
     if depth > _WIDEST_TABLE or len(values) == 0:
         return None
     counts = np.bincount(values, minlength=2**depth)
@@ -151,5 +155,5 @@ def _model(table: np.ndarray) -> constriction.stream.model.Categorical:
 def _decoder(coded: np.ndarray) -> constriction.stream.stack.AnsCoder:
     try:
         return constriction.stream.stack.AnsCoder(coded.view("<u4").astype(np.uint32))
-    except ValueError as error:  # words that no coder ends with
+    except ValueError as error:  # words that no coder can have produced
         raise DamagedIntegersError("the coded integers are damaged") from error

@@ -1,4 +1,4 @@
-"""Set up a network as a packed file describes it: the starting network, cut and filled."""
+"""Load a packed file: cut the starting network to the file's shapes and fill in its numbers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ from selfcompress.text import first_line
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """The network in the file at `path`, in eval mode.
+    """Load the network in the file at `path`, in eval mode.
 
     Args:
-        model: the starting network as its constructor made it, with whatever weights; it is
+        model: the starting network as its constructor made it, with any weights; it is
             quantised, cut and filled in place. None builds one of the package `models` if the
             file names one.
 
     Returns:
-        `model`, or the one that was built, on the CPU.
+        `model`, or the network that was built, which is on the CPU.
 
     Raises:
-        FileError: the file is no packed network, is damaged, or is one of another model, which
-            then is as it was.
-        OSError: it cannot be read.
+        FileError: the file is not a packed network, is damaged, or does not fit `model`, which
+            is then unchanged.
+        OSError: the file cannot be read.
     """
     return load_described(path, model)[0]
 
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def load_described(
     path: str | os.PathLike[str], model: nn.Module | None = None
 ) -> tuple[nn.Module, h.About]:
-    """What `load` returns, and what the file tells about it."""
+    """Load as `load` does; return the network and the information about it in the file."""
     contents = read(path)
     model = None if model is None else without_compile(model)
     try:
@@ -56,7 +56,7 @@ def load_described(
 
 @torch.no_grad()
 def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
-    """The network that `contents` describes; see `load`."""
+    """Return the network that `contents` describes; `model` and errors are as for `load`."""
     if model is None:
         model = _build(contents.header.about.architecture)
     header = contents.header
@@ -88,15 +88,15 @@ def set_up(contents: Contents, model: nn.Module | None = None) -> nn.Module:
 
 
 def _build(architecture: h.Architecture | None) -> nn.Module:
-    """The starting network of a file that names one: without memory for its numbers."""
+    """Build the starting network that a file names, on the meta device (without memory)."""
     if architecture is None:
         raise h.FileError(
             "it does not say how to build its network: give the starting model (a "
             "command: --model package.module:callable)"
         )
     try:
-        from models import build  # the example networks, which are no part of the library
-    except Exception as error:  # it is not there, or whatever another one does when imported
+        from models import build  # the example networks, which are not part of the library
+    except Exception as error:  # it is missing, or another package of that name fails
         raise h.FileError(
             f"its network is {architecture.name} of the package 'models', which cannot be imported "
             f"({first_line(error)}): go where the folder models/ is, or give the starting model"
@@ -106,16 +106,17 @@ def _build(architecture: h.Architecture | None) -> nn.Module:
             return build(
                 architecture.name, architecture.classes, architecture.width, architecture.image_size
             )
-    except Exception as error:  # what constructors raise for arguments that do not suit them
+    except Exception as error:  # constructors raise many types for invalid arguments
         raise h.FileError(f"its network cannot be built ({first_line(error)})") from error
 
 
 def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
-    """A copy of a model on the meta device, to try things on; what is no tensor is shared.
+    """Copy a model to the meta device, to try changes on; all that is not a tensor is shared.
 
     Args:
-        original: the model; of the calls within, a part of it, a parameter, a buffer or None.
-        copies: those made so far, by the `id` of the original: what was one stays one.
+        original: the model; in recursive calls a submodule, a parameter, a buffer or None.
+        copies: the copies made so far, by the `id` of the original, so that shared parts stay
+            shared.
     """
     if original is None or id(original) in copies:
         return copies.get(id(original))
@@ -136,7 +137,7 @@ def _without_numbers(original: Any, copies: dict[int, Any]) -> Any:
 
 
 def _drop_weights(model: nn.Module, header: h.Header) -> None:
-    """Take the numbers out of all weights that are to be replaced: they need no formats fitted."""
+    """Move weights that will be replaced to the meta device, where no exponents are fitted."""
     empty: dict[Tensor | None, nn.Parameter] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for layer in header.layers:
@@ -144,13 +145,13 @@ def _drop_weights(model: nn.Module, header: h.Header) -> None:
         assert module is not None
         weight = module.get_parameter(key)
         empty[weight] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
-    for module in model.modules():  # with an embedding's weight an output layer's
+    for module in model.modules():  # an output layer may share an embedding's weight
         held = module._parameters
         held.update({name: empty[p] for name, p in held.items() if p in empty})
 
 
 def _place_in_float(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module | None, str]:
-    """The module of a float model, and the name in it, of the weight of a quantised layer."""
+    """Return the float module that owns a quantised layer's weight, and the name of that weight."""
     parent, _, last = name.rpartition(".")
     owner = modules.get(parent)
     if isinstance(owner, nn.MultiheadAttention) and last == "in_proj":
@@ -161,7 +162,7 @@ def _place_in_float(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Mod
 
 
 def _quantize(model: nn.Module, header: h.Header) -> None:
-    """Give `model` the quantised layers of the header."""
+    """Quantise those layers of `model` that the header lists, and no others."""
     if quantized_layers(model):
         raise h.FileError("the model is compressed already: build a fresh one")
     if not header.layers:
@@ -183,7 +184,7 @@ def _quantize(model: nn.Module, header: h.Header) -> None:
 
 
 def _check(contents: Contents, model: nn.Module) -> None:
-    """Refuse a file that is not of `model`, which has its quantised layers already."""
+    """Raise FileError if a file does not fit `model`, whose layers are quantised already."""
     header = contents.header
     modules = dict(model.named_modules())
     _same_names("quantised layer", header.layers, quantized_layers(model))
@@ -228,16 +229,16 @@ def _check(contents: Contents, model: nn.Module) -> None:
 
 
 def _known_shapes(header: h.Header, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
-    """Name → the shape that a tensor has to have, by the widths that the header gives."""
+    """Return, by tensor name, the shapes that follow from the widths in the header."""
     shapes = {f"{layer.name}.bias": [layer.out_width] for layer in header.layers}
     for norm in header.norms:
         for key in NORM_ENTRIES:
             shapes[f"{norm.name}.{key}"] = [norm.entries]
     for entry in header.float_layers:
         module: Any = modules[entry.name]
-        if "weight" in module._parameters:  # else it is computed from others
+        if "weight" in module._parameters:  # otherwise it is computed from other parameters
             widths = weight_shape(module, entry.in_width, entry.out_width)[:2]
-            # A user's own class may have another kernel than it says.
+            # In a user's own class the kernel may have another size than its attributes say.
             shapes[f"{entry.name}.weight"] = [*widths, *module.weight.shape[2:]]
         shapes[f"{entry.name}.bias"] = [entry.out_width]
     return shapes
@@ -252,7 +253,7 @@ def _same_names(what: str, ours: Sequence[Any], theirs: Mapping[str, Any]) -> No
 
 
 def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bool:
-    """Whether `module` could have been cut to what the file has."""
+    """Whether cutting `module` could have given the shape and channels in the file."""
     if (entry.row_dim, entry.grouped) != (module.row_dim, module.grouped):
         return False
     kernel = list(module.weight.shape[2:])
@@ -276,7 +277,7 @@ def _fits(entry: h.Layer, contents: LayerContents, module: QuantizedLayer) -> bo
 def _fill_layer(
     module: QuantizedLayer, entry: h.Layer, contents: LayerContents, device: torch.device
 ) -> None:
-    """Cut a quantised layer to its rows and columns, and give it its integers and formats."""
+    """Give a quantised layer the weight, formats, rows and columns in the file."""
     dtype = DTYPES[entry.dtype]
     step = torch.exp2(contents.exponents.to(torch.promote_types(dtype, torch.float32)))
     by_row = torch.from_numpy(contents.values).to(step.dtype) * step[:, None]
@@ -303,13 +304,13 @@ def _wire(module: Placed, wiring: Wiring, device: torch.device) -> None:
 
 
 def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
-    """A copy of `tensor`, laid out in memory one way or the other: sums may depend on it."""
+    """Copy `tensor` in channels_last or contiguous format, on which rounding in sums may depend."""
     layout = LAYOUTS.get(tensor.dim()) if channels_last else None
     return tensor.clone(memory_format=layout or torch.contiguous_format)
 
 
 def _fill_tensors(model: nn.Module, contents: Contents, device: torch.device) -> None:
-    """Put a copy of every parameter and buffer in all the places that share it."""
+    """Replace stored parameters and buffers by the file's, in all modules that share them."""
     old: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     old |= dict(model.named_buffers(remove_duplicate=False))
     new: dict[int, Tensor] = {}
@@ -333,7 +334,7 @@ def _fill_tensors(model: nn.Module, contents: Contents, device: torch.device) ->
 
 
 def _require_numbers(model: nn.Module) -> None:
-    """Refuse a network, built without numbers, that makes some which are no parameter or buffer."""
+    """Raise FileError if a tensor is still on the meta device, since the file does not hold it."""
     for name, module in model.named_modules():
         held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
         if any(isinstance(value, Tensor) and value.is_meta for value in held):

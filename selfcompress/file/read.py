@@ -1,7 +1,7 @@
-"""Read a packed file: check it whole and take its streams apart.
+"""Read a packed file: check all of it and split its streams into layers, norms and tensors.
 
-A file is a stranger's: nothing in it is run, sizes are checked before anything of that size is
-made, and every stream has to be used up exactly.
+Files are not trusted: nothing in them is executed, sizes are checked before anything of that size
+is allocated, and every stream has to be used up exactly.
 """
 
 import os
@@ -20,19 +20,19 @@ from selfcompress.file.streams import DTYPES, checksum, representable, stored_dt
 from selfcompress.text import first_line
 
 _MAX_FILE = 8 * h.MAX_NUMBERS  # bytes
-_OCTETS = ("header", "bits")  # streams of bytes; the others are named by their type
+_OCTETS = ("header", "bits")  # streams of bytes; the others are named by their dtype
 
 
 @dataclass(frozen=True)
 class LayerContents:
-    """What a file holds of a quantised layer.
+    """The contents of a file for one quantised layer.
 
     Attributes:
         rows: (rows,) int64, the output channel of each row.
-        columns: (columns,) int64, the input channels it reads.
-        groups: of a grouped convolution, (rows,) int64, the group of each row.
+        columns: (columns,) int64, the input channels that the layer reads.
+        groups: (rows,) int64, the group of each row of a grouped convolution; else None.
         depths: (rows,) int64 bit depths; 0 for rows without bits.
-        values: (rows, fan-in) int32, the integers.
+        values: (rows, fan-in) int32, the quantised weights as integers.
         exponents: (rows,) floats; 0 for rows without bits.
     """
 
@@ -44,21 +44,21 @@ class LayerContents:
     exponents: Tensor
 
     def by_depth(self) -> list[integers.Group]:
-        """The integers of the rows of each bit depth, as they were coded."""
+        """Return the integers of the rows of each bit depth, in the groups they are coded in."""
         depths = np.unique(self.depths[self.depths > 0]).tolist()
         return [(bits, self.values[self.depths == bits].ravel()) for bits in depths]
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What the bytes of a file are for.
+    """The number of bytes of a file, by what they are used for.
 
     Attributes:
-        integers: the weights of rows that have bits, with the tables they are coded by.
-        formats: their bit depths and exponents.
-        placement: which channels are where.
-        floats: everything else that the network needs.
-        names: the header and the container: names, shapes, and what is said about the network.
+        integers: the weights of rows that have bits, with the tables they are coded with.
+        formats: the bit depths and exponents of these rows.
+        placement: which channels the rows, columns and norm entries belong to.
+        floats: all other numbers that the network needs.
+        names: the header and the container: names, shapes and information about the network.
     """
 
     integers: int
@@ -75,12 +75,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """The contents of a packed file.
 
     Attributes:
+        layers: quantised layer → its contents.
         norms: batch norm → (rows, columns), the output and input channel of each entry.
-        tensors: the header's tensors, in their own types.
-        size: of the file, in parts.
+        tensors: the header's tensors by name, in the dtypes of the network.
+        size: the bytes of the file.
     """
 
     header: h.Header
@@ -90,18 +91,18 @@ class Contents:
     size: Bytes
 
     def entropy_bits(self) -> float:
-        """What ideal coders of the integers would need, tables not counted, in bits."""
+        """Return the bits that an ideal coder would need for the integers, tables not counted."""
         return integers.entropy_bits(
             [g for layer in self.layers.values() for g in layer.by_depth()]
         )
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
-    """What the file at `path` holds, without building the network.
+    """Read the file at `path` and check it, without building the network.
 
     Raises:
-        FileError: it is not a packed network, or a damaged one.
-        OSError: it cannot be read.
+        FileError: the file is not a packed network, or is damaged.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -116,7 +117,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
 
 def unpack(data: bytes) -> Contents:
-    """What the bytes of a file hold; see `read`."""
+    """Check and split the bytes of a file; raises FileError as `read` does."""
     streams = _streams(data)
     text = streams.pop("header").numpy().tobytes()
     if text[:4] != checksum(text[4:], streams):
@@ -125,10 +126,10 @@ def unpack(data: bytes) -> Contents:
 
 
 def _streams(data: bytes) -> dict[str, Tensor]:
-    """The container's tensors, flat and whole."""
+    """Return the tensors in the container, after checking their names, dtypes and dimensions."""
     try:
         streams = safetensors.torch.load(data)
-    except Exception as error:  # safetensors' own, and those of types that torch does not have
+    except Exception as error:  # safetensors' own errors, and those for unknown dtypes
         raise h.FileError(
             f"it is no safetensors file, or a damaged one ({first_line(error)})"
         ) from error
@@ -142,13 +143,13 @@ def _streams(data: bytes) -> dict[str, Tensor]:
 
 
 class _Unpacker:
-    """Takes the streams apart as the header says."""
+    """Splits the streams as the header describes."""
 
     def __init__(self, header: h.Header, streams: dict[str, Tensor]) -> None:
         self.header = header
         bits = streams.pop("bits", torch.zeros(0, dtype=torch.uint8)).numpy()
         self.numbers = streams
-        self.used = dict.fromkeys(streams, 0)  # numbers used, by type
+        self.used = dict.fromkeys(streams, 0)  # numbers used so far, by stream
         depths = -(-sum(layer.live for layer in header.layers) // 2)
         placed = sum(layer.placement_bits for layer in header.layers)
         placed += sum(norm.placement_bits for norm in header.norms)
@@ -211,7 +212,7 @@ class _Unpacker:
         return depths[:count].astype(np.int64) + 1
 
     def _integers(self, depths: list[np.ndarray]) -> list[np.ndarray]:
-        """(rows, fan-in) of each layer, from the bit depths of its rows."""
+        """Return the (rows, fan-in) integers of each layer, given the bit depths of its rows."""
         groups, places = [], []
         for entry, depth in zip(self.header.layers, depths, strict=True):
             for bits in np.unique(depth[depth > 0]).tolist():
@@ -243,7 +244,7 @@ class _Unpacker:
         return bits
 
     def _numbers(self, dtype_name: str, count: int) -> Tensor:
-        """The next `count` numbers of a type."""
+        """Take the next `count` numbers of a dtype from the stream in which they are stored."""
         dtype = DTYPES[dtype_name]
         stored = str(stored_dtype(dtype, self.header.half)).removeprefix("torch.")
         if count == 0:

@@ -32,21 +32,23 @@ def save(
     fold_norms: bool = False,
     half: bool = False,
 ) -> int:
-    """Write `model` to `path`, whole or not at all; the size of the file, in bytes.
+    """Write `model` to `path` atomically and return the size of the file in bytes.
 
-    Everything the network needs is in it but its code: `load` has it built first. Read in a fresh
-    process, it computes the same logits bit for bit, unless `fold_norms` or `half` is set.
+    The file holds everything that the network needs except its code, so `load` needs the starting
+    network built first. Loaded in a fresh process, the network computes the same logits bit for
+    bit, unless `fold_norms` or `half` is set.
 
     Args:
-        model: with or without quantised layers; it stays as it is.
-        about: what else to note: class names, normalisation, γ, accuracy, how to build it.
-        fold_norms: keep of every batch norm its two coefficients instead of mean, variance,
-            weight and bias. For evaluation alone.
-        half: store floats, the exponents among them, as float16.
+        model: the network, with or without quantised layers; it is not changed.
+        about: further information to store: class names, normalisation, γ, accuracy, how to build
+            the network.
+        fold_norms: store a scale and a shift per channel of each batch norm instead of mean,
+            variance, weight and bias. The file is then for evaluation only.
+        half: store floats, including exponents, as float16.
 
     Raises:
-        ValueError: something is not finite (perhaps for float16 only), of a type that cannot be
-            stored, or beyond the limits in `header.py`; nothing has been written.
+        ValueError: a number is not finite (perhaps only in float16), a dtype or format cannot be
+            stored, or a limit in `header.py` is exceeded; nothing has been written.
         OSError: the file cannot be written.
     """
     model = without_compile(model)
@@ -69,10 +71,10 @@ def pack(
     half: bool = False,
     entropy_coding: bool = True,
 ) -> bytes:
-    """What `save` writes.
+    """Return the bytes that `save` writes; arguments and ValueError are those of `save`.
 
     Args:
-        entropy_coding: code integers by how often they occur, where that is shorter.
+        entropy_coding: entropy-code the integers where that is shorter.
     """
     model = without_compile(model)
     layers = quantized_layers(model)
@@ -152,7 +154,7 @@ def _tensor(name: str, tensor: Tensor) -> h.Tensor:
 
 
 def _groups(layer: QuantizedLayer) -> Iterator[integers.Group]:
-    """The integers of the rows of each bit depth."""
+    """Yield each bit depth of a layer, in ascending order, with the integers of its rows."""
     depth = integer_depth(layer.bit_depth)
     values = quantized_integers(
         layer.weight_by_row(), layer.bit_depth, layer.exponent, integer_bits=layer.integer_bits
@@ -173,10 +175,10 @@ def _layer_placement(layer: QuantizedLayer) -> np.ndarray:
 
 
 def _placement(module: Placed) -> np.ndarray:
-    """Which output channels there are rows or entries for, and which inputs they read."""
+    """Return the bits for which output channels have a row or entry, and which inputs are read."""
     parts = [np.zeros(0, bool)]
     for indices, width in ((module.rows, module.out_width), (module.columns, module.in_width)):
-        assert bool((indices.diff() > 0).all())  # surgery keeps their order
+        assert bool((indices.diff() > 0).all())  # cuts keep their order
         if len(indices) < width:
             parts.append(np.isin(np.arange(width), indices.numpy(force=True)))
     return np.concatenate(parts)
@@ -191,7 +193,7 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(depths: np.ndarray) -> np.ndarray:
-    """(n,) bit depths from 1 to 16 → half as many bytes."""
+    """Pack (n,) bit depths from 1 to 16 two to a byte, the first in the low bits."""
     low = np.append(depths - 1, np.zeros(len(depths) % 2, np.uint8))
     packed: np.ndarray = low[0::2] | (low[1::2] << 4)
     return packed
@@ -203,7 +205,7 @@ def _other_tensors(
     norms: dict[str, PlacedBatchNorm],
     folded: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers that are not quantised, as they are to be stored."""
+    """Yield the name and value to store of every parameter and buffer that is not quantised."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not is_stored(name, layers, folded):
             continue
@@ -215,7 +217,7 @@ def _other_tensors(
 
 
 def _folded(norm: PlacedBatchNorm) -> tuple[Tensor, Tensor]:
-    """The coefficients of y = scale · x + shift, which the norm is in evaluation."""
+    """Return scale and shift of y = scale · x + shift, which the norm computes in evaluation."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -223,7 +225,7 @@ def _folded(norm: PlacedBatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _by_type(tensors: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """All tensors of a type one after the other, flat, by the type's name."""
+    """Return, by the name of each stored dtype, its tensors flattened and concatenated."""
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         stored = stored_dtype(tensor.dtype, half)
@@ -243,9 +245,9 @@ def _dtype(name: str, tensor: Tensor) -> h.TensorType:
 
 
 def _require_finite(model: nn.Module) -> None:
-    """Refuse NaN and, but in buffers, where masks are made of it, infinity."""
+    """Raise ValueError for NaN, and for infinity in parameters (masks in buffers may use it)."""
     for name, tensor in model.named_parameters():
-        # The largest absolute value is infinite or NaN if any is.
+        # The largest absolute value is infinite or NaN if any value is.
         if tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
             raise ValueError(f"{name} is not finite")
     for name, buffer in model.named_buffers():
@@ -263,7 +265,7 @@ def _require_formats(name: str, layer: QuantizedLayer) -> None:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """By its strides: `is_contiguous` takes kernels of one pixel for both."""
+    """Whether the strides are channels_last; `is_contiguous` cannot tell for 1 × 1 kernels."""
     layout = LAYOUTS.get(tensor.dim())
     if layout is None or not tensor.numel():
         return False

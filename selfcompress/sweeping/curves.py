@@ -25,17 +25,17 @@ from selfcompress.sweeping.results import Result, front
 BLUE, GREY = "#2b6cb0", "#8a8a8a"
 KINDS = ("png", "svg")
 FILES = [f"{name}.{k}" for name in ("curve", "weights", "size", "seconds", "widths") for k in KINDS]
-"""What `write_figures` writes, at most."""
+"""All files that `write_figures` may write."""
 
-NAMED = 10  # so many γ are named in a legend; more get a colour bar
+NAMED = 10  # most groups that get a legend; with more, γ get a colour bar
 PAPER = "Cséfalvay & Imber (2023), Fig. 3:\nwidth 64, ~930 epochs, fractional bits"
-PAPER_PERCENT = (0.25, 0.5, 1, 2, 3, 4, 7)  # of bits, read off the figure
+PAPER_PERCENT = (0.25, 0.5, 1, 2, 3, 4, 7)  # percent of 32 bits, read off the figure
 PAPER_ACCURACY = (90.1, 93, 94.2, 95.0, 95.5, 95.65, 95.65)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's name, which its files have, its caption, and its SVG."""
+    """A figure: its name, which is that of its files, its caption, and its SVG."""
 
     name: str
     caption: str
@@ -54,18 +54,18 @@ class Group:
         return "float" if self.gamma is None else f"γ = {self.gamma:g}"
 
     def mean_std(self, value: Callable[[Result], float]) -> tuple[float, float]:
-        """Mean and standard deviation over seeds; of one run, 0."""
+        """Return the mean and standard deviation over seeds; the latter is 0 for a single run."""
         values = np.array([value(result) for result in self.results])
         return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
     def over_epochs(self, value: Callable[[dict[str, Any]], float]) -> np.ndarray:
-        """Mean over seeds of a metric, epoch by epoch."""
+        """Return (epochs,) the mean over seeds of a metric."""
         rows = [[value(row) for row in result.history] for result in self.results]
         return np.asarray(np.mean(rows, axis=0))
 
 
 def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
-    """Write every figure of one or more runs, sorted as `read_all` does, into `folder`."""
+    """Draw the figures of one or more runs, sorted as by `read_all`, and write them to `folder`."""
     groups = [
         Group(gamma, tuple(same)) for gamma, same in itertools.groupby(results, lambda r: r.gamma)
     ]
@@ -87,7 +87,7 @@ def write_figures(results: Sequence[Result], folder: Path) -> list[Picture]:
             "Channels with bits after training, mean over seeds (Fig. 4 of the paper).",
         ),
     }
-    if not _compressed(groups):  # the others show what γ does
+    if not _compressed(groups):  # the other figures show the effect of γ
         figures = {"seconds": figures["seconds"]}
     pictures = []
     for name, (draw, caption) in figures.items():
@@ -104,7 +104,7 @@ def _drawn(figure: Figure, kind: str) -> bytes:
     if kind == "png":
         figure.savefig(buffer, format=kind, dpi=130)
     else:
-        with matplotlib.rc_context({"svg.hashsalt": "selfcompress"}):  # the same for the same runs
+        with matplotlib.rc_context({"svg.hashsalt": "selfcompress"}):  # same runs, same bytes
             figure.savefig(buffer, format=kind, metadata={"Date": None})
     return buffer.getvalue()
 
@@ -130,7 +130,7 @@ def _compressed(groups: Sequence[Group]) -> list[Group]:
 
 
 def _curve(groups: Sequence[Group]) -> Figure:
-    """File bytes and percent of bits against accuracy, side by side."""
+    """Draw accuracy against file bytes and, beside it, against percent of bits."""
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _scatter(left, groups, _kilobytes)
@@ -147,7 +147,7 @@ def _curve(groups: Sequence[Group]) -> Figure:
         log_ticks(axes.xaxis)
     right.legend(loc="lower right", fontsize=9, frameon=False)
     figure.suptitle(_what(groups) + "; numbers at points: γ", fontsize=11)
-    figure.draw_without_rendering()  # what labels must not overlap has its place from here on
+    figure.draw_without_rendering()  # fixes the places of what labels must not overlap
     _name_points(left, groups, _kilobytes)
     _name_points(right, groups, _stored)
     return figure
@@ -168,11 +168,11 @@ def _weight_curve(groups: Sequence[Group]) -> Figure:
 
 
 def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float]) -> None:
-    """Runs, their means, the front of the means, and the float baseline as a band."""
+    """Draw runs, their means, the Pareto front of the means, and the float baseline as a band."""
     axes.set_xscale("log")
     sizes = [size(result) for group in _compressed(groups) for result in group.results]
     sizes = [s for s in sizes if s > 0] or [1.0]  # a network may have lost all of its weights
-    room = max(1.2, (max(sizes) / min(sizes)) ** 0.08)  # where all sizes are the same, too
+    room = max(1.2, (max(sizes) / min(sizes)) ** 0.08)  # above 1 even if all sizes are the same
     axes.set_xlim(min(sizes) / room, max(sizes) * room)
     means = []
     for group in groups:
@@ -199,7 +199,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float
 
 
 def log_ticks(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis, as many as fit."""
+    """Label a logarithmic axis with plain numbers, as many as fit."""
     low, high = axis.get_view_interval()
     if high > 6 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -211,9 +211,9 @@ def log_ticks(axis: Axis) -> None:
 
 
 def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], float]) -> None:
-    """Write γ beside the means, as near as there is room; without room, not at all.
+    """Write γ beside the means, as near as there is room; labels without room are left out.
 
-    The ends come first, then the middle, then the quarters, so that what is left out is spread.
+    The ends come first, then the middle, then the quarters, so that missing labels are spread out.
     """
     named = _compressed(groups)
     points = {g: (g.mean_std(size)[0], g.mean_std(_accuracy)[0]) for g in named}
@@ -223,7 +223,7 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())
-    # Above to the left and below to the right first: the front rises to the right.
+    # Above left and below right come first, as the front rises to the right.
     around = [(-1, 1), (1, -1), (1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
     for group in _spread(named):
         text = axes.annotate(
@@ -231,7 +231,7 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
             ha="center", va="center", path_effects=[withStroke(linewidth=2, foreground="white")],
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
-        text.get_window_extent()  # gives it its place
+        text.get_window_extent()  # computes its place
         extent = Text.get_window_extent(text).padded(unit)  # without the line to the point
         for distance, (right, up) in itertools.product((7, 14, 22, 32, 44), around):
             dx, dy = right * (distance * unit + extent.width / 2), up * distance * unit
@@ -246,7 +246,7 @@ def _name_points(axes: Axes, groups: Sequence[Group], size: Callable[[Result], f
 
 
 def _spread(items: Sequence[Group]) -> Iterable[Group]:
-    """The first, the last, the middle, the middles of the halves, …"""
+    """Return the items in another order: first, last, middle, middles of the halves, …"""
     order, step = [0, len(items) - 1], len(items) - 1
     while step > 1:
         step = -(-step // 2)
@@ -272,7 +272,7 @@ def _seconds(groups: Sequence[Group]) -> Figure:
 def _over_epochs(
     groups: Sequence[Group], value: Callable[[dict[str, Any]], float]
 ) -> tuple[Figure, Axes]:
-    """A line per group, in the colour of its γ; the float baseline and γ = 0 in black."""
+    """Draw a line per group, in the colour of its γ; the float baseline and γ = 0 in black."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     gammas = [group.gamma for group in groups if group.gamma]
@@ -304,14 +304,14 @@ def _over_epochs(
 
 
 def _widths(groups: Sequence[Group]) -> Figure:
-    """Percent of every layer's channels that are left, layers down and γ across."""
+    """Draw the percentage of channels that are left, with a row per layer and a column per γ."""
     shown = _compressed(groups)
     start: dict[str, int] = shown[0].results[0].summary["channels_start"]
     left = np.array(
         [[np.mean([r.summary["channels_end"][n] for r in g.results]) for g in shown] for n in start]
     )
     share = 100 * left / np.array(list(start.values()))[:, None]
-    written = len(shown) <= 12  # columns wide enough for numbers
+    written = len(shown) <= 12  # whether columns are wide enough for numbers
     figure = Figure(
         figsize=(3 + len(shown) * (0.7 if written else 0.25), 1.6 + 0.3 * len(start)),
         layout="constrained",
@@ -333,7 +333,7 @@ def _widths(groups: Sequence[Group]) -> Figure:
 
 
 def _what(groups: Sequence[Group]) -> str:
-    """What was trained: the common title."""
+    """Return the figures' common title: model, dataset, epochs and seeds."""
     some = groups[-1].results[0]
     width = some.summary["config"].get("width")
     seeds = max(len(group.results) for group in groups)

@@ -1,7 +1,8 @@
-"""Runs a script that must not outlive the process that started it: python leash.py SCRIPT ARGS …
+"""Run a script that must not outlive the process that started it: python leash.py SCRIPT ARGS …
 
-The parent keeps the writing end of the script's standard input and never writes. However the parent
-ends, by kill -9 too, the operating system closes that end, reading ends, and so does this process.
+The parent holds the write end of the script's standard input and never writes to it. However the
+parent ends, even by kill -9, the operating system closes that end; then the read here returns, and
+this process exits.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 def _end_with_the_parent() -> None:
     os.read(0, 1)  # sys.stdin would be locked by this thread when the interpreter shuts down
-    os._exit(1)  # at once, as by kill -9: what a run writes is whole at any time
+    os._exit(1)  # at once, as by kill -9: the files of a run are complete at any time
 
 
 if __name__ == "__main__":

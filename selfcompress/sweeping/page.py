@@ -1,4 +1,4 @@
-"""A sweep's report: one HTML file with the figures in it and a table that sorts."""
+"""A sweep's report: one HTML file with embedded figures and a sortable table."""
 
 import base64
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ headings.forEach((heading, column) => heading.addEventListener("click", () => {
 
 
 def write_page(results: Sequence[Result], pictures: Sequence[Picture], root: Path) -> Path:
-    """Write report.html, which links the runs' folders in `root`: its path."""
+    """Write report.html into `root`, with links to the runs' folders there, and return its path."""
     columns = (
         "run", "γ", "seed", "test accuracy, %", "file, bytes", "stored, %", "weights left, %",
         "first epoch, s", "last epoch, s",
@@ -99,5 +99,5 @@ def _row(result: Result) -> str:
 
 
 def _cell(value: float | None, form: str) -> tuple[str, str]:
-    """A number to sort by and the text to show; what is not there sorts first."""
+    """Return the value to sort a cell by and the text to show; missing values sort first."""
     return ("-1", "–") if value is None else (str(value), format(value, form))

@@ -1,4 +1,4 @@
-"""Which run to take: the most accurate that is small enough, or the smallest that is accurate."""
+"""Pick a run: the most accurate that is small enough, or the smallest that is accurate enough."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from selfcompress.training.runs import NETWORK
 
 
 def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Result:
-    """The best of the finished runs in `runs` and below.
+    """Return the best of the finished runs in `runs` and its subfolders.
 
-    It is the most accurate one whose file is no larger than `max_bytes`, or else the smallest one
-    that is at least as accurate as `min_accuracy`. Accuracies are those on the test images, so the
-    winner's is a little flattered by having been chosen.
+    That is the most accurate one whose file is no larger than `max_bytes`; without `max_bytes`, it
+    is the smallest one that is at least as accurate as `min_accuracy`. Accuracies are those on the
+    test images, so the accuracy of the picked run is slightly biased upwards.
 
     Args:
-        max_bytes: as `FileSize.parse` takes it.
-        min_accuracy: 0-1. With both limits, both hold.
+        max_bytes: a size that `FileSize.parse` accepts.
+        min_accuracy: from 0 to 1. If both limits are given, both hold.
 
     Raises:
-        UserError: no run is good enough, or a limit makes no sense.
+        UserError: no run is within the limits, or the limits or runs are unsuitable.
     """
     if max_bytes is None and min_accuracy is None:
         raise UserError("give --max-bytes, such as 100KB or 3%, or --min-accuracy, such as 0.93")
@@ -62,7 +62,7 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
 
 
 def describe(result: Result) -> str:
-    """A picked run in two lines, the second of them the path of its network."""
+    """Describe a picked run in two lines, the second of them the path of its network."""
     gamma = "float" if result.gamma is None else f"γ = {result.gamma:g}"
     return (
         f"{result.name} ({gamma}): {100 * result.accuracy:.2f} % test accuracy, "

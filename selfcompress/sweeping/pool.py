@@ -1,6 +1,6 @@
 """A bounded pool of processes that share a machine's cores and GPUs and never outlive their parent.
 
-Every process is held on a leash (leash.py): it ends when its parent does, however that ends.
+Every process runs under leash.py, so that it ends when its parent does, however that ends.
 """
 
 import os
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from selfcompress.sweeping import leash
 
-POLL = 0.2  # seconds between looks at the processes
+POLL = 0.2  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is over: its exit code, and the last lines of what it printed."""
+    """A process that has ended: its exit code, and the last lines that it printed."""
 
     name: str
     code: int
@@ -30,14 +30,16 @@ class Ended:
 def run_all(
     scripts: Mapping[str, Sequence[str]], jobs: int, logs: Path, gpus: Sequence[str] = ()
 ) -> Generator[tuple[set[str], list[Ended]], None, None]:
-    """Run Python scripts, at most `jobs` at a time, in order; closing the generator ends them.
+    """Run Python scripts, at most `jobs` at a time, in order; closing the generator kills them.
 
     Args:
         scripts: by name, the script's path and its arguments.
-        logs: folder of what they print, NAME.log.
-        gpus: as CUDA_VISIBLE_DEVICES names them; processes take turns at them.
+        jobs: how many processes run at a time; they share the cores.
+        logs: folder for their output, in NAME.log.
+        gpus: GPUs as CUDA_VISIBLE_DEVICES names them; processes take turns on them.
 
-    Yields, several times a second: the names of those that run, and those that just ended.
+    Yields:
+        Several times a second, the names of running processes, and the processes that just ended.
     """
     jobs = min(jobs, len(scripts)) or 1
     waiting, free = deque(scripts), list(range(jobs))
@@ -75,13 +77,13 @@ def run_all(
             time.sleep(POLL)
     finally:
         for process, _, _ in running.values():
-            process.kill()  # what a run writes is whole at any time
+            process.kill()  # the files of a run are complete at any time
         for process, _, _ in running.values():
             _let_go(process)
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -94,9 +96,10 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _last_lines(log: Path, start: int, code: int, count: int = 3) -> list[str]:
-    """What the log tells from `start` on, and the signal if one ended the process.
+    """Return at most `count` of the last lines that a process logged from byte `start` on.
 
-    That is its errors, lines that begin with "error: ", if there are any, or else its last lines.
+    If there are lines that begin with "error: ", only those count. If a signal ended the process,
+    a line that names it is added.
     """
     content = log.read_bytes()[start:] if log.exists() else b""
     lines = [line for line in content.decode(errors="replace").splitlines() if line.strip()]

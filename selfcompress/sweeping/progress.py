@@ -1,4 +1,4 @@
-"""What a sweep is doing: a table redrawn in place on a terminal, a line per event elsewhere."""
+"""Show a sweep's progress: a table redrawn in place on a terminal, a line per event elsewhere."""
 
 import time
 from collections.abc import Collection
@@ -11,16 +11,16 @@ from rich.text import Text
 
 from selfcompress.sweeping.results import Result, epochs
 
-REDRAW = 1.0  # seconds
+REDRAW = 1.0  # seconds between two redraws of the table
 
 
 class Progress:
-    """A context in which the table is shown.
+    """A context manager that shows the progress of a sweep.
 
     Args:
-        folders: of all runs of the sweep, by name.
-        length: epochs of a run.
-        done: the runs that were finished before.
+        folders: the folders of all runs of the sweep, by name.
+        length: epochs of each run.
+        done: the runs that were already finished.
     """
 
     def __init__(self, folders: dict[str, Path], length: int, done: Collection[Result]) -> None:
@@ -42,7 +42,7 @@ class Progress:
         self.live.stop()
 
     def show(self, running: set[str]) -> None:
-        """Redraw the table if it is time to."""
+        """Redraw the table if it is due, and note which runs have started."""
         now = time.monotonic()
         for name in running - self.since.keys():
             self.since[name] = now
@@ -63,18 +63,18 @@ class Progress:
             self.live.update(Group(table, Text(self.state(len(running)))), refresh=True)
 
     def finished(self, result: Result) -> None:
-        """A run is done."""
+        """Report that a run is done."""
         self.done.append(result)
         self.epochs[result.name] = self.length
         self._print(f"{result.name} done: {_outcome(result)}; {self.state()}")
 
     def failure(self, name: str, lines: list[str]) -> None:
-        """A run failed, and these are the last lines that it printed."""
+        """Report that a run failed, with the last `lines` that it printed."""
         self.failed.add(name)
         self._print("\n    ".join([f"{name} FAILED", *lines]) + f"\n{self.state()}")
 
     def state(self, running: int | None = None) -> str:
-        """Counts, the best run so far, and the time left, in one line."""
+        """Describe counts, the best run so far, and the time left, in one line."""
         counts = [] if running is None else [f"{running} running"]
         counts += [f"{len(self.done)} of {len(self.folders)} done", f"{len(self.failed)} failed"]
         compressed = [r for r in self.done if r.gamma is not None]

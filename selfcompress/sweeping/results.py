@@ -1,4 +1,4 @@
-"""What finished runs came to, read from their folders: rows of a table, a CSV file, a front."""
+"""The results of finished runs, read from their folders: table rows, a CSV file, a Pareto front."""
 
 import csv
 import io
@@ -18,9 +18,9 @@ class Result:
     """A finished run.
 
     Attributes:
-        gamma: None for the float baseline.
+        gamma: γ of the run; None for the float baseline.
         accuracy: on the test images, 0-1.
-        file_bytes: of the packed network.
+        file_bytes: bytes of the packed network.
         stored_percent: stored bits, in percent of 32 bits for each weight at the start.
         weights_percent: live weights, in percent of those at the start.
         history: the metrics of every epoch.
@@ -60,7 +60,7 @@ class Result:
         return float(self.history[-1]["size"]["weights_percent"])
 
     def row(self) -> dict[str, Any]:
-        """The run as a row of results.csv."""
+        """Return the run as a row of results.csv."""
         seconds = self.summary["seconds_per_epoch"]
         return {
             "run": self.name,
@@ -81,10 +81,10 @@ class Result:
 
 
 def read(folder: Path) -> Result | None:
-    """The run in `folder`; None unless it is finished.
+    """Read the run in `folder`, or return None if it is not finished.
 
     Raises:
-        UserError: its files are damaged.
+        UserError: the files of the run are damaged.
     """
     file = folder / runs.SUMMARY
     try:
@@ -103,10 +103,10 @@ def read(folder: Path) -> Result | None:
 
 
 def read_all(root: Path, folders: str = "**") -> list[Result]:
-    """The finished runs in `root` and below, by γ (the float baseline first) and seed.
+    """Read the finished runs in `root` and below, sorted by γ (the float baseline first) and seed.
 
     Args:
-        folders: below `root` to look in, as a pattern.
+        folders: glob pattern of the folders below `root` to look in.
     """
     found = [read(file.parent) for file in root.glob(f"{folders}/{runs.SUMMARY}")]
     return sorted(
@@ -116,10 +116,10 @@ def read_all(root: Path, folders: str = "**") -> list[Result]:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every epoch that the run in `folder` has finished so far.
+    """Read the metrics of every epoch that the run in `folder` has finished so far.
 
     Raises:
-        UserError: their file is damaged.
+        UserError: the file of the metrics is damaged.
     """
     file = folder / runs.METRICS
     try:
@@ -132,7 +132,7 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """A row for each of one or more runs."""
+    """Write a CSV file with a row for each of one or more runs."""
     text = io.StringIO()
     writer = csv.DictWriter(text, results[0].row(), lineterminator="\n")
     writer.writeheader()
@@ -141,7 +141,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The non-dominated ones of (size, accuracy): none other is as small and as accurate."""
+    """Return the Pareto front of (size, accuracy): no other point is as small and as accurate."""
     best: list[tuple[float, float]] = []
     for size, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:

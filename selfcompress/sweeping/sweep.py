@@ -1,4 +1,4 @@
-"""A sweep: one ordinary run of train.py for every γ and seed, and what they come to together."""
+"""A sweep: one ordinary run of train.py for every γ and seed, and a report of all results."""
 
 import dataclasses
 import json
@@ -41,18 +41,18 @@ class Sweep(Config):
     gammas: tuple[float, ...] = ()
     """The γ to try, such as 0.001 0.01 0.1."""
     gamma_range: tuple[float, float] | None = None
-    """Or from a smallest to a largest γ, in equal ratios."""
+    """Or a smallest and a largest γ, between which --points γ are spaced in equal ratios."""
     points: int = 8
-    """How many γ --gamma-range makes."""
+    """Number of γ in --gamma-range."""
     seeds: int = 3
     """Runs for each γ, with the seeds 0, 1, …"""
     jobs: int = 1
     """Runs at a time; they share the cores, and the GPUs if there are any."""
     list_commands: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """Print the command of every run, one a line, and run none."""
+    """Print the command of every run, one per line, and run none."""
     run_dir: Path | None = None
     """Folder of the sweep. None makes a name from the options, in runs/."""
-    # What a sweep chooses itself.
+    # The options that a sweep sets itself.
     gamma: tyro.conf.Suppress[tyro.conf.Fixed[float | None]] = None
     target_size: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = None
     seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = Config.seed
@@ -60,7 +60,7 @@ class Sweep(Config):
     overwrite: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def validate(self) -> None:
-        """Raise UserError, in one line, for what cannot be run."""
+        """Raise UserError, with a one-line message, for options that cannot be run."""
         super().validate()
         low, high = self.gamma_range or (1.0, 1.0)
         checks = [
@@ -82,7 +82,7 @@ class Sweep(Config):
                 raise UserError(message)
 
     def all_gammas(self) -> dict[str, float]:
-        """Every γ once, in order, by its name; those of the range have three digits."""
+        """Return every γ once, ascending, by its name; those of the range have three digits."""
         ranged = () if self.gamma_range is None else np.geomspace(*self.gamma_range, self.points)
         values = sorted([*self.gammas, *(float(f"{gamma:.3g}") for gamma in ranged)])
         return {gamma_name(gamma): gamma for gamma in values}
@@ -94,8 +94,8 @@ class Plan:
 
     Attributes:
         root: the sweep's folder.
-        configs: of the runs in the order in which they start, as they are told to train.py.
-        resolved: what they have in common, with all defaults filled in.
+        configs: the options of the runs, as given to train.py, in the order in which they start.
+        resolved: the options that all runs share, with all defaults filled in.
     """
 
     root: Path
@@ -108,14 +108,14 @@ class Plan:
         return {config.run_dir.name: config.run_dir for config in self.configs if config.run_dir}
 
     def scripts(self, train: Path) -> dict[str, list[str]]:
-        """The command of every run, without the interpreter, by name; `train` is train.py."""
+        """Return the command of every run by name, without the interpreter; `train` is train.py."""
         return {
             name: [str(train), *arguments(config)]
             for name, config in zip(self.folders, self.configs, strict=True)
         }
 
     def done(self) -> list[Result]:
-        """The runs that are finished.
+        """Return the runs that are finished.
 
         Raises:
             UserError: the folder is not this sweep's, or holds runs of other options.
@@ -152,13 +152,13 @@ class Plan:
 
 
 def plan(sweep: Sweep, default_width: int | None) -> Plan:
-    """The runs of `sweep`, all of them for one seed before the next; its dataset is downloaded.
+    """Plan the runs of `sweep`, one seed after the other, and download its dataset if need be.
 
     Args:
-        default_width: of the model; None if that has no width to choose.
+        default_width: default width of the model; None if it cannot be chosen.
 
     Raises:
-        UserError: it cannot be run.
+        UserError: the sweep cannot be run.
     """
     sweep.validate()
     common = Config(**{f.name: getattr(sweep, f.name) for f in dataclasses.fields(Config)})
@@ -189,7 +189,7 @@ def _root(resolved: Config) -> Path:
 
 
 def arguments(config: Config) -> list[str]:
-    """The arguments of train.py that make `config`."""
+    """Return the arguments of train.py that give `config`."""
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -208,13 +208,14 @@ def _option(name: str) -> str:
 
 
 def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
-    """Train what is missing of `sweep`, and draw what is there: the exit code.
+    """Train the missing runs of `sweep`, report on all finished ones, and return the exit code.
 
     Args:
+        default_width: default width of the model; None if it cannot be chosen.
         train: path of train.py.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: something that the user can correct.
     """
     planned = plan(sweep, default_width)
     scripts = planned.scripts(train)
@@ -223,7 +224,7 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
         return 0
     for warning in planned.resolved.without_effect():
         print(f"warning: {warning}", file=sys.stderr)
-    planned.done()  # refuses a folder before anything is written to it
+    planned.done()  # raises for a wrong folder before anything is written to it
     with hold(planned.root, "sweep"):
         done = planned.done()
         for file in planned.root.iterdir():
@@ -247,7 +248,7 @@ def run(sweep: Sweep, default_width: int | None, train: Path) -> int:
 def _train(
     sweep: Sweep, planned: Plan, scripts: dict[str, list[str]], done: list[Result]
 ) -> list[str]:
-    """Run the scripts of the runs that are not `done`: the names of those that failed."""
+    """Run the scripts of runs that are not `done` and return the names of runs without a result."""
     assert planned.resolved.epochs
     finished = {result.name for result in done}
     missing = {name: words for name, words in scripts.items() if name not in finished}
@@ -281,7 +282,7 @@ def _train(
 
 
 def _gpus(sweep: Sweep) -> list[str]:
-    """The GPUs that runs take turns at, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that runs take turns on, as CUDA_VISIBLE_DEVICES names them."""
     if sweep.device == "cpu" or not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,1 +1,1 @@
-"""The trainer behind train.py: configuration, data, loop, checkpoints and what one sees of them."""
+"""The trainer behind train.py: configuration, data, training loop, checkpoints and output."""

@@ -1,4 +1,4 @@
-"""From uint8 images to what a network sees: random crops, flips, cutout and normalisation."""
+"""Turn uint8 images into network inputs: random crops, flips, cutout and normalisation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,36 +10,36 @@ from torchvision.transforms import v2
 Colours = tuple[float, float, float]
 
 Policy = Literal["standard", "cutout", "autoaugment"]
-"""How training images are changed; see `Augment`."""
+"""How training images are augmented; see `Augment`."""
 
 
 def normalise(images: Tensor, mean: Colours, std: Colours) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 of the same shape, channels_last.
+    """Normalise uint8 images (B, 3, H, W) to float32 of the same shape, channels_last.
 
-    `mean` and `std` are in units of images scaled to [0, 1].
+    `mean` and `std` are those of images scaled to [0, 1].
     """
-    # Not blocking, as a GPU would first be waited for.
+    # A blocking copy would wait for the GPU.
     both = (255 * torch.tensor([mean, std])).to(images.device, non_blocking=True)
     centre, spread = both.view(2, 3, 1, 1)
-    # Moving single bytes into channels_last is cheaper than moving floats.
+    # Converting bytes to channels_last is cheaper than converting floats.
     pixels = images.contiguous(memory_format=torch.channels_last).float()
     return pixels.sub_(centre).div_(spread)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of whole batches of square images: uint8 to normalised float32.
+    """Augments and normalises batches of square images: uint8 to float32.
 
-    By the `policy` of `for_size`:
+    The `policy` of `for_size` is one of:
 
-    - "standard": each image gets its own reflect-padded crop and horizontal flip, all at once for
-      the batch, on its device.
-    - "cutout": and a square that is cut out of it. Networks that are to be small learn less in a
-      short run with it.
+    - "standard": each image gets its own reflect-padded crop and horizontal flip, computed for the
+      whole batch at once, on its device.
+    - "cutout": the same, and a random square of each image is set to the mean colour. In a short
+      run, networks that are compressed to a small size learn less with it.
     - "autoaugment": zero padding, AutoAugment's CIFAR-10 policy, flip, crop and random erasing,
       image by image. Much slower.
 
-    All chance comes from torch's global generators.
+    All random numbers come from torch's global generators.
     """
 
     mean: Colours
@@ -58,21 +58,21 @@ class Augment:
         flip: bool = True,
         policy: Policy = "standard",
     ) -> "Augment":
-        """The usual padding and cutout of 32 x 32 images, scaled down for smaller ones."""
+        """Return the usual padding and cutout of 32 x 32 images, scaled down for smaller ones."""
         size = min(image_size, 32)
         cutout = size // 4 if policy == "cutout" else 0
         return cls(mean, std, size // 8, flip, cutout, policy == "autoaugment")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) to normalised float32 (B, 3, S, S), channels_last."""
+        """Augment uint8 (B, 3, S, S) and normalise to float32 (B, 3, S, S), channels_last."""
         if self.autoaugment:
             return normalise(self._autoaugment(images), self.mean, self.std)
         cropped = normalise(self._crop_and_flip(images), self.mean, self.std)
-        # Cutting out after normalisation leaves exactly 0, the colour of the mean.
+        # Cutout comes after normalisation, where the mean colour is exactly 0.
         return self._cut_out(cropped) if self.cutout else cropped
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
-        """A random window of each image, reflect-padded and maybe mirrored: uint8, same shape."""
+        """Crop each reflect-padded image at random; with `flip`, also mirror half of them."""
         count, _, _, size = images.shape
         padded = _reflect(_reflect(images, self.pad, dim=2), self.pad, dim=3)
         source = torch.arange(count, device=images.device)
@@ -85,7 +85,7 @@ class Augment:
         return windows[source, :, top, left]
 
     def _cut_out(self, images: Tensor) -> Tensor:
-        """Zeroes, in place, a random square that lies wholly inside each image."""
+        """Set a random square, which lies wholly inside each image, to 0, in-place."""
         count, _, _, size = images.shape
         start = torch.randint(size - self.cutout + 1, (2, count, 1), device=images.device)
         place = torch.arange(size, device=images.device)
@@ -93,7 +93,7 @@ class Augment:
         return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
     def _autoaugment(self, images: Tensor) -> Tensor:
-        """AutoAugment as published for CIFAR-10, image by image: uint8, same shape."""
+        """Apply AutoAugment as published for CIFAR-10, image by image: uint8, same shape."""
         transform = v2.Compose(
             [
                 v2.Pad(self.pad),
@@ -107,7 +107,7 @@ class Augment:
 
 
 def _reflect(images: Tensor, pad: int, dim: int) -> Tensor:
-    """Pads both ends of `dim` with its mirror image, as integers (F.pad reflects only floats)."""
+    """Reflect-pad both ends of `dim` of integer images (F.pad reflects only floats)."""
     last = images.shape[dim] - 1
     place = torch.arange(-pad, last + pad + 1, device=images.device)
     return images.index_select(dim, last - (last - place.abs()).abs())

@@ -1,4 +1,4 @@
-"""What one sees of a run: TensorBoard, the figure of layer widths, and a line per epoch."""
+"""The output of a run: TensorBoard files, the figure of layer widths, and a line per epoch."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ from selfcompress.layers.quantized import quantized_layers
 from selfcompress.quantizer import integer_depth
 from selfcompress.size import LayerSize
 
-# What HPARAMS shows; TensorBoard begins with the first five options, by name, so γ has to be there.
+# Shown on the HPARAMS page, which starts with the first five options by name: γ must be among them.
 HPARAMS_OPTIONS = (
     "bits", "dataset", "epochs", "gamma", "lr", "model", "seed", "weight_decay", "width",
 )  # fmt: skip
@@ -24,11 +24,11 @@ HPARAMS_METRICS = (
     "val/accuracy", "size/file_bytes", "size/stored_percent", "size/weights_percent",
     "time/epoch_seconds",
 )  # fmt: skip
-LISTED_LAYERS = 16  # whose channels an epoch's line has room for
+LISTED_LAYERS = 16  # most layers whose channels an epoch's line lists one by one
 
 
 class Board:
-    """A run's TensorBoard files; after a resume, steps from `first_epoch` on are written anew."""
+    """Writes a run's TensorBoard files, replacing epochs from `first_epoch` on after a resume."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
@@ -47,7 +47,7 @@ class Board:
             )
 
     def write(self, epoch: int, metrics: dict[str, Any], model: nn.Module) -> None:
-        """One epoch: every scalar of `metrics`, and a histogram of each layer's bit depths."""
+        """Write an epoch: every scalar of `metrics`, and a histogram of each layer's bit depths."""
         for group in ("train", "val", "size", "bits", "channels", "time"):
             for name, value in metrics.get(group, {}).items():
                 self.writer.add_scalar(f"{group}/{name}", value, epoch)
@@ -58,17 +58,17 @@ class Board:
         self.writer.flush()
 
     def write_widths(self, image: bytes, epoch: int) -> None:
-        """The figure of layer widths, as PNG bytes."""
+        """Write the figure of layer widths, given as PNG bytes."""
         pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
         self.writer.add_image("widths", torch.from_numpy(pixels), epoch, dataformats="HWC")
 
     def write_hyperparameters(self, summary: dict[str, Any]) -> None:
-        """A finished run's line in HPARAMS: its options beside what it came to."""
+        """Write a finished run's line on the HPARAMS page: its options and its results."""
         epoch = summary["epochs"] - 1
         self.writer.add_scalar("size/file_bytes", summary["file_bytes"], epoch)
         config = summary["config"]
         chosen = {name: config[name] for name in HPARAMS_OPTIONS if config[name] is not None}
-        shown = dict.fromkeys(HPARAMS_METRICS)  # the scalars of these names that are there already
+        shown = dict.fromkeys(HPARAMS_METRICS)  # whose values are the scalars already written
         for part in hparams(chosen, shown):
             self.writer._get_file_writer().add_summary(part)
 
@@ -77,7 +77,7 @@ class Board:
 
 
 def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) -> bytes:
-    """Live channels per layer at the start and now, with mean bits (the paper's Fig. 4): PNG."""
+    """Draw live channels per layer at the start and now, with mean bits (Fig. 4), as PNG bytes."""
     now = {layer.name: layer for layer in after}
     names = list(before)
     figure = Figure(figsize=(8, 0.45 * len(names) + 1.6), layout="constrained")
@@ -107,7 +107,7 @@ def widths_figure(before: dict[str, int], after: list[LayerSize], title: str) ->
 
 
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
-    """One epoch in one line; live channels in the layers' order, or their sum for many layers."""
+    """Describe an epoch in one line; above `LISTED_LAYERS` layers, live channels are summed."""
     size, epoch, counts = metrics["size"], metrics["epoch"], metrics["channels"].values()
     file = ""
     if "target_kb" in size:

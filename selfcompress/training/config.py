@@ -1,4 +1,4 @@
-"""What a run is: every option of train.py, its defaults, and which of them are nonsense."""
+"""The configuration of a run: train.py's options, their defaults and their validation."""
 
 import dataclasses
 import json
@@ -18,14 +18,14 @@ DatasetName = Literal["cifar10", "digits", "folder"]
 COMPRESSION = (
     "gamma", "target_size", "bits", "fractional_bits", "exclude", "penalty_from", "penalty_until"
 )  # fmt: skip
-"""The options that --float makes meaningless."""
+"""The options that have no effect with --float."""
 
-GAMMA = 0.01  # unless γ or a size is asked for
-MAX_GAMMA = 1e30  # times bits, it is far from where float32 overflows
+GAMMA = 0.01  # the default γ, unless a size is asked for
+MAX_GAMMA = 1e30  # the penalty, γ times bits, is then still far from overflowing float32
 
 
 def gamma_name(gamma: float) -> str:
-    """γ in the name of a run: as short as can be told from every other."""
+    """Format γ for the name of a run, as short as tells it from every other value."""
     short = f"{gamma:g}"
     return short if float(short) == gamma else repr(gamma)
 
@@ -39,8 +39,8 @@ class Config:
     """
 
     gamma: float | None = None
-    """The price of size: larger is smaller and less accurate (0.01, unless there is a
-    --target-size). 0 quantises without any penalty."""
+    """Weight of the size in the loss: a larger γ gives a smaller, less accurate network (0.01,
+    unless there is a --target-size). 0 quantises without any penalty."""
     target_size: str | None = None
     """Instead of γ, the size of the file: 150KB, 1.5MB, 20000B (KB is 1000 bytes), or 3%, of the
     starting weights at 32 bits. The run ends at most 3 % below it."""
@@ -49,7 +49,7 @@ class Config:
     model: str = "resnet9"
     """resnet9, resnet20, resnet56, vgg16, mobilenetv2, vit, or torchvision:NAME."""
     dataset: DatasetName | None = None
-    """Images to train on. None is cifar10, or digits where that cannot be had."""
+    """Images to train on. None is cifar10, or digits if cifar10 is unavailable."""
     data_dir: Path = Path("data")
     """Where cifar10 is or is downloaded to; for folder, the folder with train/ and test/."""
     image_size: int | None = None
@@ -67,9 +67,9 @@ class Config:
     flip: bool | None = None
     """Mirror half of the training images (digits: no; others: yes)."""
     augment: Policy = "standard"
-    """standard: random crop, flip. cutout: and a square is cut out. autoaugment: the paper's."""
+    """standard: random crop, flip. cutout: also cuts a square out. autoaugment: the paper's."""
     bits: float = 8.0
-    """Bit depth that every channel starts at and never exceeds (a --target-size may give it 8)."""
+    """Bit depth that channels start at and never exceed (with --target-size, they may get 8)."""
     fractional_bits: bool = False
     """The paper's fractional bit depths. Sizes are then smaller than what can be stored."""
     exclude: tuple[str, ...] = ()
@@ -77,20 +77,21 @@ class Config:
     penalty_from: float = 0.1
     """Where in the run γ begins to rise, as a fraction of all steps."""
     penalty_until: float = 0.85
-    """Where bit depths and exponents freeze; the rest of the run trains what is left."""
+    """Where in the run bit depths and exponents freeze, as a fraction of all steps; the rest of the
+    run trains the weights that are left."""
     seed: int = 0
     """Seeds initial weights, the order of images, and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of training; auto is bf16 where that gains. The result is evaluated in fp32."""
+    """Arithmetic of training; auto is bf16 where it is faster. The result is evaluated in fp32."""
     run_dir: Path | None = None
     """Folder of this run. None makes a name from the options, in runs/."""
     overwrite: bool = False
     """Start over even if the run folder holds a run already."""
 
     def validate(self) -> None:
-        """Raise UserError, in one line, for what cannot be run."""
+        """Raise UserError, with a one-line message, for options that cannot be run."""
         checks: list[tuple[bool, str]] = [
             (
                 self.gamma is None or 0 <= self.gamma <= MAX_GAMMA,
@@ -127,7 +128,7 @@ class Config:
                 raise UserError(f"--target-size: {error}") from error
 
     def without_effect(self) -> list[str]:
-        """Warnings for options that were changed but do nothing in this combination."""
+        """Return warnings for options that were changed but have no effect in this combination."""
         warnings = []
         if self.float_baseline:
             warnings += [(name, "with --float") for name in COMPRESSION if self._changed(name)]
@@ -146,9 +147,9 @@ class Config:
     def resolved(
         self, dataset: DatasetName, image_size: int, default_width: int | None
     ) -> "Config":
-        """This configuration with the defaults of its dataset and its model filled in.
+        """Return this configuration with the defaults of its dataset and model filled in.
 
-        A `default_width` of None is that of a model that has no width to choose.
+        `default_width` is None for a model whose width cannot be chosen.
         """
         digits = dataset == "digits"
         return dataclasses.replace(
@@ -163,7 +164,7 @@ class Config:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What makes runs comparable, as plain values: all but where the run is kept."""
+        """Return what identifies a run, as plain values: all but `run_dir` and `overwrite`."""
         values = dataclasses.asdict(self)
         del values["run_dir"], values["overwrite"]
         values["float"] = values.pop("float_baseline")
@@ -173,6 +174,6 @@ class Config:
             values["target_size"] = str(FileSize.parse(self.target_size))  # 20KB is 20000B
         if self.float_baseline:
             for name in COMPRESSION:
-                values[name] = None  # has no effect, so it makes no other run
+                values[name] = None  # without effect, so it must not tell runs apart
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain

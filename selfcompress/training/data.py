@@ -1,8 +1,8 @@
-"""Datasets as uint8 images on the device, and batches of them.
+"""Datasets of uint8 images, and batches of them on the device.
 
 A dataset's two splits are either resident (one tensor on the device) or streamed (read from disk
-as they are needed). Both give the same batches in the same order for the same seed, so nothing
-outside this module knows which kind it has.
+as they are needed). Both give the same batches in the same order for the same seed, so no other
+module needs to know which kind it has.
 """
 
 import os
@@ -31,10 +31,10 @@ from selfcompress.training.config import DatasetName
 from selfcompress.training.errors import UserError
 
 T = TypeVar("T")
-READ_AT_ONCE = 256  # images per piece of work when a whole folder is read
-CIFAR10_SIZE, DIGITS_SIZE = 32, 16  # pixels, unless others are asked for
+READ_AT_ONCE = 256  # images per batch when all images of a split are read
+CIFAR10_SIZE, DIGITS_SIZE = 32, 16  # default image sizes in pixels
 MAX_WORKERS = 8  # processes that decode images
-CIFAR10_LOCK = ".cifar10.lock"  # in its folder: held while it is downloaded
+CIFAR10_LOCK = ".cifar10.lock"  # file in the data folder that is locked during a download
 
 
 class DatasetUnavailableError(UserError):
@@ -43,16 +43,16 @@ class DatasetUnavailableError(UserError):
 
 @dataclass(frozen=True)
 class Files(torch.utils.data.Dataset[Tensor | UserError]):
-    """Image files, decoded many at a time: what a worker process holds."""
+    """Image files, which worker processes decode many at a time."""
 
     paths: list[str]
     image_size: int
-    resize: bool  # or else refuse images of another size
+    resize: bool  # False: raise UserError for images of another size
 
     def __getitem__(self, indices: Tensor) -> Tensor | UserError:
-        """uint8 images (B, 3, H, W) for int64 indices (B,)."""
-        # Raised in a worker, an error would arrive as a traceback of many lines; returned, it is
-        # raised in its one line by the process that asked.
+        """Return uint8 images (B, 3, H, W) for int64 indices (B,), or an error in reading them."""
+        # An error raised in a worker would arrive as a traceback of many lines; returned, it is
+        # raised with its one-line message by the process that reads the batches.
         try:
             pixels = np.stack([self._pixels(self.paths[i]) for i in indices.tolist()])
         except UserError as error:
@@ -85,7 +85,7 @@ class Split:
     def batches(
         self, batch_size: int, shuffle: bool = False, drop_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass of uint8 images (B, 3, H, W) and int64 labels (B,), both on the device.
+        """Yield one pass of uint8 images (B, 3, H, W) and int64 labels (B,), both on the device.
 
         The order is drawn from torch's global CPU generator when the first batch is asked for;
         nothing else here touches that generator.
@@ -96,18 +96,18 @@ class Split:
             yield images, self.labels[indices.to(self.labels.device, non_blocking=True)]
 
     def _read(self, chosen: list[Tensor]) -> Iterator[Tensor]:
-        """The images (B, 3, H, W) for each of the batches of int64 CPU indices (B,)."""
+        """Yield the images (B, 3, H, W) of each batch in `chosen`, int64 CPU indices (B,)."""
         if isinstance(self.images, Tensor):
             device = self.images.device
             yield from (self.images[i.to(device, non_blocking=True)] for i in chosen)
             return
         loader: DataLoader[Tensor | UserError] = DataLoader(
             self.images,
-            batch_size=None,  # what the sampler yields already is a batch
+            batch_size=None,  # the sampler already yields whole batches
             sampler=chosen,
             num_workers=min(len(chosen), MAX_WORKERS, os.cpu_count() or 1),
             pin_memory=self.labels.is_cuda,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # else it would draw from torch's global generator
         )
         for images in loader:
             if isinstance(images, UserError):
@@ -117,13 +117,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to learn from and images to be judged by."""
+    """The training and the test images of a dataset."""
 
-    name: str  # what results are called
+    name: str  # used in names of runs and in results
     classes: tuple[str, ...]
-    train: Split  # empty if it was left out
+    train: Split  # empty if only the test images were loaded
     test: Split
-    mean: Colours  # of the training images scaled to [0, 1], as is std; NaN without them
+    mean: Colours  # mean and std are of training images scaled to [0, 1]; NaN without any
     std: Colours
     image_size: int  # pixels; images are square
 
@@ -136,12 +136,18 @@ def load(
     streamed: bool | None = None,
     test_only: bool = False,
 ) -> Dataset:
-    """The dataset `name`, its images resized to `image_size` pixels square if that is given.
+    """Load the dataset `name`.
 
-    `streamed` is for "folder" only: whether to read images from disk as they are needed. By
-    default a split is streamed if it takes more than a quarter of the device's memory.
+    Args:
+        data_dir: where cifar10 is or is downloaded to; of "folder", the folder to read.
+        image_size: pixels, to which images are resized. None is 32 for cifar10 and 16 for digits;
+            a folder's images, which must then be of one square size, stay as they are.
+        streamed: of "folder", whether to read images from disk as they are needed. None streams
+            a split that takes more than a quarter of the device's memory.
+        test_only: leave the training images out; a folder need not have any then.
 
-    With `test_only` the training images are left out; a folder's need not be there then.
+    Raises:
+        UserError: the dataset is unavailable, or a folder of images is unsuitable.
     """
     if name == "cifar10":
         return _cifar10(data_dir, image_size or CIFAR10_SIZE, device, test_only)
@@ -151,10 +157,13 @@ def load(
 
 
 def choose(asked: DatasetName | None, get: Callable[[DatasetName], T]) -> tuple[DatasetName, T]:
-    """What `get` makes of the dataset asked for, or of digits if none was and CIFAR-10 fails.
+    """Return the name of the dataset to use and what `get` returns for it.
+
+    That is the dataset asked for; None is cifar10 or, after a warning, digits if cifar10 is
+    unavailable.
 
     Raises:
-        DatasetUnavailableError: the dataset asked for cannot be had.
+        DatasetUnavailableError: the dataset asked for is unavailable.
     """
     name: DatasetName = asked or "cifar10"
     try:
@@ -171,10 +180,10 @@ def choose(asked: DatasetName | None, get: Callable[[DatasetName], T]) -> tuple[
 
 
 def prepare(name: DatasetName, data_dir: Path, image_size: int | None) -> int:
-    """Download what is missing of a dataset, without reading it: its image size in pixels.
+    """Download a dataset if it is missing, and return its image size in pixels.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the dataset is unavailable, or a folder of images is unsuitable.
     """
     if name == "digits":
         return image_size or DIGITS_SIZE
@@ -186,20 +195,20 @@ def prepare(name: DatasetName, data_dir: Path, image_size: int | None) -> int:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as RGB."""
+    """Read an image file as RGB; raises UserError if that fails."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # PIL would clip them to 8 bits, nearly all to white
+            if image.mode[0] in "IF":  # PIL would clip values to 8 bits, nearly all to white
                 raise ValueError(f"it has {image.mode}, not 8 bits a colour")
             return image.convert("RGB")
-    except Exception as error:  # damaged files make PIL raise nearly anything
+    except Exception as error:  # for damaged files PIL raises many types of errors
         raise UserError(
             f"{path} cannot be read as an image ({first_line(error)}): repair it or leave it out"
         ) from error
 
 
 def _cifar10(data_dir: Path, image_size: int, device: torch.device, test_only: bool) -> Dataset:
-    """CIFAR-10 from `data_dir`, downloaded first if need be."""
+    """Load CIFAR-10 from `data_dir`, downloading it first if need be."""
     wanted = (False,) if test_only else (True, False)
     parts = [_cifar10_part(data_dir, train) for train in wanted]
     splits = [
@@ -227,11 +236,11 @@ def _download_cifar10(data_dir: Path) -> None:
         )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        # All processes write the same files: one downloads, the others wait and find them there,
-        # as torchvision looks for intact ones first.
+        # All processes write the same files, so one downloads while the others wait. These then
+        # download nothing, as torchvision looks for intact files first.
         with FileLock(data_dir / CIFAR10_LOCK):
             CIFAR10(data_dir, download=True)
-    except Exception as error:  # the network, gzip, tar and MD5 sums each fail in their own ways
+    except Exception as error:  # network, gzip, tar and MD5 failures are of various types
         raise DatasetUnavailableError(
             f"cifar10 could not be downloaded to {data_dir} ({' '.join(str(error).split())}); "
             "remove what is there and try again, or choose another dataset"
@@ -243,11 +252,11 @@ def _reachable(url: str, seconds: float = 10) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        with suppress(Exception):  # whatever went wrong, there was no answer
+        with suppress(Exception):  # after any error, there was no answer
             urllib.request.urlopen(url, timeout=seconds).close()
             answered.set()
 
-    # Looking up a host's name heeds no timeout, but a daemon thread can be left behind at it.
+    # The lookup of the host's name ignores the timeout, but a daemon thread can be abandoned.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -255,7 +264,7 @@ def _reachable(url: str, seconds: float = 10) -> bool:
 
 
 def _digits(image_size: int, device: torch.device, test_only: bool) -> Dataset:
-    """scikit-learn's 1797 handwritten digits of 8x8 pixels, four fifths of them for training.
+    """Load scikit-learn's 1797 handwritten digits of 8x8 pixels, four fifths of them for training.
 
     The split is stratified and the same for every run, whatever the run's seed.
     """
@@ -274,7 +283,7 @@ def _digits(image_size: int, device: torch.device, test_only: bool) -> Dataset:
 
 
 def _resized(images: Tensor, labels: list[int], image_size: int, device: torch.device) -> Split:
-    """A resident split of uint8 images (N, 3, H, W), resized (bilinear, antialiased) if need be."""
+    """Make a resident split of uint8 images (N, 3, H, W), resized (bilinear, antialiased)."""
     images = v2.functional.resize(images.contiguous(), [image_size, image_size], antialias=True)
     return Split(images.to(device), torch.tensor(labels, device=device))
 
@@ -286,7 +295,7 @@ def _folder(
     streamed: bool | None,
     test_only: bool,
 ) -> Dataset:
-    """`data_dir`/train/CLASS/* and `data_dir`/test/CLASS/*."""
+    """Load the images in `data_dir`/train/CLASS/* and `data_dir`/test/CLASS/*."""
     parts = _image_folders(data_dir, test_only)
     size = image_size or read_image(parts[0].samples[0][0]).width
     splits: list[Split] = []
@@ -300,7 +309,7 @@ def _folder(
 
 
 def _image_folders(data_dir: Path, test_only: bool = False) -> list[ImageFolder]:
-    """The training and the test files, of the same classes."""
+    """List the training and the test files, after checking that their classes are the same."""
     wanted = ("test",) if test_only else ("train", "test")
     parts = [_image_folder(data_dir / part) for part in wanted]
     if parts[0].classes != parts[-1].classes:
@@ -313,7 +322,7 @@ def _image_folders(data_dir: Path, test_only: bool = False) -> list[ImageFolder]
 
 
 def _image_folder(folder: Path) -> ImageFolder:
-    """The image files below `folder`, which has one folder per class."""
+    """List the image files in `folder`, which must have at least two class folders, none empty."""
     for needed in (folder.parent, folder):
         if not needed.is_dir():
             raise UserError(
@@ -334,7 +343,7 @@ def _image_folder(folder: Path) -> ImageFolder:
 
 
 def _resident(split: Split, image_size: int) -> Split:
-    """The streamed `split` with all of its images on the device."""
+    """Read all images of a streamed `split` and return it as a resident one."""
     shape = (len(split), 3, image_size, image_size)
     whole = torch.empty(shape, dtype=torch.uint8, device=split.labels.device)
     places = whole.split(READ_AT_ONCE)
@@ -346,8 +355,8 @@ def _resident(split: Split, image_size: int) -> Split:
 def _fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes are at most a quarter of the device's memory.
 
-    On a GPU that is the memory free now; on a CPU it is all there is, since what is reported as
-    free there leaves out the cache of files, which gives way.
+    On a GPU that is the memory free now; on a CPU it is all physical memory, since what is
+    reported as free there excludes the file cache, which the system would release.
     """
     if device.type == "cuda":
         memory, _ = torch.cuda.mem_get_info(device)
@@ -357,7 +366,7 @@ def _fits(size: int, device: torch.device) -> bool:
 
 
 def _dataset(name: str, classes: list[str], splits: list[Split], image_size: int) -> Dataset:
-    """A dataset, its statistics taken in one pass over the training images, if they are there."""
+    """Make a dataset, with the statistics of its training images, if there are any."""
     test = splits[-1]
     device = test.labels.device
     nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Mistakes that the user can put right, and how a command ends on these and other errors."""
+"""Errors that the user can correct, and the messages and exit codes with which commands end."""
 
 import os
 import sys
@@ -8,15 +8,15 @@ import torch
 
 from selfcompress.text import first_line
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # says torch
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's messages
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: what was wrong, where, and what to do."""
+    """An error that the user can correct; one line says what is wrong, where, and what to do."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory could not be had, on a GPU or a CPU."""
+    """Whether `error` says that memory could not be allocated, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY)
@@ -30,20 +30,22 @@ def exit_code(
     stopped: str = "",
     smaller: str = "",
 ) -> int:
-    """What `command` returns, or, after one line on stderr, the code for the error it raised.
+    """Run `command` and return its exit code, or, after one line on stderr, that of its error.
 
     Args:
-        mistakes: errors beside `UserError` that are the user's: 2.
-        failures: others that a line tells enough of, beside OSError: 1.
-        stopped: what to say after Ctrl-C: 130.
-        smaller: what to try where memory does not suffice: 1.
+        command: returns its own exit code.
+        mistakes: further errors beside `UserError` that the user can correct; code 2.
+        failures: further errors beside OSError whose message is enough; code 1.
+        stopped: the message after Ctrl-C; code 130.
+        smaller: what to suggest when there is not enough memory; code 1.
 
-    141, without a line, if nobody reads its output any more.
+    If the reader of the output has gone, the code is 141, without a message. Any other error is
+    raised.
     """
     mistakes = (UserError, *mistakes)
     try:
         code = command()
-        if sys.stdout is not None:  # closed: `>&-`
+        if sys.stdout is not None:  # it is None when closed by `>&-`
             sys.stdout.flush()
         return code
     except mistakes as error:
@@ -52,11 +54,11 @@ def exit_code(
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has seen enough: end as SIGPIPE would have it
+    except BrokenPipeError:  # the reader, such as `head`, has gone: end as SIGPIPE would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        where = os.fsdecode(error.filename or "a file")  # TensorBoard's are bytes
+        where = os.fsdecode(error.filename or "a file")  # TensorBoard's file names are bytes
         print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:

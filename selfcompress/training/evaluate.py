@@ -12,7 +12,10 @@ from selfcompress.training.data import Dataset, Split
 def evaluate(
     model: nn.Module, dataset: Dataset, split: Split, batch_size: int
 ) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0-1) on `split`, of the quantised network, in float32."""
+    """Return mean cross-entropy and accuracy (0-1) of `model` on `split`, computed in float32.
+
+    Leaves `model` in eval mode.
+    """
     with full_precision(split.labels.device):
         return loss_and_accuracy(model, dataset, split, batch_size)
 
@@ -21,7 +24,10 @@ def evaluate(
 def loss_and_accuracy(
     model: nn.Module, dataset: Dataset, split: Split, batch_size: int
 ) -> tuple[float, float]:
-    """The same, in the precision that the caller has set."""
+    """Return mean cross-entropy and accuracy (0-1) of `model` on `split`.
+
+    Computes in the precision that the caller has set, and leaves `model` in eval mode.
+    """
     model.eval()
     sums = torch.zeros(2, device=split.labels.device)
     for images, labels in split.batches(batch_size):

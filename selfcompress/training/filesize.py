@@ -1,26 +1,26 @@
-"""The size of a file as people write it, such as 150KB or 3%."""
+"""Parse the size of a file as people write it, such as 150KB or 3%."""
 
 import math
 import re
 from dataclasses import dataclass
 
-_MOST = 1e18  # bytes or percent; with far more, floats overflow
+_MOST = 1e18  # bytes or percent; far larger sizes would overflow floats
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
 @dataclass(frozen=True)
 class FileSize:
-    """The size of a file as people write it: bytes, or percent of the starting weights in float."""
+    """The size of a file, in bytes or in percent of the starting weights at 32 bits."""
 
     amount: float
     unit: str  # B or %
 
     @classmethod
     def parse(cls, text: str) -> "FileSize":
-        """From 150KB, 1.5 MB, 20000 (bytes; 1 KB is 1,000 of them) or 3%.
+        """Parse a size such as 150KB, 1.5 MB, 20000 (bytes; 1 KB is 1,000 bytes) or 3%.
 
         Raises:
-            ValueError: it is none of these, or zero, or beyond what any file has.
+            ValueError: `text` is no such size, is zero, or is above 10^18 bytes or percent.
         """
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmg]?b|%|)\s*", text, re.IGNORECASE)
         if not match or float(match[1]) == 0:
@@ -33,7 +33,7 @@ class FileSize:
         return size
 
     def bytes(self, float_bits: int) -> int:
-        """Bytes of the file of a network that has `float_bits` at the start, rounded down."""
+        """Return the size in bytes, rounded down, for a network of `float_bits` at the start."""
         share = self.amount / 100 * float_bits / 8 if self.unit == "%" else self.amount
         return math.floor(share)
 

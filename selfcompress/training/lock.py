@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in; the lock goes when that process does, however."""
+"""Lock a folder for one process at a time; the lock ends with the process, however that ends."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ LOCK = ".lock"
 
 @contextmanager
 def hold(folder: Path, who: str, seconds: float = 0) -> Iterator[None]:
-    """Keep `folder`, which is made if need be, to this process for the length of a `with` block.
+    """Lock `folder`, which is created if need be, for the length of a `with` block.
 
     Args:
-        who: what another process that holds it must be, for the message.
-        seconds: how long to wait for it.
+        who: the program that another holder of the lock must be, for the error message.
+        seconds: how long to wait for the lock.
 
     Raises:
-        UserError: another process holds the folder.
+        UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

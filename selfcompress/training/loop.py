@@ -44,17 +44,17 @@ from selfcompress.training.size_control import SizeControl
 from selfcompress.training.summary import about_of, headline_of, result_of, summary_of, title_of
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
-"""Name, number of classes, width, image size → the network to train, in float."""
+"""Builds the float network to train, from its name, number of classes, width and image size."""
 
 WARM_UP = 0.2  # fraction of the run in which the learning rate rises
 LABEL_SMOOTHING = 0.1
 EXAMPLES = 8  # images that cuts are checked with
-STATISTICS_BATCHES = 100  # at most, for the batch-norm statistics of the final network
-EVALUATION_BATCHES = 10  # for those of the network of every other epoch
-MOST_BITS = 8  # that rows are given to fill a file up to --target-size
-FIT_BATCHES = 8  # that tell what a bit is worth when the file is fitted to --target-size
-UNKNOWN_ACCURACY = 0.8765432198765432  # in the header of a file that is only measured
-SLACK = 32  # bytes by which a compressed header may grow when the true one is put in
+STATISTICS_BATCHES = 100  # most batches for the batch-norm statistics of the final network
+EVALUATION_BATCHES = 10  # most batches for batch-norm statistics after all epochs but the last
+MOST_BITS = 8  # bit depth up to which rows may grow to fill a file up to --target-size
+FIT_BATCHES = 8  # batches that estimate what a bit is worth when fitting to --target-size
+UNKNOWN_ACCURACY = 0.8765432198765432  # stands for the accuracy in a file that is only measured
+SLACK = 32  # bytes by which the compressed header may grow with the true accuracy in it
 
 
 def run(
@@ -63,15 +63,17 @@ def run(
     build_model: BuildModel,
     make: "Callable[..., Run] | None" = None,
 ) -> dict[str, Any]:
-    """Train, or go on training, or find that it is done: the run's summary.
+    """Train a network, or resume an interrupted run, and return the run's summary.
+
+    A run that is finished already is not trained again, unless `config.overwrite` is set.
 
     Args:
-        default_width: of the model `config` names; None if that has no width to choose.
-        build_model: makes it.
-        make: what to make the run with, if not `Run` itself.
+        default_width: default width of the model that `config` names; None if it cannot be chosen.
+        build_model: builds that model.
+        make: makes the run; None is `Run`.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: something that the user can correct.
     """
     config.validate()
     for warning in config.without_effect():
@@ -86,7 +88,7 @@ def run(
     if summary is not None:
         print(f"{folder.path} is finished; --overwrite starts it over")
         return summary
-    # Whatever is wrong with the options shows here, before anything on disk is touched.
+    # Wrong options raise errors here, before anything on disk is changed.
     one = (make or Run)(config, dataset, device, folder, build_model)
     with folder.claim(config.overwrite):
         return one.train()
@@ -94,12 +96,12 @@ def run(
 
 @dataclass
 class Differentiated:
-    """What was computed of one step, up to the gradients.
+    """What a training step has computed once its gradients are known.
 
     Attributes:
-        told: (2,) the task's loss, and the number of images that the network got right.
-        gradients: by parameter.
-        collected: what the gradients say of formats.
+        told: (2,) the task's loss, and the number of correctly classified images.
+        gradients: the gradient of each parameter.
+        collected: what the compressor's format stepper collected from the gradients.
     """
 
     told: Tensor
@@ -108,7 +110,7 @@ class Differentiated:
 
 
 class Run:
-    """One network being trained: everything that a checkpoint has to bring back."""
+    """A network in training, with all the state that a checkpoint has to restore."""
 
     def __init__(
         self,
@@ -154,14 +156,14 @@ class Run:
         self.differentiate: Callable[..., Differentiated] = Replay(self._differentiate)
 
     def _build(self) -> nn.Module:
-        """The network, after it has shown that it accepts the images."""
+        """Build the network, and check that it accepts images of the dataset's size."""
         config, size = self.config, self.dataset.image_size
         try:
             model = self.build_model(config.model, len(self.dataset.classes), config.width, size)
             model.to(self.device).to(memory_format=torch.channels_last)
             with kept_modes(model), torch.no_grad():
                 model.eval()(self.examples)
-        except (AssertionError, RuntimeError, ValueError) as error:  # what torchvision's raise
+        except (AssertionError, RuntimeError, ValueError) as error:  # as torchvision raises
             if out_of_memory(error):
                 raise
             reason = first_line(error)
@@ -172,7 +174,7 @@ class Run:
         return model
 
     def _check_names(self) -> None:
-        """Refuse classes that the file could not name in the end."""
+        """Raise UserError for class names that the network's file could not store."""
         for name in self.dataset.classes:
             try:
                 check_about(About(class_names=[name]))
@@ -202,7 +204,7 @@ class Run:
             raise UserError(str(error)) from error
 
     def _control(self) -> SizeControl | None:
-        """What --target-size asks for, after it has shown to be possible."""
+        """Return the control for --target-size, after checking that the size can be reached."""
         config, compressor = self.config, self.compressor
         if compressor is None:
             return None
@@ -235,15 +237,15 @@ class Run:
         )
 
     def _file_bytes(self, model: nn.Module) -> int:
-        """The size of the file that the network as it is now would make, at most."""
+        """Return the bytes that the file of `model` would have now, at most."""
         return len(self._pack(model, UNKNOWN_ACCURACY)) + SLACK
 
     def _pack(self, model: nn.Module, accuracy: float) -> bytes:
-        """The file of a network whose `accuracy` this is."""
+        """Pack `model` with this `accuracy`; unfolded and in 32 bits if float16 is too narrow."""
         about = about_of(self, accuracy)
         try:
             return pack(model, about, **self.storage)
-        except ValueError as error:  # a number that 16 bits cannot hold
+        except ValueError as error:  # a number that float16 cannot hold
             if not self.storage:
                 raise
             print(f"warning: the file will be in 32 bits, unfolded: {error}", file=sys.stderr)
@@ -251,25 +253,25 @@ class Run:
             return pack(model, about)
 
     def _write_network(self, path: Path) -> float:
-        """Write the network: the accuracy of what is in the file, where floats are rounded."""
+        """Write the network to `path` and return its test accuracy as stored (floats rounded)."""
         stored = set_up(unpack(self._pack(self.model, UNKNOWN_ACCURACY)), self._build())
         _, accuracy = evaluate(stored, self.dataset, self.dataset.test, self.batch_size)
         write_atomically(path, self._pack(self.model, accuracy))
         return accuracy
 
     def _losses(self) -> Iterator[Tensor]:
-        """The task's loss on a few training batches."""
+        """Yield the task's loss on each of `FIT_BATCHES` training batches."""
         for images, labels in self._batches(FIT_BATCHES):
             with self.autocast:
                 logits = self.model(images)
             yield F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
     def size(self) -> Size:
-        """All sizes of the network as it is now and would be stored; the float baseline's too."""
+        """Measure the network, or the float baseline, as it is now and would be stored."""
         return measure(self.model, self.graph, self.starting_weights, **self.storage)
 
     def train(self) -> dict[str, Any]:
-        """Train the epochs that are missing and write the summary."""
+        """Train the remaining epochs, write the run's files and return its summary."""
         first = self._resume()
         history = self.folder.metrics(first)
         print(headline_of(self))
@@ -312,7 +314,7 @@ class Run:
             desc=f"epoch {epoch + 1}/{self.epochs}",
             total=self.steps_per_epoch,
             leave=False,
-            disable=None,  # unless this is a terminal
+            disable=None,  # shown on a terminal only
         )
         steps = (self._step(self.augment(images), labels) for images, labels in bar)
         for index, (loss, hits) in enumerate(late(steps)):
@@ -323,12 +325,12 @@ class Run:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         self._settle(last=epoch == self.epochs - 1)
-        with self.autocast:  # as in training: what it is in float32 is told of the final network
+        with self.autocast:  # as in training; only the final network is evaluated in float32
             test_loss, accuracy = loss_and_accuracy(
                 self.model, self.dataset, self.dataset.test, self.batch_size
             )
         if not math.isfinite(test_loss):
-            # The last step's damage shows only now; the epoch must not become a checkpoint.
+            # Divergence in the last step shows only now; it must not get into a checkpoint.
             raise self._diverged(test_loss, (epoch + 1) * self.steps_per_epoch - 1)
         size = self.size()
         layers = [layer for layer in size.layers if layer.out_width]
@@ -356,7 +358,7 @@ class Run:
         }
 
     def _file_against_target(self) -> dict[str, float]:
-        """What an epoch's metrics tell of the size if one was asked for."""
+        """Return the file's size and its target for an epoch's metrics, given a --target-size."""
         if self.control is None:
             return {}
         return {
@@ -365,7 +367,7 @@ class Run:
         }
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step of everything: (2,) the task's loss and the number of images it got right."""
+        """Do one training step; return (2,) the task's loss and the number of correct images."""
         compressor = self.compressor
         step = self.differentiate(self._version, images, labels)
         for parameter, gradient in step.gradients.items():
@@ -374,7 +376,7 @@ class Run:
         self.scheduler.step()
         if compressor is not None:
             compressor.formats.collected = step.collected
-            # By itself, as it is not recorded: γ changes from step to step.
+            # Not part of what `differentiate` records and replays, since γ changes at every step.
             penalty = compressor.penalty()
             if penalty.requires_grad:
                 penalty.backward()
@@ -382,7 +384,7 @@ class Run:
         return step.told
 
     def _differentiate(self, images: Tensor, labels: Tensor) -> Differentiated:
-        """The task's loss and its gradients."""
+        """Compute the task's loss and its gradients."""
         if self.compressor is not None:
             self.compressor.formats.collected = Collected()
         with self.autocast:
@@ -398,7 +400,7 @@ class Run:
         )
 
     def _version(self) -> object:
-        """Of the tensors that there are, and of the gradients that are computed."""
+        """Return a key that changes when a step uses other tensors or computes other gradients."""
         return (self.compressor.cuts, self.compressor.frozen) if self.compressor else None
 
     def _diverged(self, loss: float, step: int) -> UserError:
@@ -409,14 +411,14 @@ class Run:
         )
 
     def _lr_factor(self, step: int) -> float:
-        """One cycle: up in a straight line, and down to zero in another."""
+        """Return the fraction of the peak learning rate: a linear rise, then a linear fall to 0."""
         done = step / (self.epochs * self.steps_per_epoch)
         return max(0.0, min((done + 0.01) / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
     def _settle(self, last: bool) -> None:
-        """The size asked for, and batch-norm statistics of the network as it is.
+        """End an epoch: fit the file to --target-size and re-estimate batch-norm statistics.
 
-        Running statistics lag behind formats.
+        Running statistics lag behind formats. After the `last` epoch, finish the compression too.
         """
         if self.control is not None:
             self.control.settle(last)
@@ -448,7 +450,7 @@ class Run:
         }
 
     def _resume(self) -> int:
-        """Load the checkpoint, if there is one: the number of epochs done."""
+        """Load the checkpoint, if there is one, and return the number of finished epochs."""
         state = self.folder.checkpoint()
         if state is None:
             return 0
@@ -470,7 +472,7 @@ class Run:
         return int(state["epoch"])
 
     def gamma(self) -> float | None:
-        """The γ asked for, or the one that the size asked for has taken so far."""
+        """Return the γ asked for, or the one that --target-size has led to; None in float."""
         if self.compressor is None:
             return None
         return self.compressor.gamma if self.config.gamma is None else self.config.gamma

@@ -1,4 +1,4 @@
-"""Read the numbers of a step once the next one is on its way, so that a GPU is not waited for."""
+"""Read a step's numbers after launching the next step, so that a GPU is not waited for."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def late(computed: Iterable[Tensor]) -> Iterator[list[float]]:
-    """The numbers in each tensor: on a GPU after the next tensor was made, else at once."""
+    """Yield the numbers in each tensor: on a GPU after the next tensor was made, else at once."""
     before: tuple[Tensor, torch.cuda.Event] | None = None
     for tensor in computed:
         if not tensor.is_cuda:

@@ -1,4 +1,8 @@
-"""A run's folder: its configuration, metrics, checkpoint and summary, never left half-written."""
+"""A run's folder: its configuration, metrics, checkpoint and summary.
+
+Files are written atomically, except for metrics.jsonl and TensorBoard's; a half-written last line
+of metrics.jsonl is dropped when the run is resumed.
+"""
 
 import io
 import json
@@ -21,21 +25,21 @@ METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUMMARY = "summary.json"
 NETWORK = "net.scnn"
-STORAGE = {"fold_norms": True, "half": True}  # how `save` is told to write it, if not in float
+STORAGE = {"fold_norms": True, "half": True}  # options of `pack` for it, but for the float baseline
 TENSORBOARD = "tensorboard"
 WIDTHS = "widths.png"
 _FILES = (SUMMARY, NETWORK, CHECKPOINT, METRICS, WIDTHS, CONFIG)
-_LET_GO = 5.0  # seconds in which a process that was just killed is gone
+_LET_GO = 5.0  # seconds to wait for the lock of a process that was just killed
 
 
 class RunFolder:
-    """The folder `path` for the run with configuration `config`; untouched until `claim`."""
+    """The folder `path` of the run with configuration `config`; not changed before `claim`."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
 
     def check(self) -> dict[str, Any] | None:
-        """The summary, which only a finished run has.
+        """Return the run's summary, or None if the run is not finished.
 
         Raises:
             UserError: the folder holds something else, or its files cannot be read.
@@ -50,11 +54,11 @@ class RunFolder:
 
     @contextmanager
     def claim(self, overwrite: bool) -> Iterator[None]:
-        """Make the folder, keep other processes out, and with `overwrite` remove the run in it.
+        """Create and lock the folder for a `with` block; `overwrite` first removes the run in it.
 
         Raises:
-            UserError: another process trains in it, or has meanwhile finished this run, or begun
-                another one.
+            UserError: the folder holds something else, or another process trains in it or has
+                meanwhile finished this run or begun another one.
         """
         if overwrite:
             self._require_ours()
@@ -71,7 +75,10 @@ class RunFolder:
             yield
 
     def _require_ours(self) -> None:
-        """Refuse a folder that holds files but no run's configuration, unless that is damaged."""
+        """Raise UserError if the folder holds files but no run's configuration.
+
+        A damaged configuration is accepted if there are no files but a run's.
+        """
         files = self.path.iterdir() if self.path.exists() else ()
         names = {f.name for f in files if f.name != LOCK and not is_left_over(f, _FILES)}
         try:
@@ -88,7 +95,7 @@ class RunFolder:
         write_atomically(self.path / SUMMARY, _json_bytes(summary))
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint: plain tensors and numbers, read without unpickling objects."""
+        """Return the last checkpoint, if any; it is read without unpickling arbitrary objects."""
         file = self.path / CHECKPOINT
         if not file.exists():
             return None
@@ -96,7 +103,7 @@ class RunFolder:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
                 raise ValueError("it holds something else")
-        except Exception as error:  # a damaged zip, a truncated one, a pickle of objects, ...
+        except Exception as error:  # damaged or truncated zip files, pickled objects, ...
             if isinstance(error, OSError) or out_of_memory(error):  # the file may be intact
                 raise
             raise UserError(
@@ -111,7 +118,7 @@ class RunFolder:
         write_atomically(self.path / CHECKPOINT, buffer.getvalue())
 
     def metrics(self, epochs: int) -> list[dict[str, Any]]:
-        """The metrics of the first `epochs` epochs; later ones are struck from the file.
+        """Return the metrics of the first `epochs` epochs, and remove later ones from the file.
 
         Raises UserError if there are fewer, or a line is damaged.
         """
@@ -133,10 +140,10 @@ class RunFolder:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # it must not know less than the checkpoint that follows
+            os.fsync(file.fileno())  # the checkpoint that follows counts on it
 
     def _clear(self) -> None:
-        """Remove what runs leave behind, and nothing else."""
+        """Remove the files that a run writes, and nothing else."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
@@ -159,7 +166,7 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first option that differs; one that is missing was not there yet, and so is None."""
+    """Describe the first option that differs, if any; one missing (then unknown) counts as None."""
     for name in sorted(here.keys() | there.keys()):
         if there.get(name) != here.get(name):
             return f"{name} is {there.get(name)} there and {here.get(name)} here"

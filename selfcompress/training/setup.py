@@ -1,4 +1,4 @@
-"""What a run starts with: its device, its data, the name of its folder, its precision."""
+"""Set up a run: its device, its data, the name of its folder, its precision."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +12,7 @@ from selfcompress.training.filesize import FileSize
 
 
 def load_data(config: Config, device: torch.device) -> tuple[DatasetName, Dataset]:
-    """The dataset asked for, or digits if none was asked for and CIFAR-10 cannot be had."""
+    """Load the dataset asked for, or digits if none was and CIFAR-10 is unavailable."""
     name, dataset = choose(
         config.dataset, lambda name: load(name, config.data_dir, config.image_size, device)
     )
@@ -24,7 +24,7 @@ def load_data(config: Config, device: torch.device) -> tuple[DatasetName, Datase
 
 
 def run_dir(config: Config, dataset: Dataset) -> Path:
-    """The folder asked for, or one named after what the run is of."""
+    """Return the folder asked for, or one in runs/ named after the run's options."""
     if config.run_dir is not None:
         return config.run_dir
     if config.float_baseline:
@@ -34,13 +34,13 @@ def run_dir(config: Config, dataset: Dataset) -> Path:
     else:
         assert config.gamma is not None
         how = f"gamma{gamma_name(config.gamma)}"
-    model = config.model.replace(":", "-")  # Windows takes no colon in the name of a file
+    model = config.model.replace(":", "-")  # Windows allows no colons in file names
     width = "" if config.width is None else f"-w{config.width}"
     return Path("runs") / f"{dataset.name}-{model}{width}-{how}-seed{config.seed}"
 
 
 def device_of(config: Config) -> torch.device:
-    """The device asked for, or a GPU if there is one."""
+    """Return the device asked for; auto is a GPU if there is one."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here")
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
@@ -48,7 +48,7 @@ def device_of(config: Config) -> torch.device:
 
 
 def autocast_of(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """Autocast to bfloat16 where that is asked for or, if nothing is, faster."""
+    """Return a context of autocast to bfloat16, if that is asked for or, with auto, faster."""
     gains = device.type == "cuda" or (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )

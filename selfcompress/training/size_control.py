@@ -1,8 +1,8 @@
-"""--target-size: has the file of a network in training end at a size, instead of a given γ.
+"""--target-size: make the file of a network in training end at a given size, not at a given γ.
 
-While formats move, γ keeps the network on its way to the target (see `selfcompress/size_path.py`).
-Once they are frozen `trim.Fitter` makes up for what is missing, and again whenever training moves
-the entropy of the integers away from the target, for the last time in the finished network.
+While formats change, γ is set so that the size follows a path to the target (see
+`selfcompress/size_path.py`). Once they are frozen, `trim.Fitter` removes the remaining difference;
+it does so again whenever training changes the entropy of the integers, and in the final network.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,21 +15,21 @@ from selfcompress.size import Size
 from selfcompress.size_path import SizePath
 from selfcompress.training.trim import Fitter
 
-TOLERANCE = 0.01  # of the target, by which a file may be below it before it is filled up
-LANDING = 1.02  # times the target is where the path ends: what was taken off does not come back
+TOLERANCE = 0.01  # fraction of the target by which a file may be smaller before rows get more bits
+LANDING = 1.02  # the path ends at this multiple of the target, as removed rows do not come back
 
 
 class SizeControl:
-    """Has a network in training end in a file of at most `target` bytes, and hardly less.
+    """Makes the file of a network in training end at `target` bytes, or slightly below.
 
     Args:
-        compressor, optimizer: of the run.
+        compressor, optimizer: those of the run.
         target: bytes of the file.
         smallest: bytes of the smallest file that the network can have.
         start: all sizes of the network at the start.
-        most_bits: that a row may be given where there is room.
-        bytes_of: the size of a network's file.
-        losses: the task's loss on a few batches, one after the other, with gradients.
+        most_bits: bit depth up to which rows may grow to fill the file up.
+        bytes_of: returns the bytes of a network's file.
+        losses: yields the task's loss on a few batches, one after the other, with gradients.
     """
 
     def __init__(
@@ -58,17 +58,18 @@ class SizeControl:
         )
 
     def file_bytes(self) -> int:
-        """The size of the network's file, were it cut now."""
+        """Return the bytes that the file would have if the network were cut now."""
         return self.bytes_of(self.compressor.preview())
 
     def settle(self, last: bool = False) -> None:
-        """Once formats are frozen: back to the target, if the file has left it.
+        """Bring the file back to the target, if formats are frozen and it has left the target.
 
-        The `last` time, this is exact: batch-norm statistics have to be estimated anew after it.
+        The `last` time, formats are frozen and dead channels cut first, so that the size is exact;
+        batch-norm statistics have to be re-estimated after that.
         """
         if last:
             self.compressor.freeze()
-            self.compressor.idle.look()  # rows that are zero now go first, as they do in the end
+            self.compressor.idle.look()  # rows of zeros are cut first, as `finish` will cut them
             self.compressor.cut(self.fitter.optimizer)
         if not self.compressor.frozen:
             return

@@ -1,4 +1,4 @@
-"""What a run says of itself: on the terminal, in its network's file and in its summary."""
+"""Descriptions of a run: on the terminal, in its network's file and in its summary."""
 
 import dataclasses
 import platform
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def headline_of(run: "Run") -> str:
-    """What is about to be trained, on what, how, and where it is kept."""
+    """Describe, in a line, what is about to be trained, on what, how, and in which folder."""
     config, data = run.config, run.dataset
     how = "in float" if config.float_baseline else f"at γ = {run.gamma():g}"
     if run.control is not None:
@@ -33,7 +33,7 @@ def headline_of(run: "Run") -> str:
 
 
 def title_of(run: "Run") -> str:
-    """Network, dataset and γ or size, for a figure."""
+    """Return the title of a figure: network, dataset and γ or target size."""
     how = "float" if run.compressor is None else f"γ = {run.gamma():g}"
     if run.control is not None:
         how = f"{run.control.target:,} bytes"
@@ -42,7 +42,7 @@ def title_of(run: "Run") -> str:
 
 
 def about_of(run: "Run", accuracy: float) -> About:
-    """What the file of the network tells beside the network."""
+    """Return the information about the run that its network's file stores."""
     config, data, end = run.config, run.dataset, run.size()
     assert config.dataset is not None
     return About(
@@ -67,7 +67,7 @@ def about_of(run: "Run", accuracy: float) -> About:
 def summary_of(
     run: "Run", history: list[dict[str, Any]], accuracy: float, contents: Contents
 ) -> dict[str, Any]:
-    """All of summary.json: what was asked for, what came of it, and what it was computed on."""
+    """Return the content of summary.json: options, results, versions of packages and hardware."""
     end, sizes = run.size(), contents.size
     seconds = [row["time"]["epoch_seconds"] for row in history]
     return {
@@ -107,7 +107,7 @@ def summary_of(
 
 
 def result_of(run: "Run", summary: dict[str, Any]) -> str:
-    """What has come of it, and where that is."""
+    """Describe, in a few lines, the results of a finished run and where its files are."""
     seconds = summary["seconds_per_epoch"]
     return (
         f"{run.size()}\n"
@@ -122,7 +122,7 @@ def result_of(run: "Run", summary: dict[str, Any]) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    """What a GPU is called, or that it is a CPU."""
+    """Return the name of a GPU, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

@@ -1,9 +1,9 @@
-"""Fit a network's file to a number of bytes: a bit less, or more, where the task minds least.
+"""Fit a network's file to a number of bytes by changing the bit depths of rows.
 
-What another format of a row does to the loss is estimated to first order, as the mean square over
-batches of g · Δ: g the gradient of the quantised weight, Δ what the format adds to it. Rows that
-matter least, for the bits that the file saves, are trimmed first; where there is room, those that
-matter most get a bit more.
+The effect on the loss of giving a row another format is estimated to first order, as the sum over
+batches of (g · Δ)², with g the gradient of the quantised weight and Δ its change under the format.
+Rows with the least effect for each bit that the file saves lose bits first; where there is room,
+rows with the largest effect for each bit that the file grows get a bit more.
 """
 
 import itertools
@@ -27,25 +27,25 @@ from selfcompress.quantizer import (
 )
 from selfcompress.training.runs import STORAGE
 
-_ROUNDS = 20  # of trimming, or filling, at most; in each, a row moves by one bit or loses all
-_TABLE_BITS = 4  # up to this depth integers are counted one by one to estimate their entropy
+_ROUNDS = 20  # of trimming, or filling, at most; in one, a row loses 1, 2 or all bits, or gains 1
+_TABLE_BITS = 4  # highest bits of the integers whose values are counted to estimate an entropy
 
 
 class _Formats(NamedTuple):
-    """(rows,) bit depths and exponents of all layers, one after the other."""
+    """(rows,) bit depths and exponents, of one layer or of all layers one after the other."""
 
     depth: Tensor
     exponent: Tensor
 
 
 class Fitter:
-    """Changes the formats of a network in training until its file has the size it should.
+    """Changes the formats of a network in training until its file has a given size.
 
     Args:
-        compressor: frozen already: nothing else may step the formats.
-        optimizer: of the weights; cut along.
-        losses: the task's loss on a few batches, one after the other, with gradients.
-        file_bytes: the size of the network's file, were it cut now.
+        compressor: already frozen, so that nothing else steps the formats.
+        optimizer: the optimiser of the weights, whose state is cut with the network.
+        losses: yields the task's loss on a few batches, one after the other, with gradients.
+        file_bytes: returns the bytes that the file would have if the network were cut now.
     """
 
     def __init__(
@@ -63,10 +63,13 @@ class Fitter:
         return list(self.compressor.layers.values())
 
     def fit(self, limit: int, least: int, most_bits: int) -> int:
-        """Trim to `limit` bytes at most, then fill up to `least` or more: the bytes of the file.
+        """Trim the file to at most `limit` bytes, then fill it up to at least `least` bytes.
 
-        Rows get no more than `most_bits`. The result is above `limit` only if nothing more can
-        be taken, and below `least` if nothing more that fits can be given.
+        No row is given more than `most_bits`.
+
+        Returns:
+            The bytes of the file: above `limit` only if no more bits can be removed, and below
+            `least` only if no more bits that fit can be added.
         """
         for _ in range(_ROUNDS):
             if self.file_bytes() <= limit or not self._trim(limit):
@@ -78,15 +81,16 @@ class Fitter:
         return self.file_bytes()
 
     def _trim(self, limit: int) -> bool:
-        """Take bits, or all, from the rows where it costs least; whether there was any to take.
+        """Remove bits from the rows where it affects the loss least; return whether any could be.
 
-        At a price of bits every row chooses by itself what to give: as it is best for the loss
-        plus the price. The lowest price is looked for at which the file is small enough.
+        For a given price per bit, each row takes the format with the least sum of its effect on
+        the loss and the price of its bits. The lowest price is searched for at which the file has
+        at most `limit` bytes.
         """
         choices = [self._now()]
         for less in (1, 2, MAX_BITS):
             depth = integer_depth(choices[0].depth) - less
-            # No row comes to one bit: `formats.py` says why.
+            # No row is left with one bit: `formats.py` says why.
             choices.append(self._steps(depth.where(depth > 1, 0)))
         saved = torch.stack([self._saved(choice) for choice in choices]).double()
         harm = torch.stack(self._harm(choices)).double()
@@ -101,7 +105,7 @@ class Fitter:
         prices = prices[(prices >= 0) & prices.isfinite()].unique()
 
         def at(count: int) -> _Formats:
-            # A bit above the price at which a row changes its mind.
+            # Slightly above the price at which a row's best format changes.
             price = prices[count - 1] * (1 + 1e-9) if count else -1.0
             best = (harm - price * saved).argmin(0, keepdim=True)
             depth, exponent = (
@@ -113,7 +117,10 @@ class Fitter:
         return len(prices) > 0
 
     def _fill(self, limit: int, most_bits: int) -> bool:
-        """Give a bit to the rows where it changes most, as many as there is room for; if any."""
+        """Give one more bit to as many rows as `limit` has room for; return whether to any.
+
+        Rows with the largest effect on the loss for each bit that the file grows come first.
+        """
         before = self._now()
         depth = integer_depth(before.depth)
         more = self._steps((depth + 1).clamp(max=MAX_BITS))
@@ -137,7 +144,7 @@ class Fitter:
         return count > 0
 
     def _fewest(self, most: int, at: Callable[[int], _Formats], done: Callable[[], bool]) -> int:
-        """The smallest count, up to `most`, at whose formats it is `done`, or else `most`."""
+        """Return the smallest count at whose formats `done()` holds, or `most` if there is none."""
         low, high = 0, most
         while low < high:
             middle = (low + high) // 2
@@ -146,7 +153,7 @@ class Fitter:
         return low
 
     def _steps(self, depth: Tensor) -> _Formats:
-        """The formats of all rows at `depth`: (rows,) whole bits."""
+        """Return the formats of all rows at `depth`, (rows,) whole bits, with fitted exponents."""
         steps = map(_step, self._layers, self._split(depth))
         return _Formats(*(torch.cat(part) for part in zip(*steps, strict=True)))
 
@@ -154,7 +161,7 @@ class Fitter:
         return [_Formats(*pair) for pair in zip(*map(self._split, formats), strict=True)]
 
     def _split(self, values: Tensor) -> list[Tensor]:
-        """(rows,) values of all layers → those of each."""
+        """Split (rows,) values of all layers into those of each layer."""
         return list(values.split([len(layer.bit_depth) for layer in self._layers]))
 
     def _now(self) -> _Formats:
@@ -171,9 +178,9 @@ class Fitter:
         self.compressor.connection.keep()
 
     def _saved(self, steps: _Formats) -> Tensor:
-        """(rows,) the bits of the file that each step takes off, estimated.
+        """Estimate (rows,) the bits that the file saves when each row takes its format in `steps`.
 
-        A row is taken to need, beside its weights, its share of everything that is not weights.
+        Beside its weights, a row is taken to need an equal share of everything but weights.
         """
         size = self.compressor.size(**STORAGE)
         rows = sum(layer.channels for layer in size.layers)
@@ -186,9 +193,9 @@ class Fitter:
         return torch.cat(parts)
 
     def _harm(self, kinds: list[_Formats]) -> list[Tensor]:
-        """For each kind of steps, (rows,) the mean square over batches of what it does to the loss.
+        """Estimate, for each of `kinds`, (rows,) the effect of each row's new format on the loss.
 
-        The squares of the gradient's product with the step, summed up batch by batch.
+        It is the sum over batches of the squared product of gradient and weight change.
         """
         layers = self._layers
         changes = [
@@ -212,10 +219,11 @@ class Fitter:
 
 @contextmanager
 def _on_the_grid(layers: list[QuantizedLayer]) -> Iterator[None]:
-    """Have every layer compute with the same weights as ever, but see their whole gradient.
+    """Let gradients reach saturated weights too, within a `with` block.
 
-    The straight-through gradient is masked where a weight saturates. On the same grid with all
-    bits there are, the quantised weights come out as they are and none saturates.
+    The straight-through gradient is zero where a weight saturates. Inside, the weights are replaced
+    by their quantised values and all bit depths by `MAX_BITS`: layers compute the same, as their
+    grids stay the same, and no weight saturates.
     """
     kept = [(p, p.detach().clone()) for layer in layers for p in (layer.weight, layer.bit_depth)]
     with torch.no_grad():
@@ -232,7 +240,7 @@ def _on_the_grid(layers: list[QuantizedLayer]) -> Iterator[None]:
 
 @torch.no_grad()
 def _step(layer: QuantizedLayer, depth: Tensor) -> _Formats:
-    """The formats at `depth`: (rows,) whole bits. A row of nothing but zeros needs none."""
+    """Return a layer's formats at `depth`, (rows,) whole bits; rows that become zeros get none."""
     exponent = fit_exponent(layer.weight_by_row(), depth)
     zero = (fake_quantize(layer.weight_by_row(), depth, exponent) == 0).flatten(1).all(1)
     return _Formats(torch.where(zero, 0, depth), exponent)
@@ -240,19 +248,19 @@ def _step(layer: QuantizedLayer, depth: Tensor) -> _Formats:
 
 @torch.no_grad()
 def _change(layer: QuantizedLayer, step: _Formats) -> Tensor:
-    """(rows, fan-in ...): what `step` adds to the quantised weight."""
+    """Return (rows, fan-in ...) the change of the quantised weight under the formats `step`."""
     weight = layer.weight_by_row()
     now = layer.by_row(layer.quantized_weight())
     return fake_quantize(weight, step.depth, step.exponent) - now
 
 
 def _weight_bits(layer: QuantizedLayer, formats: _Formats) -> Tensor:
-    """(rows,) what the weights of each row take in a file, by the entropy of its integers."""
+    """Estimate (rows,) the bits of each row's weights in a file, by the entropy of its integers."""
     depth = integer_depth(formats.depth)
     integers = quantized_integers(
         layer.weight_by_row(), *formats, integer_bits=layer.integer_bits
     ).flatten(1)
-    fine = (depth - _TABLE_BITS).clamp(min=0).int()  # bits that are taken as incompressible
+    fine = (depth - _TABLE_BITS).clamp(min=0).int()  # lowest bits, taken as incompressible
     coarse = integers >> fine[:, None]
     entropy = fine.float()
     for level in range(-(2 ** (_TABLE_BITS - 1)), 2 ** (_TABLE_BITS - 1)):
