@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from selfcompress.convert import quantize_layers
-from selfcompress.examine import expect_samples, observe_float, observe_quantised, warn_of_idle
+from selfcompress.first_run import expect_samples, observe_float, observe_quantised, warn_of_idle
 from selfcompress.formats import FIT_INTERVAL, FormatStepper
 from selfcompress.graph.connection import Connection
 from selfcompress.graph.fast_widths import fast_multiple
@@ -25,7 +25,6 @@ from selfcompress.idle_rows import IdleRows
 from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
-from selfcompress.look import detached_copy, without_compile
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.reestimate import reestimate
 from selfcompress.report import Report, make_report
@@ -34,6 +33,7 @@ from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
 from selfcompress.surgery import Plan, apply_plan, check_optimizer
+from selfcompress.undisturbed import detached_copy, without_compile
 from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
 
 _WORTH_RECOMPILING = 0.05  # with torch.compile in use, cut only if this share of parameters goes

@@ -15,7 +15,7 @@ from selfcompress.layers.placing import place
 from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent, matrices_of
 from selfcompress.layers.twins import TWINS, without_ours
-from selfcompress.look import detached_copy, without_compile
+from selfcompress.undisturbed import detached_copy, without_compile
 
 _KINDS = {twin: kind for kind, twin in TWINS.items()}
 

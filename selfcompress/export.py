@@ -28,8 +28,8 @@ from selfcompress.dense import to_dense
 from selfcompress.disk import write_atomically
 from selfcompress.inputs import Inputs, positional
 from selfcompress.layers.quantized import quantized_layers
-from selfcompress.look import without_compile
 from selfcompress.text import first_line
+from selfcompress.undisturbed import without_compile
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto

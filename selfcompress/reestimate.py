@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.inputs import Inputs, moved_with, positional
-from selfcompress.look import kept_modes
+from selfcompress.undisturbed import kept_modes
 
 
 @torch.no_grad()

@@ -47,9 +47,9 @@ from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths
 from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.quantized import QuantizedLayer, of_rows, quantized_layers
 from selfcompress.layers.recurrent import QuantRecurrent
-from selfcompress.look import kept_modes
 from selfcompress.quantizer import integer_depth
 from selfcompress.text import aligned
+from selfcompress.undisturbed import kept_modes
 
 _DEPTH_BITS = 8
 _EXPONENT_BITS = 32

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from selfcompress.inputs import Inputs, device_of
 from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
-from selfcompress.look import called, leaves_of, undisturbed
 from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
+from selfcompress.undisturbed import called, leaves_of, undisturbed
 
 _SHAKE, _SHAKES = 4, 5  # noise for `jumps`: in units in the last place, and number of runs
 _AS_MUCH = 3  # a cut may change an output by this many times what that noise changes

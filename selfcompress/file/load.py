@@ -18,9 +18,9 @@ from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, weight_shape
 from selfcompress.layers.placing import LAYOUTS, Placed
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
-from selfcompress.look import without_compile
 from selfcompress.surgery import Wiring, rewire
 from selfcompress.text import first_line
+from selfcompress.undisturbed import without_compile
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -19,9 +19,9 @@ from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.kinds import FLOAT_LAYERS, layer_widths
 from selfcompress.layers.placing import LAYOUTS, Placed
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
-from selfcompress.look import without_compile
 from selfcompress.quantizer import MAX_BITS, integer_depth, quantized_integers
 from selfcompress.size import measure
+from selfcompress.undisturbed import without_compile
 
 
 def save(

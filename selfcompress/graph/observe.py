@@ -19,7 +19,7 @@ from selfcompress.layers.embeddings import TiedLinear
 from selfcompress.layers.kinds import EMBEDDINGS, FLOAT_LAYERS, layer_widths
 from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.recurrent import RECURRENT, matrices_of
-from selfcompress.look import called, copied, seed_everything, undisturbed
+from selfcompress.undisturbed import called, copied, seed_everything, undisturbed
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selfcompress.graph.tracer import Place, Tracer, has_tensors, is_ours, owner_of
-from selfcompress.look import kept_attributes
+from selfcompress.undisturbed import kept_attributes
 
 # May come or go with the size, as channels of dimensions that are not padded stay where they are.
 _HARMLESS = {

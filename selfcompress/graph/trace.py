@@ -23,8 +23,14 @@ from selfcompress.graph.other_sizes import other_ways
 from selfcompress.graph.tracer import Tracer, has_layers, has_tensors, is_ours
 from selfcompress.graph.widths_read import frozen_by_widths, kept_whole, noting_widths
 from selfcompress.inputs import Inputs, device_of, positional
-from selfcompress.look import called, is_torchs, kept_attributes, seed_everything, undisturbed
 from selfcompress.text import first_line
+from selfcompress.undisturbed import (
+    called,
+    is_torchs,
+    kept_attributes,
+    seed_everything,
+    undisturbed,
+)
 
 
 @dataclass

@@ -34,8 +34,8 @@ from selfcompress.layers.own_forward import OwnForward
 from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import QuantizedLayer
 from selfcompress.layers.recurrent import QuantRecurrent
-from selfcompress.look import CLOSED, copied, kept_modes, leaves_of, without_compile
 from selfcompress.text import first_line
+from selfcompress.undisturbed import CLOSED, copied, kept_modes, leaves_of, without_compile
 
 
 @dataclass(frozen=True)

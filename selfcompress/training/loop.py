@@ -24,7 +24,6 @@ from selfcompress.file.read import read, unpack
 from selfcompress.file.write import pack
 from selfcompress.formats import Collected
 from selfcompress.graph.follow import channel_graph
-from selfcompress.look import kept_modes
 from selfcompress.replay import Replay
 from selfcompress.schedule import Schedule
 from selfcompress.size import Size, measure, starting_weights
@@ -42,6 +41,7 @@ from selfcompress.training.read_late import late
 from selfcompress.training.setup import autocast_of, device_of, load_data, run_dir
 from selfcompress.training.size_control import SizeControl
 from selfcompress.training.summary import about_of, headline_of, result_of, summary_of, title_of
+from selfcompress.undisturbed import kept_modes
 
 BuildModel = Callable[[str, int, int | None, int], nn.Module]
 """Builds the float network to train, from its name, number of classes, width and image size."""
