@@ -427,7 +427,7 @@ def test_a_branch_for_training_alone_is_cut_exactly() -> None:
 
 
 def test_insides_are_followed_on_their_own() -> None:
-    """Channels inside of those modules of an untraceable model that can be traced can be removed."""
+    """In an untraceable model, channels inside of modules that can be traced can be removed."""
     compressor = started(Wayward(Chain(bias=True)), images())
     assert reported(compressor)["inner.a.0"].removable == 6
     compressor = started(nested(), images())

@@ -103,9 +103,9 @@ def check_is_of(average: AveragedModel, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_an_average_is_cut_along_and_goes_on(average: str) -> None:
-    """A cut changes nothing in the course of an average, but for the rows that it removes.
+    """After a cut, an average equals the kept part of the average of a run that is not cut.
 
-    The other run is not cut; there, the batch-norm biases of dead channels are held in place.
+    In the run that is not cut, the batch-norm biases of dead channels are held where they are.
     """
     cut, asleep = Run(average), Run(average)
     for run in (cut, asleep):
