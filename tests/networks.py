@@ -101,7 +101,7 @@ class PreActivation(nn.Module):
 
 
 class Biased(nn.Module):
-    """Convolutions with biases and no batch norm, with `activation` and GELU behind them.
+    """Convolutions with biases and no batch norm, followed by `activation` and by GELU.
 
     GELU has f(0) = 0; `activation` may have another f(0), as a sigmoid does.
     """

@@ -50,7 +50,7 @@ def below(chance: float, n: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> None:
-    """Kill a random share of the rows of every layer, and negate some biases and zero others.
+    """Kill between none and all of the rows of every layer; negate some biases, and zero others.
 
     Args:
         settle: whether to call `avoid_ties`, and then set the statistics of batch norms that read
@@ -129,7 +129,7 @@ def _width(norm: _BatchNorm) -> int:
 def avoid_ties(compressor: Compressor) -> None:
     """Set biases of 0 to 0.125 in batch norms whose input channel is constant, but not known to be.
 
-    Such an entry would output about ±1e-17 instead of 0, and a ReLU behind it depends on the sign.
+    Such an entry would output about ±1e-17 instead of 0, and a ReLU after it depends on the sign.
     If a channel is known to be constant, its entry is not computed after the cut. But before the
     cut it still is, in evaluation, and a maximum may be taken of its output and a 0: in networks
     with maxima, these biases are set as well.

@@ -126,7 +126,7 @@ _NAMES: dict[str, Any] = {
     "OwnNorm1d": OwnNorm1d, "OwnNorm2d": OwnNorm2d, "NormAct2d": NormAct2d,
 }  # fmt: skip
 
-# An activation's value at 0 decides whether a channel of zeros is still zero behind it.
+# An activation's value at 0 decides whether a channel of zeros is still zero after it.
 _ACTIVATIONS = (
     "nn.ReLU()", "nn.ReLU()", "nn.ReLU6()", "nn.SiLU()", "nn.GELU()", "nn.Hardswish()",
     "nn.LeakyReLU(0.1)", "nn.Tanh()", "nn.ELU()", "nn.Identity()", "F.relu({})", "torch.relu({})",

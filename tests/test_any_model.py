@@ -882,7 +882,7 @@ def test_channels_go_through_batch_norms_of_own_classes(norm: type[nn.BatchNorm2
 def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(
     norm: type[nn.BatchNorm2d], tmp_path: Path
 ) -> None:
-    """With users' batch norms, a run resumes bit for bit, and files and dense copies are right."""
+    """With users' batch norms, runs resume bit for bit; files and dense copies compute the same."""
 
     def begin() -> tuple[Compressor, SGD]:
         torch.manual_seed(0)
@@ -935,13 +935,16 @@ def test_a_dead_channel_leaves_a_bias_in_an_own_batch_norm_that_goes_to_zero() -
     with torch.no_grad():
         model[4].get_parameter("bias")[1] = 0.5
     compressor.lingering.look()
-    # Not lingering: biases of rows in front of a norm, and of norms whose channel is live.
+    # Not lingering: biases of rows that a norm reads, and of norms whose channel is live.
     assert {n: p.tolist() for n, p in compressor.lingering.positions.items()} == {"4.bias": [1]}
 
 
 @pytest.mark.parametrize("held", [False, True])
 def test_own_batch_norms_in_eval_mode_keep_what_they_make_of_constants(held: bool) -> None:
-    """Of a constant, only a norm that is in eval mode in training keeps its output in a cut."""
+    """A norm with a constant input keeps its output in evaluation only if held in eval mode.
+
+    Held means that it is in eval mode while the network trains.
+    """
     model = nn.Sequential(nn.Conv2d(3, 4, 1), SameNorm(4), nn.Sigmoid(), nn.Conv2d(4, 2, 1))
     compressor = started(model, images())
     model[1].train(not held)

@@ -60,7 +60,7 @@ class Run:
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Kill rows, with batch-norm biases that make their channels 0 behind the ReLUs."""
+        """Kill rows, with batch-norm biases that make their channels 0 after the ReLUs."""
         for layer, norm, rows in (("stem.0", "stem.1", [0, 3]), ("one.0", "one.1", [1, 4])):
             kill(self.model, layer, rows)
             self.model.get_parameter(f"{norm}.bias")[rows] = -0.5

@@ -1,4 +1,4 @@
-"""The channel graph ties channels that go together, freezes the rest, and changes no model."""
+"""The channel graph ties channels, freezes what is not understood, and changes no model."""
 
 import warnings
 from collections.abc import Callable
@@ -326,7 +326,7 @@ class Assigned(nn.Module):
 
 
 def test_what_items_are_assigned_to_keeps_its_channels_alone() -> None:
-    """Of all channels, only those of a tensor whose items are assigned to are frozen."""
+    """Channels of a tensor whose items are assigned to stay; those of other tensors can go."""
     model = Assigned().double()
     compressor = Compressor(model, X.double(), 0.0, bits=8)
     report = {layer.name: layer for layer in compressor.report().layers}

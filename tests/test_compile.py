@@ -108,7 +108,7 @@ def patience() -> None:
 
 @torch.no_grad()
 def silence(compressor: Compressor, block: str, rows: list[int]) -> None:
-    """Kill rows of a block, with batch-norm biases that make their channels 0 behind its ReLU."""
+    """Kill rows of a block, with batch-norm biases that make their channels 0 after its ReLU."""
     inside = getattr(compressor.model, block)
     inside = getattr(inside, "_orig_mod", inside)  # a part may be compiled on its own
     inside[0].bit_depth[rows] = 0
@@ -159,7 +159,7 @@ def test_a_compiled_run_equals_the_eager_one(how: str) -> None:
 def test_a_run_with_inductor_equals_the_eager_one(how: str) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:  # whatever a missing compiler makes of it
+    except Exception as error:  # a missing compiler may raise anything
         pytest.skip(f"inductor does not work here: {error}")
     backend = Counting("inductor")
     check_equal_to_eager(how, backend, 1e-6)

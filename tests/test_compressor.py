@@ -104,7 +104,7 @@ def test_pressure_alone_never_disconnects_the_network() -> None:
 
 @pytest.mark.parametrize("min_channels", [0, 2])
 def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
-    """Layers keep `min_channels` live rows at every step, and one if the output depends on them."""
+    """Every layer keeps `min_channels` live rows, and at least one if the output depends on it."""
     torch.manual_seed(0)
     model = Residual(relu_after=False)
     compressor = Compressor(model, X, 1e6, min_channels=min_channels, interval=10**9, bit_step=0.5)
@@ -298,7 +298,7 @@ def test_biases_that_hold_a_dead_channel_land_on_exactly_zero_and_it_goes() -> N
         model.get_parameter("two.1.bias").copy_(torch.tensor([0.5, -0.055, 0.033, 0.5, 0.5, 0.5]))
     kill(model, "two.0", [1, 2])
     compressor.cut(optimizer)
-    assert len(model.get_parameter("two.1.bias")) == 5  # -0.055 is 0 behind the ReLU
+    assert len(model.get_parameter("two.1.bias")) == 5  # -0.055 is 0 after the ReLU
     where = 1
     seen = []
     for _ in range(4):
@@ -545,7 +545,7 @@ def test_state_of_a_frozen_compressor_loads_frozen() -> None:
 
 
 def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
-    """With `multiple` 4, widths are kept at 4, and the network trains as with exact widths."""
+    """With `multiple` 4, widths are rounded up to 4, but training goes as with exact widths."""
 
     def trained(multiple: int) -> tuple[Compressor, Optimizer]:
         compressor, optimizer = started(bits=4, gamma=0.0, multiple=multiple)

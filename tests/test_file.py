@@ -887,7 +887,7 @@ def test_folded_norms_compute_the_same_but_for_rounding(name: str, dtype: torch.
     loaded = set_up(unpack(folded), scramble(NETWORKS[name][0]()))
     (ours,), (theirs,) = evaluated(loaded, x), evaluated(model, x)
     # A folded norm rounds its few operations on numbers of about 1 differently, and each layer
-    # behind it, of which there are at most six, passes the difference on.
+    # after it, of which there are at most six, passes the difference on.
     tolerance = 50 * torch.finfo(dtype).eps * float(theirs.abs().max().clamp(min=1))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     if dtype == torch.float32:

@@ -171,7 +171,7 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
 
 @pytest.mark.parametrize(("want", "bits"), [(0.9, 0), (1.1, 2), (1.9, 2), (2.1, 3), (6.9, 7)])
 def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> None:
-    """The wanted depth is rounded up to whole bits, and no row stays at one bit."""
+    """A depth ends at the wanted one, rounded up to whole bits, or at 0 if that would be 1 bit."""
     compressor, optimizer = linear(gamma=1e-9, bit_step=0.1, interval=10**6)
     (layer,) = compressor.layers.values()
     x, y = batch()
@@ -214,9 +214,7 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
         waiting = unwanted & ~going
         if going.any() and waiting.any():
             assert wanted[going].max() <= wanted[waiting].min()
-            limited = (
-                depth[going].sum() > AT_ONCE * depth.sum()
-            )  # rows wait only because of a limit
+            limited = depth[going].sum() > AT_ONCE * depth.sum()  # rows wait only for a limit
             assert limited or live - int(going.sum()) == spared
         if going.any():
             assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
@@ -297,7 +295,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_rounding_takes_what_is_said_of_normal_weights(bits: int) -> None:
-    """The rounding error of normal weights is `ROUNDING` · 4^-bits of their square, within a factor."""
+    """The rounding error of normal weights is about what `ROUNDING` says, at every bit depth."""
     rows = torch.randn(64, 2000, generator=torch.Generator().manual_seed(0))
     depth = torch.full((64,), float(bits))
     error = fake_quantize(rows, depth, fit_exponent(rows, depth)) - rows

@@ -104,7 +104,7 @@ def test_training_goes_as_on_a_cpu(build: Build) -> None:
     ended = []
     for device in ("cpu", "cuda"):
         compressor, optimizer = started(build, device)
-        # Behind a norm, the gradient of an exponent is nearly 0, and its sign is chance.
+        # Before a norm, the gradient of an exponent is nearly 0, so that its sign is chance.
         compressor.formats.adam.param_groups[1]["lr"] = 0.0
         train(compressor, optimizer, 0, 40, device)
         assert compressor.cuts
@@ -250,7 +250,7 @@ def test_train_py_resumes_and_its_file_is_what_it_says(
 
 
 class Accumulates:
-    """A function for `Replay`, which counts its calls and sums up all tensors that it gets.
+    """A function for `Replay`: counts its calls, and adds up all tensors that it gets on the GPU.
 
     Args:
         waits: whether it waits for the GPU.

@@ -138,7 +138,7 @@ def equal(one: Contents, other: Contents) -> bool:
 
 
 def refused(attempt: Callable[[], object]) -> bool:
-    """Return whether `attempt` raises a FileError of one line; do not catch other errors."""
+    """Return whether `attempt` raises a FileError, of one line; other errors pass through."""
     try:
         attempt()
     except FileError as error:
