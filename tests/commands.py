@@ -1,4 +1,4 @@
-"""What tests of train.py and sweep.py share: how a command is called, and how it refuses."""
+"""Helpers for tests of train.py and sweep.py: the type of a command, and a check for refusals."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,10 @@ Cli = Callable[..., tuple[int, str, str]]  # arguments → exit code, stdout, st
 
 
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Non-zero exit and one line on stderr (after warnings) that has all `parts`."""
+    """Assert a non-zero exit and a single "error: " line on stderr that contains all `parts`.
+
+    Lines on stderr that start with "warning" are ignored.
+    """
     code, _, err = result
     assert code != 0
     (line,) = [line for line in err.splitlines() if not line.startswith("warning")]

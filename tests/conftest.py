@@ -1,4 +1,4 @@
-"""Every test starts from the same random state; small tensors run fastest on one thread."""
+"""Fixtures of all tests: a fixed seed, one thread (fastest for small tensors), and `cli`."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ import train
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """Seed torch and use one thread."""
+    """Seed torch and run the test on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -22,7 +22,10 @@ def repeatable() -> Iterator[None]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run train.py in this process: its exit code, and what it printed."""
+    """Return a function that runs train.py in this process with the given arguments.
+
+    It returns the exit code, stdout and stderr.
+    """
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, args)])
@@ -33,6 +36,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-# The same examples in every run: a new failing one is an issue to work on, not a broken build.
+# Hypothesis tries the same examples in every run: a new failing example should become an issue to
+# work on, and not break a build by chance.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

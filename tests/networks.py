@@ -1,4 +1,7 @@
-"""Small networks that the tests quantise, kill rows of and cut, and helpers to do so."""
+"""Small networks that the tests quantise, kill rows of and cut, and helpers for that.
+
+To kill a row is to set its bit depth to 0.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,7 +27,10 @@ from selfcompress.surgery import Plan, apply_plan
 
 @contextlib.contextmanager
 def copied(always: bool) -> Iterator[None]:
-    """Where channels are missing, copy the others if so told; small networks compute zeros."""
+    """Within the block, if `always`, layers copy channels instead of computing with zeros.
+
+    Without it small networks compute missing channels as zeros, which costs less than copying.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if always:
             patch.setattr("selfcompress.layers.placing._FEW_GAPS", (0, 0.0))
@@ -95,7 +101,10 @@ class PreActivation(nn.Module):
 
 
 class Biased(nn.Module):
-    """Convolutions with biases and no batch norm; activations with f(0) = 0 and not."""
+    """Convolutions with biases and no batch norm, followed by `activation` and by GELU.
+
+    GELU has f(0) = 0; `activation` may have another f(0), as a sigmoid does.
+    """
 
     def __init__(self, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
@@ -108,7 +117,7 @@ class Biased(nn.Module):
 
 
 class Cat(nn.Module):
-    """Two branches side by side; one of them is also read on its own and added to the sum."""
+    """Two branches that are concatenated; one is also read by a layer whose output is added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +133,7 @@ class Cat(nn.Module):
 
 
 class Flat(nn.Module):
-    """A linear head that reads every pixel: flatten with 2x2 of them per channel."""
+    """A linear layer that reads every pixel: flatten leaves it 2x2 features per channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +160,10 @@ class Grouped(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """An inverted residual with two depthwise rows per channel and squeeze-excitation."""
+    """An inverted residual block with squeeze-excitation.
+
+    Its depthwise convolution has two rows per channel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +183,7 @@ class Depthwise(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """Halves that go their own ways, a concatenation and a channel shuffle."""
+    """Two halves of the channels, one of which goes through a block, then cat and shuffle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +200,7 @@ class Shuffled(nn.Module):
 
 
 class Written(nn.Module):
-    """A view with the sizes written into the code, so that its channels keep their places."""
+    """A view with hard-coded sizes, so that the channels it reads cannot be removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +212,7 @@ class Written(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Patches, one block with hand-written attention, layer scale, and an MLP."""
+    """A vision transformer of one block, with hand-written attention and layer scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +239,7 @@ class Transformer(nn.Module):
 
 
 class Sequences(nn.Module):
-    """One dimension of space: Conv1d, BatchNorm1d, a PReLU per channel, and back up again."""
+    """A 1D network: Conv1d, BatchNorm1d, a PReLU with a slope per channel, ConvTranspose1d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +252,7 @@ class Sequences(nn.Module):
 
 
 class Volumes(nn.Module):
-    """Three dimensions: Conv3d, BatchNorm3d, ConvTranspose3d."""
+    """A 3D network: Conv3d, BatchNorm3d, ConvTranspose3d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +266,7 @@ class Volumes(nn.Module):
 
 
 class NormAct(nn.BatchNorm2d):
-    """A user's own class, as timm's are: it calls the function, and an activation behind it."""
+    """A user's batch norm class like timm's: it calls F.batch_norm, then an activation."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and self.num_batches_tracked is not None:
@@ -265,14 +277,14 @@ class NormAct(nn.BatchNorm2d):
 
 
 class NormRelu(nn.BatchNorm2d):
-    """A user's own class that calls torch's forward()."""
+    """A user's batch norm class that calls torch's forward(), then ReLU in place."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu_()
 
 
 class OwnNorms(nn.Module):
-    """A residual around batch norms of users' own classes."""
+    """A residual block with batch norms of users' own classes."""
 
     def __init__(self, first: type[nn.BatchNorm2d] = NormAct) -> None:
         super().__init__()
@@ -287,14 +299,14 @@ class OwnNorms(nn.Module):
 
 
 class Untraceable(Chain):
-    """Its way depends on the data, so torch.fx cannot trace it."""
+    """A chain whose control flow depends on the data, so that torch.fx cannot trace it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else -x)
 
 
 def excluded_chain() -> nn.Module:
-    """A chain; quantise it with `exclude=("b.0",)`."""
+    """Return a chain; quantise it with `exclude=("b.0",)`."""
     return Chain(bias=True)
 
 
@@ -322,12 +334,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "volumes": (Volumes, ()),
     "own norms": (OwnNorms, ()),
 }
-"""Name → how to build it and what to exclude."""
+"""Name → how to build the network, and which layers to exclude from quantisation."""
 
 
 @dataclass
 class Cut:
-    """A quantised network, its channel graph, and what is needed to cut it."""
+    """A quantised network with its channel graph and an input; its methods plan and apply cuts."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -345,6 +357,7 @@ class Cut:
         self.graph.shrink(plan.removed, plan.silent, plan.rows)
 
     def cut(self, *optimizers: Optimizer) -> Plan:
+        """Settle statistics, plan a cut, apply it, and return the plan."""
         self.settle()
         plan = self.plan()
         self.apply(plan, *optimizers)
@@ -352,7 +365,7 @@ class Cut:
 
 
 def prepare(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Cut:
-    """One of NETWORKS, quantised, with random batch-norm parameters and statistics."""
+    """Return one of NETWORKS, quantised at 8 bits, with random batch norms."""
     torch.manual_seed(seed)
     build, exclude = NETWORKS[name]
     model = build()
@@ -365,7 +378,7 @@ def prepare(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Cut
 
 @torch.no_grad()
 def randomise_norms(model: nn.Module) -> None:
-    """Random affine parameters and statistics for every batch norm."""
+    """Set the affine parameters and statistics of every batch norm to random numbers."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             if module.affine:
@@ -378,12 +391,12 @@ def randomise_norms(model: nn.Module) -> None:
 
 @torch.no_grad()
 def kill(model: nn.Module, layer: str, rows: Any) -> None:
-    """Take all bits from `rows` of `layer`."""
+    """Set the bit depth of `rows` of `layer` to 0."""
     quantized_layers(model)[layer].bit_depth[rows] = 0
 
 
 def outputs(model: nn.Module, x: Tensor, training: bool) -> Tensor:
-    """What `model` computes in one mode; its batch-norm buffers and modes are put back."""
+    """Return what `model` computes in one mode; then restore its buffers and modes."""
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train(training)
@@ -397,12 +410,12 @@ def outputs(model: nn.Module, x: Tensor, training: bool) -> Tensor:
 
 
 def count(model: nn.Module) -> int:
-    """Elements of all parameters."""
+    """Return the number of elements of all parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def compressor_of(model: nn.Module, x: Tensor, gamma: float = 0.01, **options: Any) -> Compressor:
-    """A compressor with random batch-norm parameters behind it."""
+    """Return a compressor of `model`, whose batch norms are randomised afterwards."""
     compressor = Compressor(model, x, gamma, **options)
     randomise_norms(model)
     return compressor

@@ -1,4 +1,7 @@
-"""Random networks with rows killed at random, and what they compute."""
+"""Random networks with rows killed at random, and what they compute.
+
+To kill a row is to set its bit depth to 0.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ from selfcompress.layers.batch_norms import PlacedBatchNorm
 
 @contextlib.contextmanager
 def told(seed: int, own_classes: bool = False) -> Iterator[None]:
-    """Name the seed and show the network of whatever fails inside."""
+    """Add the seed and the network's source to any exception that is raised in the block."""
     try:
         yield
     except BaseException as error:
@@ -28,7 +31,7 @@ def told(seed: int, own_classes: bool = False) -> Iterator[None]:
 
 
 def compressed(seed: int, own_classes: bool = False) -> Compressor:
-    """A quantised network of which a layer may have been left in float."""
+    """Return the compressor of a random network, one layer of which may be left in float."""
     generator = torch.Generator().manual_seed(seed)
     model, x = build(seed, own_classes)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -41,12 +44,18 @@ def compressed(seed: int, own_classes: bool = False) -> Compressor:
 
 
 def below(chance: float, n: int, generator: torch.Generator) -> Tensor:
+    """Return (n,) bool, each True with probability `chance`."""
     return torch.rand(n, generator=generator) < chance
 
 
 @torch.no_grad()
 def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> None:
-    """Kill rows of every layer, some layers whole; of biases, some become 0, some negative."""
+    """Kill between none and all of the rows of every layer; negate some biases, and zero others.
+
+    Args:
+        settle: whether to call `avoid_ties`, and then set the statistics of batch norms that read
+            constants, as a cut does.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in compressor.layers.values():
         chance = (0.0, 0.3, 0.7, 1.0)[int(torch.randint(4, (), generator=generator))]
@@ -58,7 +67,8 @@ def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> No
         if isinstance(norm, _BatchNorm) and norm.affine:
             norm.bias[below(0.3, len(norm.bias), generator)] *= -1
             norm.bias[below(0.3, len(norm.bias), generator)] = 0
-    # What a cut does before it cuts: rows that are nothing but zeros die, vital ones come back.
+    # As a cut does first: rows that quantise to zeros lose their bits, and some get theirs back if
+    # the output would not depend on the input any more.
     for name, idle in compressor.idle.still().items():
         compressor.layers[name].bit_depth[idle] = 0
     compressor.connection.keep()
@@ -69,7 +79,7 @@ def kill_at_random(compressor: Compressor, seed: int, settle: bool = True) -> No
 
 @torch.no_grad()
 def hold_norms(compressor: Compressor, seed: int) -> None:
-    """Batch norms are in eval mode while the network trains, with random statistics."""
+    """Mark all batch norms as held in eval mode in training, and randomise their statistics."""
     generator = torch.Generator().manual_seed(seed)
     for name, norm in compressor.model.named_modules():
         if isinstance(norm, _BatchNorm):
@@ -84,9 +94,10 @@ Before = Callable[[_BatchNorm, Tensor, Tensor], Tensor | None]
 
 @contextlib.contextmanager
 def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
-    """Inside, `before(norm, x, known)` runs before every norm and may replace its input x.
+    """Within the block, call `before(norm, x, known)` before every batch norm.
 
-    `known` is a bool for every channel of x: it is known to be constant.
+    It may return a tensor, which replaces the norm's input x. `known` is (channels of x,) bool:
+    whether the channel is known to be constant.
     """
 
     def with_known(known: Tensor) -> Any:
@@ -94,7 +105,7 @@ def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
 
     graph, model = compressor.graph, compressor.model
     constant = constants(graph, model)
-    # Of a norm that is not followed, behind a layer that is not, nothing is known.
+    # Nothing is known of the input of a norm that the graph does not follow.
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     known = {name: np.zeros(_width(norm), bool) for name, norm in norms.items()}
     for node in graph.of_kind(Kind.NORM, Kind.OWN_NORM):
@@ -111,14 +122,17 @@ def watched_norms(compressor: Compressor, before: Before) -> Iterator[None]:
 
 
 def _width(norm: _BatchNorm) -> int:
+    """Return the number of channels of the norm's input."""
     return norm.in_width if isinstance(norm, PlacedBatchNorm) else norm.num_features
 
 
 def avoid_ties(compressor: Compressor) -> None:
-    """Let no norm with a bias of 0 make ±1e-17 of a constant, of which a ReLU takes the sign.
+    """Set biases of 0 to 0.125 in batch norms whose input channel is constant, but not known to be.
 
-    Constants that are known to be constants do no harm: those norms compute nothing any more. But
-    in evaluation a maximum may be taken of what one still makes before the cut, and of a 0.
+    Such an entry would output about ±1e-17 instead of 0, and a ReLU after it depends on the sign.
+    If a channel is known to be constant, its entry is not computed after the cut. But before the
+    cut it still is, in evaluation, and a maximum may be taken of its output and a 0: in networks
+    with maxima, these biases are set as well.
     """
     maxima = any("max" in step.node.name for step in compressor.graph.steps)
 
@@ -138,7 +152,10 @@ Result = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def compute(compressor: Compressor, training: bool) -> Result:
-    """All outputs, and gradients of an arbitrary loss; modes and buffers are put back."""
+    """Return all outputs, and parameter name → its gradient of an arbitrary loss.
+
+    Modes and buffers are restored afterwards.
+    """
     model = compressor.model
     was_training = model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -148,12 +165,12 @@ def compute(compressor: Compressor, training: bool) -> Result:
     weighted = [
         (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
         for y in outputs
-        if y.requires_grad  # a network that is dead all through has constant outputs
+        if y.requires_grad  # without any live row, outputs are constant
     ]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients: dict[str, Tensor] = {}
     if weighted:
-        # Not .backward(): the compressor takes the gradients of formats away.
+        # Not .backward(): the compressor's hooks would drop the gradients of the formats.
         loss = torch.stack(weighted).sum()
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         gradients = {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}

@@ -1,7 +1,8 @@
-"""Random networks: small, traceable by torch.fx, and full of what channels can be led through.
+"""Random networks: small, traceable by torch.fx, with many operations that channels pass through.
 
-A network is written as Python source, and each line is run as soon as it is written, so that
-shapes are looked up and never computed. `source(seed)` is the whole class, ready for a bug report.
+A network is written as Python source. Each line is executed as soon as it is written, so that the
+shapes of tensors are looked up and never computed. `source(seed)` returns the class, ready for a
+bug report.
 """
 
 import random
@@ -17,21 +18,21 @@ from torchvision.ops import StochasticDepth
 
 
 class OwnNorm1d(nn.BatchNorm1d):
-    """A user's own class with a forward() that changes nothing."""
+    """A user's batch norm class whose forward() only calls torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
 
 class OwnNorm2d(nn.BatchNorm2d):
-    """A user's own class with an activation behind torch's forward()."""
+    """A user's batch norm class that applies an activation after torch's forward()."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.leaky_relu(super().forward(input), 0.1)
 
 
 class NormAct2d(nn.BatchNorm2d):
-    """A user's own class that calls the function, as timm's do, and changes the result in place."""
+    """A user's batch norm class that calls F.batch_norm, as timm's do, then ReLU in place."""
 
     def forward(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
@@ -40,7 +41,7 @@ class NormAct2d(nn.BatchNorm2d):
 
 
 class PaddedConv(nn.Conv2d):
-    """A user's own class that pads on two sides, and takes the pixels of the others away."""
+    """A user's class that pads left and bottom, and crops the output at the top and right."""
 
     def forward(self, input: Tensor) -> Tensor:
         out = super().forward(F.pad(input, (1, 0, 0, 1)))
@@ -48,7 +49,7 @@ class PaddedConv(nn.Conv2d):
 
 
 class CalledConv(nn.Conv2d):
-    """A user's own class that calls the function."""
+    """A user's class that calls F.conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
         options: Any = {"padding": self.padding, "dilation": self.dilation, "groups": self.groups}
@@ -56,7 +57,7 @@ class CalledConv(nn.Conv2d):
 
 
 class CastConv(nn.Conv2d):
-    """A user's own class that casts, and has an activation."""
+    """A user's class that casts weight and bias to the input's dtype, and has an activation."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -65,7 +66,7 @@ class CastConv(nn.Conv2d):
 
 
 class HalvedConv(nn.Conv2d):
-    """A user's own class that has another method to compute with."""
+    """A user's class that overrides _conv_forward(), and halves its result."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = 0.5 * super()._conv_forward(input, weight, bias)
@@ -73,7 +74,7 @@ class HalvedConv(nn.Conv2d):
 
 
 class CentredConv(nn.Conv2d):
-    """A user's own class whose rows depend on all of their weights."""
+    """A user's class that subtracts from each row of its weight the row's mean."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -82,7 +83,7 @@ class CentredConv(nn.Conv2d):
 
 
 class AddedConv(nn.Conv2d):
-    """A user's own class that reads its weight twice, and how many groups it has."""
+    """A user's class that reads its weight twice, and its number of groups."""
 
     def forward(self, input: Tensor) -> Tensor:
         beside: Tensor = (self.weight**2).sum((1, 2, 3)).view(-1, 1, 1)
@@ -90,21 +91,21 @@ class AddedConv(nn.Conv2d):
 
 
 class DoubledLinear(nn.Linear):
-    """A user's own class with something behind torch's forward()."""
+    """A user's class that doubles the output of torch's forward()."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
 
 
 class CosineLinear(nn.Linear):
-    """A user's own class that computes its weight of its weight."""
+    """A user's class that multiplies with a normalised copy of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, F.normalize(self.weight, dim=1, eps=0.1), self.bias)
 
 
 class GatedUp(nn.ConvTranspose2d):
-    """A user's own class that multiplies what it makes with a function of it."""
+    """A user's class that multiplies its output by a sigmoid of it."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         out = super().forward(input, output_size)
@@ -125,7 +126,7 @@ _NAMES: dict[str, Any] = {
     "OwnNorm1d": OwnNorm1d, "OwnNorm2d": OwnNorm2d, "NormAct2d": NormAct2d,
 }  # fmt: skip
 
-# What each activation makes of 0 decides whether a dead channel stays silent behind it.
+# An activation's value at 0 decides whether a channel of zeros is still zero after it.
 _ACTIVATIONS = (
     "nn.ReLU()", "nn.ReLU()", "nn.ReLU6()", "nn.SiLU()", "nn.GELU()", "nn.Hardswish()",
     "nn.LeakyReLU(0.1)", "nn.Tanh()", "nn.ELU()", "nn.Identity()", "F.relu({})", "torch.relu({})",
@@ -174,7 +175,8 @@ _FLATTEN = (
     "F.adaptive_avg_pool2d({}, 1).flatten(1)", "{}.mean(3).mean(2)",
     "{}.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1)",
 )  # fmt: skip
-# Not to be followed, or only with care: what touches these has to keep its place.
+# Operations that are not followed, or only with care. The channels that an unfollowed operation
+# reads or makes cannot be removed.
 _STRANGE = (
     "F.softmax({}, 1)", "{}.softmax(dim=1)", "nn.Softmax(1)", "{}.flip(1)", "{}.roll(1, 1)",
     "{0} * {0}.amax(1, keepdim=True)", "{0} - {0}.mean(1, keepdim=True)", "torch.cos({})",
@@ -191,18 +193,18 @@ _ASSIGNMENTS = (
 
 
 class _DoesNotFitError(Exception):
-    """There is no tensor here that this operation could be applied to."""
+    """No tensor made so far can be the input of this operation."""
 
 
 class _Writer:
-    """Writes a network line by line, running each.
+    """Writes a network line by line, and executes each line.
 
     Attributes:
         maps: names of the (batch, channels, height, width) tensors made so far.
         vectors: names of the (batch, features) tensors.
         unread: names of tensors that nothing has read yet, in order.
-        fresh: those of them that backpropagation lets us change in place.
-        own_classes: layers and batch norms are of users' own classes.
+        fresh: those of them that may be changed in place without breaking backpropagation.
+        own_classes: whether layers and batch norms are of users' own classes.
     """
 
     def __init__(self, seed: int, own_classes: bool) -> None:
@@ -231,6 +233,7 @@ class _Writer:
         }  # fmt: skip
 
     def write(self) -> str:
+        """Write a whole network and return its source."""
         self.offer(self.conv("x", self.random.randint(2, 8)))
         self.maps.insert(0, "x")
         wanted = self.random.randint(4, 12)
@@ -254,7 +257,7 @@ class _Writer:
     # --- writing lines ----------------------------------------------------------------------------
 
     def part(self, name: str, expression: str) -> str:
-        """Give the network a module or a parameter; returns how forward() calls it."""
+        """Add a module or parameter to the network, and return how forward() refers to it."""
         target = f"self.{name}{len(self.parts)}"
         kind, _, options = expression.partition("(")
         if self.own_classes and kind in _OWN:
@@ -265,6 +268,7 @@ class _Writer:
         return target
 
     def run(self, line: str) -> None:
+        """Add a line to forward(), execute it, and note which tensors it reads."""
         for name in re.findall(r"\bt\d+\b", line):
             self.unread.pop(name, None)
             self.fresh.discard(name)
@@ -272,17 +276,21 @@ class _Writer:
         exec(line, self.values)
 
     def let(self, expression: str) -> str:
-        """A new tensor; returns its name."""
+        """Assign an expression to a new tensor, and return its name."""
         return self.let_many(expression, 1)[0]
 
     def let_many(self, expression: str, count: int) -> list[str]:
+        """Assign an expression to `count` new tensors, and return their names."""
         names = [f"t{self.tensors + i}" for i in range(count)]
         self.tensors += count
         self.run(f"{', '.join(names)} = {expression}")
         return names
 
     def call(self, template: str, name: str) -> str:
-        """An expression: a function with {} for its argument, or a new module applied to it."""
+        """Return an expression that applies `template` to a tensor.
+
+        The template has {} for the tensor, or else makes a module, which is added to the network.
+        """
         if "{" in template:
             return template.format(name)
         kind = re.findall(r"\w+", template.removeprefix("nn."))[0].lower()
@@ -311,14 +319,14 @@ class _Writer:
     def pick(
         self, fits: Callable[[tuple[int, ...]], bool] = lambda _: True, among: str = "maps"
     ) -> str:
-        """A tensor that fits; mostly the last one."""
+        """Return the name of a tensor that fits; mostly the last one that was made."""
         found = [name for name in getattr(self, among) if fits(self.shape(name))]
         if not found:
             raise _DoesNotFitError
         return str(found[-1] if self.chance(0.6) else self.random.choice(found))
 
     def pick_pair(self) -> tuple[str, str]:
-        """Two tensors of one shape, sometimes one twice."""
+        """Return the names of two tensors of the same shape, sometimes the same name twice."""
         first = self.pick(among=self.random.choice(("maps", "maps", "maps", "vectors")))
         others = [
             name
@@ -330,7 +338,7 @@ class _Writer:
         return first, self.random.choice(others)
 
     def width(self, near: str) -> int:
-        """How many channels to make: often as many as another tensor has, to be added to it."""
+        """Return a number of channels: often that of another tensor, so that they can be added."""
         others = [self.channels(name) for name in self.maps] or [4]
         return self.random.choice(
             (self.random.randint(2, 8), self.random.choice(others), self.channels(near))
@@ -364,7 +372,7 @@ class _Writer:
         return self.let(self.call(self.random.choice(_IN_PLACE if in_place else some), name))
 
     def block(self, name: str, out: int, same: bool = False) -> str:
-        """Convolution, perhaps a norm, perhaps an activation."""
+        """Write a convolution, perhaps a norm and perhaps an activation; return the last name."""
         name = self.conv(name, out, same=same)
         if self.chance(0.7):
             name = self.batch_norm(name)
@@ -407,7 +415,7 @@ class _Writer:
         name = self.pick(among="vectors" if self.vectors and self.chance(0.2) else "maps")
         result = self.activate(name)
         if self.values[result].data_ptr() == self.values[name].data_ptr() and self.chance(0.6):
-            # Else what was overwritten may be read again under its old name.
+            # Otherwise later operations may read the changed tensor under its old name too.
             self.maps = [n for n in self.maps if n != name]
         self.offer(result)
 
@@ -437,7 +445,7 @@ class _Writer:
         self.offer(self.activate(name) if self.chance(0.5) else name)
 
     def bottleneck(self) -> None:
-        """An inverted bottleneck: wide, depthwise, perhaps squeeze-excitation, narrow."""
+        """Write an inverted bottleneck: wide, depthwise, perhaps squeeze-excitation, narrow."""
         name = self.pick(lambda shape: shape[1] <= 6)
         inner = self.activate(self.batch_norm(self.conv(name, 8, same=True)))
         inner = self.activate(self.batch_norm(self.conv(inner, 8, groups=8, same=True)))
@@ -462,7 +470,7 @@ class _Writer:
         self.offer(self.let(self.random.choice(forms).format(", ".join(parts))))
 
     def split(self) -> None:
-        """Parts of a tensor go their own ways; some meet again."""
+        """Split a tensor, write blocks for some of its parts, and mostly concatenate them again."""
         name = self.pick(lambda shape: shape[1] >= 4)
         inputs = self.channels(name)
         size = self.random.randint(1, inputs - 1)
@@ -555,7 +563,7 @@ class _Writer:
         self.offer(self.let(f"{layer}({name})"), fresh=True)
 
     def over_last(self, name: str, channels: int) -> str:
-        """A few operations on a tensor that has its channels on the last axis."""
+        """Write a few operations on a tensor with channels last, and return the result's name."""
         if self.chance(0.5):
             name = self.let(f"{self.part('ln', f'nn.LayerNorm({channels}, eps=0.01)')}({name})")
         if self.chance(0.8):
@@ -573,14 +581,14 @@ class _Writer:
         return name
 
     def channels_last(self) -> None:
-        """As in ConvNeXt."""
+        """Write operations with the channels on the last axis, as in ConvNeXt."""
         name = self.pick()
         inner = self.over_last(self.let(f"{name}.permute(0, 2, 3, 1)"), self.channels(name))
         inner = self.let(f"{inner}.permute(0, 3, 1, 2)")
         self.offer(self.let(f"{name} + {inner}") if self.chance(0.5) else inner)
 
     def tokens(self) -> None:
-        """As in a vision transformer, short of attention."""
+        """Write operations on tokens as in a vision transformer, but without attention."""
         name = self.pick()
         channels = self.channels(name)
         inner = self.let(f"{name}.flatten(2).transpose(1, 2)")
@@ -607,7 +615,7 @@ class _Writer:
         self.offer(self.let(self.call(self.random.choice(_STRANGE), name)))
 
     def twice(self) -> None:
-        """One layer or norm for two tensors, or for its own output."""
+        """Call one layer or norm on two tensors, or on its own output."""
         name = self.pick()
         channels = self.channels(name)
         others = [n for n in self.maps if self.channels(n) == channels and n != name]
@@ -623,7 +631,7 @@ class _Writer:
         self.offer(self.let(f"{module}({other})"))
 
     def shared(self) -> None:
-        """Two layers with one weight between them."""
+        """Write two layers that share their weight or their bias."""
         name = self.pick()
         channels = self.channels(name)
         first = self.part("first", f"nn.Conv2d({channels}, {channels}, 1)")
@@ -635,7 +643,7 @@ class _Writer:
         self.offer(self.let(f"{second}({self.activate(name)})"))
 
     def again(self) -> None:
-        """A module without parameters that was called before."""
+        """Call an activation module that was made before."""
         name = self.pick()
         used = [p.split(" = ")[0] for p in self.parts if re.search(r"nn\.(ReLU|SiLU|GELU)\(\)", p)]
         if not used:
@@ -643,7 +651,7 @@ class _Writer:
         self.offer(self.let(f"{self.random.choice(used)}({name})"))
 
     def in_place(self) -> None:
-        """A tensor is changed under another of its names, which is read afterwards."""
+        """Change a tensor in place, and let later operations read it and an alias made before."""
         names = [name for name in self.maps if name in self.fresh]
         if not names:
             raise _DoesNotFitError
@@ -665,13 +673,13 @@ class _Writer:
         self.offer(alias)
 
     def gate_of_one_channel(self) -> None:
-        """Spatial attention: one channel is multiplied with all."""
+        """Write spatial attention: all channels are multiplied by a gate of one channel."""
         name = self.pick()
         gate = self.let(f"torch.sigmoid({self.conv(name, 1, same=True)})")
         self.offer(self.let(f"{name} * {gate}"))
 
     def linear_over_width(self) -> None:
-        """A linear layer whose inputs are not channels."""
+        """Write a linear layer over the width of a map, whose inputs are not channels."""
         name = self.pick()
         width = self.shape(name)[3]
         self.offer(self.let(f"{self.part('linear', f'nn.Linear({width}, {width})')}({name})"))
@@ -679,7 +687,10 @@ class _Writer:
     # --- outputs ----------------------------------------------------------------------------------
 
     def outputs(self) -> str:
-        """What forward() returns: a head's output, and perhaps some of what nothing else reads."""
+        """Write heads for the tensors that nothing has read, and return what forward() returns.
+
+        This is a sum of head outputs, perhaps with some of those tensors. Other heads are unused.
+        """
         leaves = list(self.unread)
         sums, more = [], []
         for i, name in enumerate(reversed(leaves)):
@@ -701,12 +712,12 @@ class _Writer:
 
 
 def source(seed: int, own_classes: bool = False) -> str:
-    """A class named Network, as Python source."""
+    """Return a class named Network as Python source."""
     return _written(seed, own_classes)[0]
 
 
 def build(seed: int, own_classes: bool = False) -> tuple[nn.Module, Tensor]:
-    """A network in float64, in training mode, and an input for it."""
+    """Return a random network in float64 and training mode, and an input for it."""
     text, example = _written(seed, own_classes)
     names = dict(_NAMES)
     exec(text, names)
@@ -728,6 +739,7 @@ def build(seed: int, own_classes: bool = False) -> tuple[nn.Module, Tensor]:
 
 
 def _written(seed: int, own_classes: bool) -> tuple[str, Tensor]:
+    """Return a network's source, and an input of the shape that it takes."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         writer = _Writer(seed, own_classes)

@@ -1,4 +1,4 @@
-"""Run folders with made-up numbers, and a stand-in for train.py that makes them at once."""
+"""Run folders with made-up numbers; as a script, a stand-in for train.py that writes one."""
 
 import json
 import math
@@ -16,7 +16,10 @@ EPOCHS = 4
 def make_run(
     folder: Path, gamma: float | None, seed: int, dataset: str = "digits", accuracy: float = 0.0
 ) -> None:
-    """A finished run: the higher γ, the smaller and the less accurate, a little less for a seed."""
+    """Write the folder of a finished run: a higher γ makes it smaller and less accurate.
+
+    A higher seed makes it slightly less accurate. `accuracy`, if not 0, replaces the made-up one.
+    """
     percent = 100.0 if gamma is None else 8 / (1 + 300 * gamma) ** 0.8 + 0.01 * seed
     accuracy = accuracy or 0.98 - 0.05 / (1 + percent) - 0.002 * seed
     seconds = [2.0 - 0.1 * epoch for epoch in range(EPOCHS)]
@@ -62,7 +65,7 @@ def make_run(
 
 
 def make_sweep(root: Path, gammas: list[float], seeds: int = 2, dataset: str = "digits") -> None:
-    """A finished sweep, with its float baseline."""
+    """Write the runs of a finished sweep, including its float baselines."""
     for seed in range(seeds):
         make_run(root / f"float-seed{seed}", None, seed, dataset)
         for gamma in gammas:
@@ -74,7 +77,7 @@ if __name__ == "__main__":  # python sweep_runs.py --gamma G --seed S --run-dir 
     folder = Path(arguments["--run-dir"])
     float_baseline = "--float" in sys.argv
     print(f"training {folder.name}")
-    orders = folder.parent.parent / "orders.py"  # a test's, if this is to go differently
+    orders = folder.parent.parent / "orders.py"  # code that a test may write, to run first
     if orders.exists():
         exec(orders.read_text())
     gamma = None if float_baseline else float(arguments.get("--gamma", 0.01))

@@ -1,4 +1,4 @@
-"""Whatever the model is: what cannot be followed is not cut wrongly, and the report says why."""
+"""Any model: what cannot be followed is never cut wrongly, and the report says why it stays."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -62,7 +62,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def attention(options: dict[str, Any]) -> tuple[nn.MultiheadAttention, QuantAttention]:
-    """A float attention and its quantised twin at 16 bits, of other parameter objects."""
+    """Return a float attention and its quantised twin at 16 bits, which share no parameters."""
     torch.manual_seed(0)
     both = nn.ModuleList([nn.MultiheadAttention(8, 2, **options)]).double()
     for parameter in both.parameters():
@@ -76,7 +76,7 @@ def attention(options: dict[str, Any]) -> tuple[nn.MultiheadAttention, QuantAtte
 
 
 def given(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """A query of 6, keys and values of 5, a batch of 4."""
+    """Return a query of 6 tokens, and keys and values of 5, in a batch of 4."""
     shapes = ((4, 6, 8), (4, 5, 8), (4, 5, 8))
     tensors = [images(*shape) + i for i, shape in enumerate(shapes)]
     q, k, v = (t if options.get("batch_first") else t.transpose(0, 1) for t in tensors)
@@ -115,6 +115,8 @@ def test_attention_of_one_sequence_without_a_batch(causal: bool) -> None:
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_rows_of_attention_die_and_are_cut_and_come_back_in_float(kind: str) -> None:
+    """Dead rows of attention are cut exactly, and `to_dense` returns torch's own attention."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -164,6 +166,10 @@ def test_attention_learns_and_is_cut_in_a_plain_loop() -> None:
 def test_torchs_transformers_take_no_fast_path_past_the_quantisers(
     kind: str, batch_first: bool
 ) -> None:
+    """In eval mode without gradients, torch's transformer layers must not take their fast path.
+
+    It would compute with the weights that are not quantised.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
     model = layer if kind == "layer" else nn.TransformerEncoder(layer, 2)
     whole = nn.Sequential(model, nn.Linear(8, 5))
@@ -190,7 +196,7 @@ def test_torchs_transformers_take_no_fast_path_past_the_quantisers(
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_hidden_channels_of_torchs_transformers_can_go(norm_first: bool) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of norm_first
+        warnings.simplefilter("ignore")  # torch's own warning about norm_first
         body = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first), 2
         )
@@ -206,12 +212,14 @@ def test_hidden_channels_of_torchs_transformers_can_go(norm_first: bool) -> None
         layer.bias[:6] = 0
     check_exact(compressor, SEQUENCE)
     assert compressor.layers["0.layers.0.linear2"].in_width == layer.out_width <= 10
-    with torch.no_grad():  # where the ordinary layers take the fast path again
+    with torch.no_grad():  # in the dense copy, ordinary layers take torch's fast path again
         dense = to_dense(compressor.model).eval()(SEQUENCE)
         torch.testing.assert_close(dense, compressor.model.eval()(SEQUENCE))
 
 
 def test_attention_of_other_keys_stays_in_float() -> None:
+    """Attention whose keys and values have another width than its queries is not quantised."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,7 +239,7 @@ def test_attention_of_other_keys_stays_in_float() -> None:
 
 
 def test_a_part_of_attention_cannot_be_excluded_unnoticed() -> None:
-    """Excluding its out_proj leaves it in float, or is refused; it is never ignored."""
+    """Excluding attention's out_proj leaves it in float or is refused; it is never ignored."""
     model = nn.Sequential(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)
     ).double()
@@ -249,7 +257,7 @@ def test_a_part_of_attention_cannot_be_excluded_unnoticed() -> None:
 
 
 class Wayward(nn.Module):
-    """Runs a module, by a way that depends on the data."""
+    """Runs a module with control flow that depends on the data, so that it is untraceable."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -261,7 +269,7 @@ class Wayward(nn.Module):
 
 
 class WaywardSequence(nn.Sequential):
-    """Itself untraceable, with its own layers called one after the other."""
+    """An untraceable sequence, whose forward() calls the layers one after the other."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         for module in self:
@@ -275,7 +283,7 @@ def nested() -> nn.Module:
 
 
 class Mixed(nn.Module):
-    """Untraceable itself: calls a whole block, and a layer of that block once more."""
+    """An untraceable model that calls a sequence of blocks, and then one of these blocks again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +299,7 @@ class Mixed(nn.Module):
 
 
 class Borrower(nn.Module):
-    """Untraceable, and calls a layer that its parent calls too."""
+    """An untraceable module that calls a layer which its parent calls too."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -302,10 +310,11 @@ class Borrower(nn.Module):
 
 
 class Lender(nn.Module):
-    """A traceable model, one layer of which an untraceable part of it calls once more.
+    """A traceable model with an untraceable part, which calls one of the model's layers again.
 
     Args:
-        first: whether that part is registered before the layer, and so names it.
+        first: whether that part is registered before the layer, so that the layer's name is the
+            one that it has in the part.
     """
 
     def __init__(self, first: bool) -> None:
@@ -326,7 +335,7 @@ class Lender(nn.Module):
 
 
 class Optional(nn.Module):
-    """Goes another way when an argument is given that the training loop never gives."""
+    """Takes another path when an argument is given that the training loop never gives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +363,7 @@ class InPart(nn.Module):
 
 
 class TwoWays(nn.Module):
-    """Untraceable: its part is called twice, with another flag each time."""
+    """An untraceable model that calls its part twice, once with the optional argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +376,7 @@ class TwoWays(nn.Module):
 
 
 class OnlyInTraining(nn.Module):
-    """A branch of its own for training, and one for evaluation."""
+    """A model with a branch that runs only in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,6 +427,7 @@ def test_a_branch_for_training_alone_is_cut_exactly() -> None:
 
 
 def test_insides_are_followed_on_their_own() -> None:
+    """In an untraceable model, channels inside of modules that can be traced can be removed."""
     compressor = started(Wayward(Chain(bias=True)), images())
     assert reported(compressor)["inner.a.0"].removable == 6
     compressor = started(nested(), images())
@@ -434,7 +444,7 @@ def test_the_model_that_cannot_be_traced_is_named_with_the_reason() -> None:
 
 
 def test_an_optional_argument_does_not_hinder() -> None:
-    """Flags that are never given are what their defaults say."""
+    """Arguments that are never passed are traced with their default values."""
 
     class Flagged(Chain):
         def forward(self, x: Tensor, features: bool = False, mask: Any = None) -> Tensor:
@@ -456,7 +466,7 @@ def test_an_optional_argument_does_not_hinder() -> None:
 
 
 class ReadsWeight(nn.Module):
-    """Multiplies with a layer's weight itself, in one of many ways."""
+    """Uses the weight of `fc` outside of that layer's forward(), in the way of `read`."""
 
     def __init__(self, read: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         super().__init__()
@@ -486,6 +496,7 @@ READS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
 @pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("how", READS)
 def test_a_weight_read_past_forward_leaves_its_layer_in_float(how: str, traced: bool) -> None:
+    """A layer whose weight is read outside of the layer's own forward() is not quantised."""
     model = ReadsWeight(READS[how])
     compressor = started(model if traced else Wayward(model), FLAT)
     entry = reported(compressor)["fc" if traced else "inner.fc"]
@@ -496,6 +507,8 @@ def test_a_weight_read_past_forward_leaves_its_layer_in_float(how: str, traced: 
 
 
 def test_shape_of_a_weight_may_be_read() -> None:
+    """A layer is quantised although the device and dtype of its weight are read elsewhere."""
+
     def read(fc: nn.Linear, x: Tensor) -> Tensor:
         y: Tensor = fc(x.to(fc.weight.device, fc.weight.dtype)) / 7
         return y
@@ -521,7 +534,7 @@ class Tied(nn.Module):
 
 
 class TiedLayers(nn.Module):
-    """Two linear layers of one weight."""
+    """Two linear layers that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -549,7 +562,7 @@ def test_tied_weights_stay_tied() -> None:
 
 
 class CalledTwice(nn.Module):
-    """One convolution twice in a row, under one name or two."""
+    """Runs one block twice in a row, under one name or two."""
 
     def __init__(self, names: int) -> None:
         super().__init__()
@@ -575,7 +588,7 @@ def test_a_layer_called_twice_is_cut_exactly(names: int) -> None:
 
 
 class ManyOutputs(Chain):
-    """Returns what it is told to: a tuple, a dict, something nested."""
+    """A chain with two outputs, which `pack` puts in a tuple, a dict or nested containers."""
 
     def __init__(self, pack: Callable[..., Any]) -> None:
         super().__init__(bias=True)
@@ -624,7 +637,7 @@ def test_several_inputs() -> None:
 
 
 class Recurrent(nn.Module):
-    """Embedding, LSTM or GRU, and linear layers behind it."""
+    """An embedding, a linear layer, an LSTM or GRU, and two more linear layers."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -661,6 +674,7 @@ def test_weights_of_embeddings_and_recurrent_layers_count_as_weights() -> None:
     "name", ["lraspp_mobilenet_v3_large", pytest.param("fcn_resnet50", marks=pytest.mark.slow)]
 )
 def test_segmentation_networks(name: str) -> None:
+    """All channels can be removed but those of one layer (of two in LR-ASPP); cuts are exact."""
     segmentation = pytest.importorskip("torchvision.models.segmentation")
     torch.manual_seed(0)
     model = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
@@ -708,7 +722,11 @@ def test_excluded_layers_are_reported_in_float_and_cut_along(
 
 
 class TwoNames(nn.Module):
-    """A layer that is registered twice, and called by both of its names."""
+    """A layer that is registered under two names, and called by both.
+
+    Args:
+        past_it: whether the second call is one of F.linear with the weight instead.
+    """
 
     def __init__(self, past_it: bool = False) -> None:
         super().__init__()
@@ -740,6 +758,7 @@ def test_a_layer_of_two_names_is_quantised_or_left_by_both(
 
 
 def test_the_report_reads_well() -> None:
+    """As text, the report has a header, one line per layer, and a summary."""
     model = nn.Sequential(
         block(3, 6),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1)),
@@ -812,21 +831,21 @@ def test_a_grouped_convolution_with_a_bias_can_lose_single_rows() -> None:
 
 
 class SameNorm(nn.BatchNorm2d):
-    """Changes nothing, in a forward() of its own."""
+    """A batch norm class whose forward() only calls torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
 
 class BareNorm(SameNorm):
-    """Without weight and bias."""
+    """A `SameNorm` without weight and bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=False)
 
 
 class BatchStatistics(SameNorm):
-    """Without statistics of its own."""
+    """A `SameNorm` without running statistics."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, track_running_stats=False)
@@ -834,6 +853,7 @@ class BatchStatistics(SameNorm):
 
 @pytest.mark.parametrize("norm", [NormAct, NormRelu, SameNorm, BareNorm, BatchStatistics])
 def test_channels_go_through_batch_norms_of_own_classes(norm: type[nn.BatchNorm2d]) -> None:
+    """Channels can be removed through a batch norm of a user's class, which keeps that class."""
     compressor = started(OwnNorms(norm), images())
     check_exact(compressor, images())
     model = compressor.model
@@ -862,6 +882,8 @@ def test_channels_go_through_batch_norms_of_own_classes(norm: type[nn.BatchNorm2
 def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(
     norm: type[nn.BatchNorm2d], tmp_path: Path
 ) -> None:
+    """With users' batch norms, runs resume bit for bit; files and dense copies compute the same."""
+
     def begin() -> tuple[Compressor, SGD]:
         torch.manual_seed(0)
         compressor = Compressor(OwnNorms(norm), x, 0.3, bits=4, interval=5)
@@ -903,6 +925,7 @@ def test_a_network_of_own_batch_norms_is_saved_made_dense_and_goes_on(
 
 
 def test_a_dead_channel_leaves_a_bias_in_an_own_batch_norm_that_goes_to_zero() -> None:
+    """A user's batch norm that reads a dead channel has a lingering bias, to be driven to 0."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), SameNorm(4), nn.Sigmoid(), nn.Conv2d(4, 4, 1), SameNorm(4),
         nn.Conv2d(4, 2, 1),
@@ -912,12 +935,16 @@ def test_a_dead_channel_leaves_a_bias_in_an_own_batch_norm_that_goes_to_zero() -
     with torch.no_grad():
         model[4].get_parameter("bias")[1] = 0.5
     compressor.lingering.look()
-    # Nor the bias of a row in front of a norm, nor that of a norm whose channel lives.
+    # Not lingering: biases of rows that a norm reads, and of norms whose channel is live.
     assert {n: p.tolist() for n, p in compressor.lingering.positions.items()} == {"4.bias": [1]}
 
 
 @pytest.mark.parametrize("held", [False, True])
 def test_own_batch_norms_in_eval_mode_keep_what_they_make_of_constants(held: bool) -> None:
+    """A norm with a constant input keeps its output in evaluation only if held in eval mode.
+
+    Held means that it is in eval mode while the network trains.
+    """
     model = nn.Sequential(nn.Conv2d(3, 4, 1), SameNorm(4), nn.Sigmoid(), nn.Conv2d(4, 2, 1))
     compressor = started(model, images())
     model[1].train(not held)
@@ -927,11 +954,11 @@ def test_own_batch_norms_in_eval_mode_keep_what_they_make_of_constants(held: boo
     compressor.cut()
     after = computed(model[:2], images(), training=False)[0]
     changed = bool((before[:, 1] - after[:, 1]).abs().max() > 1e-6)
-    assert changed != held  # else it outputs β, as it does in training
+    assert changed != held  # other norms output β after the cut, as they do in training
 
 
 class Branch(nn.Module):
-    """A part that is traced on its own, as the model cannot be, and runs twice."""
+    """A part of `RunsTwice`, which is traced on its own because the whole model cannot be."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -943,6 +970,8 @@ class Branch(nn.Module):
 
 
 class RunsTwice(nn.Module):
+    """An untraceable model that runs its part twice."""
+
     def __init__(self) -> None:
         super().__init__()
         self.branch, self.head = Branch(), nn.Conv2d(3, 2, 1)
@@ -953,7 +982,7 @@ class RunsTwice(nn.Module):
 
 
 class NormsTwice(nn.Module):
-    """One batch norm, called on what two layers make: its statistics are of both."""
+    """Calls one batch norm on the outputs of two layers, so that its statistics are of both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -966,7 +995,7 @@ class NormsTwice(nn.Module):
 
 
 class TrainingHead(nn.Module):
-    """A head with a batch norm that only runs in training."""
+    """A model with a second head, with a batch norm, that runs only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -992,12 +1021,14 @@ def test_own_batch_norms_may_run_twice_or_in_training_alone(
 
 
 def test_an_own_batch_norm_of_two_constants_is_followed_no_further() -> None:
+    """A batch norm that is called on two different constants has statistics of both and stays."""
     model = NormsTwice()
     compressor = started(model, images())
     for name, constant in (("a", 1.0), ("b", -3.0)):
         kill(model, name, [0])
         getattr(model, name).bias.data[0] = constant
-    model.norm.bias.data[0] = -0.1  # in training a ReLU makes 0 of it, in evaluation of one
+    # In training, ReLU then gives 0 for both constants; in evaluation, for one of them.
+    model.norm.bias.data[0] = -0.1
     before = computed(model, images(), training=False)
     compressor.cut()
     torch.testing.assert_close(computed(model, images(), training=False), before)
@@ -1005,7 +1036,7 @@ def test_an_own_batch_norm_of_two_constants_is_followed_no_further() -> None:
 
 
 class CalledPast(nn.Module):
-    """A part that cannot be traced calls the model's norm."""
+    """A model whose batch norm is also called by a part that cannot be traced."""
 
     class Part(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
@@ -1026,7 +1057,7 @@ class CalledPast(nn.Module):
 
 
 class TakenApart(nn.Module):
-    """Calls the function with a weight that it computes."""
+    """A model that calls F.batch_norm with a weight computed from the norm's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1042,7 +1073,7 @@ class TakenApart(nn.Module):
 
 
 class Shared(nn.Module):
-    """Two batch norms with one weight."""
+    """A model with two batch norms that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1056,6 +1087,8 @@ class Shared(nn.Module):
 
 
 class NeverInTraining(nn.BatchNorm2d):
+    """A batch norm class that uses its running statistics in training too."""
+
     def forward(self, input: Tensor) -> Tensor:
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
 
@@ -1072,13 +1105,17 @@ class NeverInTraining(nn.BatchNorm2d):
 def test_channels_stay_at_batch_norms_that_are_used_in_other_ways(
     model: nn.Module, layer: str, why: str
 ) -> None:
+    """Channels are not removed at a batch norm that is used in a way that is not understood."""
     compressor = started(model, images())
     assert why in reported(compressor)[layer].why
     check_exact(compressor, images(), shrinks=False)
 
 
 class Remembers(nn.Module):
-    """Attends to what it has been given before, which a cache holds that it makes itself."""
+    """An untraceable model whose part keeps its activations in a cache, and reads the first.
+
+    The model makes a new cache at every call.
+    """
 
     class Cache:
         def __init__(self) -> None:
@@ -1106,6 +1143,7 @@ class Remembers(nn.Module):
 
 
 def test_a_cache_that_a_part_fills_is_empty_when_it_is_traced() -> None:
+    """A part is traced with an empty cache, not with one that a run has filled."""
     compressor = started(Remembers(), SEQUENCE)
     assert compressor.graph.untraceable.keys() == {""}
     check_exact(compressor, SEQUENCE)

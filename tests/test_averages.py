@@ -1,4 +1,4 @@
-"""Averages of the weights (SWA, EMA) are cut along with the model they are of."""
+"""Averages of the weights (SWA, EMA) are cut together with the model that they average."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -39,7 +39,7 @@ AVERAGES: dict[str, Callable[[nn.Module], AveragedModel]] = {
 
 
 class Run:
-    """A residual network in training with an average of it; two of them are equal bit for bit."""
+    """A residual network in training, with an average of it; two such runs are bitwise equal."""
 
     def __init__(self, average: str, interval: int = 50) -> None:
         torch.manual_seed(0)
@@ -60,6 +60,7 @@ class Run:
 
     @torch.no_grad()
     def silence(self) -> None:
+        """Kill rows, with batch-norm biases that make their channels 0 after the ReLUs."""
         for layer, norm, rows in (("stem.0", "stem.1", [0, 3]), ("one.0", "one.1", [1, 4])):
             kill(self.model, layer, rows)
             self.model.get_parameter(f"{norm}.bias")[rows] = -0.5
@@ -68,7 +69,7 @@ class Run:
         settle_statistics(self.compressor.graph, self.model)
 
     def train_asleep(self, steps: Iterable[int], plan: Plan) -> None:
-        """Train on without a cut, the biases of the dead channels held where they are."""
+        """Train on without a cut, and hold the biases of the dead channels where they are."""
         was = {n: p.detach().clone() for n, p in self.model.named_parameters() if ".1.bias" in n}
 
         @torch.no_grad()
@@ -87,7 +88,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_is_of(average: AveragedModel, model: nn.Module) -> None:
-    """The average has the model's shape, and its rows and columns are where the model's are."""
+    """Assert that the average has the model's shapes, widths and indices of rows and columns."""
     mine, other = tensors(average.module), tensors(model)
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():
@@ -102,6 +103,10 @@ def check_is_of(average: AveragedModel, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_an_average_is_cut_along_and_goes_on(average: str) -> None:
+    """After a cut, an average equals the kept part of the average of a run that is not cut.
+
+    In the run that is not cut, the batch-norm biases of dead channels are held where they are.
+    """
     cut, asleep = Run(average), Run(average)
     for run in (cut, asleep):
         run.train(range(4))
@@ -125,6 +130,7 @@ def test_an_average_is_cut_along_and_goes_on(average: str) -> None:
 
 
 def test_an_average_without_memory_computes_what_the_model_computes() -> None:
+    """An EMA with a decay of 0 equals the model, also after a cut."""
     run = Run("ema")
     average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=False)
     run.average = average
@@ -137,6 +143,7 @@ def test_an_average_without_memory_computes_what_the_model_computes() -> None:
 
 
 def test_where_rows_are_is_never_averaged_away() -> None:
+    """With `use_buffers`, the indices of rows and columns are not averaged, whatever the decay."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300))
     x = torch.randn(2, 300)
@@ -160,7 +167,7 @@ def test_a_plain_loop_with_an_average() -> None:
     compressor = compressor_of(model, X.float(), 1.0, interval=10, bit_step=0.2)
     optimizer = AdamW(compressor.weights(), lr=3e-3)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    other = copy.deepcopy(model)  # any copy will do
+    other = copy.deepcopy(model)  # any copy of the model can be cut along with it
     for i in range(80):
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i))
         optimizer.zero_grad()
@@ -196,7 +203,7 @@ def of_the_float_network(run: Run) -> nn.Module:
 
 
 def wider(run: Run) -> nn.Module:
-    """All layers have the names of the model's, but more rows."""
+    """Return a network whose layers have the names of the model's, but more rows."""
     model = Residual(relu_after=False)
     model.one[0], model.one[1] = nn.Conv2d(6, 9, 3, padding=1, bias=False), nn.BatchNorm2d(9)
     model.two[0] = nn.Conv2d(9, 6, 3, padding=1, bias=False)
@@ -204,7 +211,7 @@ def wider(run: Run) -> nn.Module:
 
 
 def forgotten(run: Run) -> nn.Module:
-    """An average that was not given when the model was cut for the first time."""
+    """Return an average that was not given when the model was cut."""
     old = copy.deepcopy(run.average)
     kill(run.model, "head.linear", [2])
     assert run.compressor.cut(run.optimizer, averages=[run.average])
@@ -237,6 +244,7 @@ def test_an_average_of_another_shape_is_refused_before_anything_changes(
 
 
 def test_an_average_ends_in_the_models_formats_with_statistics_of_its_own() -> None:
+    """An average gets the model's formats, and in `finish` batch-norm statistics of its own."""
     torch.manual_seed(0)
     x = torch.randn(256, 3, 8, 8)
     labels = x.mean((2, 3)).argmax(1)
@@ -273,6 +281,7 @@ def test_an_average_ends_in_the_models_formats_with_statistics_of_its_own() -> N
 
 
 def test_an_average_may_be_wider_and_must_have_the_models_shape() -> None:
+    """An average may have a wider dtype than the model, but must have been cut along with it."""
     torch.manual_seed(0)
     x = torch.randn(8, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))

@@ -1,5 +1,4 @@
-"""The channel graph ties what belongs together, freezes what it does not understand, and leaves
-no trace in the model."""
+"""The channel graph ties channels, freezes what is not understood, and changes no model."""
 
 import warnings
 from collections.abc import Callable
@@ -33,7 +32,7 @@ def trace(model: nn.Module, x: Tensor = X) -> ChannelGraph:
 
 
 def ids_of(graph: ChannelGraph, module: str) -> np.ndarray:
-    """The ids on the output of a module."""
+    """Return the channel ids of the output of a module."""
     (node,) = [node for node in graph.nodes if node.module == module]
     return graph.ids[node.name]
 
@@ -51,7 +50,7 @@ class Function(nn.Module):
 
 
 def frozen_by(graph: ChannelGraph, module: str) -> str:
-    """Why the output of `module` is frozen; empty if it is not."""
+    """Return why the output of `module` is frozen, or an empty string if it is not."""
     ids = ids_of(graph, module)
     assert graph.frozen[ids].all() or not graph.frozen[ids].any()
     return graph.reasons[ids[0]] if graph.frozen[ids[0]] else ""
@@ -75,6 +74,7 @@ def test_layers_and_norms_make_new_channels_and_activations_do_not() -> None:
 
 
 def test_cat_appends() -> None:
+    """The ids of a concatenation are those of its operands, one after the other."""
     graph = trace(Cat())
     (cat,) = [node for node in graph.nodes if node.name == "cat"]
     left, right = ids_of(graph, "left.2"), ids_of(graph, "right.2")
@@ -84,6 +84,7 @@ def test_cat_appends() -> None:
 
 
 def test_flatten_repeats() -> None:
+    """Flattening repeats the id of a channel for each of its pixels."""
     graph = trace(Flat())
     pooled, flat = ids_of(graph, "pool"), ids_of(graph, "flatten")
     assert np.array_equal(flat, np.repeat(pooled, 4))
@@ -105,6 +106,7 @@ def test_flatten_repeats() -> None:
     ],
 )  # fmt: skip
 def test_channels_are_followed_through(function: Callable[[Tensor], Tensor]) -> None:
+    """Channels are followed through these operations without being frozen."""
     assert frozen_by(trace(Function(function)), "a") == ""
 
 
@@ -126,6 +128,7 @@ def test_channels_are_followed_through(function: Callable[[Tensor], Tensor]) -> 
 def test_what_is_not_understood_freezes_and_is_named(
     function: Callable[[Tensor], Tensor], named: str
 ) -> None:
+    """An operation that is not understood freezes what it reads, and the reason names it."""
     graph = trace(Function(function))
     assert named in frozen_by(graph, "a")
 
@@ -174,7 +177,7 @@ def test_parameters_read_by_hand_freeze() -> None:
 
 
 class Twice(nn.Module):
-    """Two convolutions that go through the same module."""
+    """Two convolutions whose outputs go through the same module."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -206,6 +209,7 @@ def test_a_layer_called_twice_ties_what_it_reads_and_makes(
 
 
 def test_an_activation_called_twice_does_not() -> None:
+    """Calling one activation on two tensors does not freeze their channels."""
     assert frozen_by(trace(Twice(nn.ReLU())), "a") == ""
 
 
@@ -257,7 +261,7 @@ def test_an_untraceable_model_warns_and_is_cut_in_parts(kind: str) -> None:
     settle_statistics(compressor.graph, model)
     before = model.eval()(X)
     assert compressor.cut()
-    # What is inside of a part can go; what comes out of it keeps its place.
+    # Channels inside of a traced part can be removed, but not those of its output.
     assert model.get_parameter("a.0.weight").shape == (3, 3, 3, 3)
     assert model.get_parameter("b.0.weight").shape == (7, 6, 3, 3)
     torch.testing.assert_close(model(X), before)
@@ -277,6 +281,7 @@ class Random(nn.Module):
 
 @pytest.mark.parametrize("build", [Chain, Random, Untraceable])
 def test_tracing_leaves_no_trace(build: Callable[[], nn.Module]) -> None:
+    """Building the channel graph changes no mode, tensor, attribute or random state."""
     model = build()
     quantize_layers(model, bits=4)
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -303,7 +308,7 @@ def test_a_float_network_is_followed_too_and_has_macs(build: Callable[[], nn.Mod
 
 
 class Assigned(nn.Module):
-    """Puts channels into items of a tensor, and reads some before and some afterwards."""
+    """Assigns to items of tensors, and reads a tensor both before and after the assignment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,6 +326,7 @@ class Assigned(nn.Module):
 
 
 def test_what_items_are_assigned_to_keeps_its_channels_alone() -> None:
+    """Channels of a tensor whose items are assigned to stay; those of other tensors can go."""
     model = Assigned().double()
     compressor = Compressor(model, X.double(), 0.0, bits=8)
     report = {layer.name: layer for layer in compressor.report().layers}
@@ -330,6 +336,8 @@ def test_what_items_are_assigned_to_keeps_its_channels_alone() -> None:
 
 
 def test_what_is_assigned_is_read_though_the_row_behind_it_has_died() -> None:
+    """Items that are assigned to a dead channel are still read, so a row that reads them stays."""
+
     class Framed(Assigned):
         def forward(self, x: Tensor) -> Tensor:
             x = self.b(torch.relu(self.a(x)))
@@ -338,7 +346,8 @@ def test_what_is_assigned_is_read_though_the_row_behind_it_has_died() -> None:
             return y
 
     model = Framed()
-    model.deep = nn.Conv2d(5, 5, 3, groups=5)  # its row would see nothing but zeros
+    # Without the assignment, some of its rows would read nothing but zeros.
+    model.deep = nn.Conv2d(5, 5, 3, groups=5)
     compressor = Compressor(model, X, 0.0, bits=8)
     with torch.no_grad():
         for name in ("bit_depth", "bias"):
@@ -349,7 +358,7 @@ def test_what_is_assigned_is_read_though_the_row_behind_it_has_died() -> None:
 
 
 class InPlace(nn.Module):
-    """Changes a tensor in place that is read under another name afterwards."""
+    """Changes a tensor in place, and afterwards reads it and a view of it made before."""
 
     def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
         super().__init__()
@@ -392,7 +401,7 @@ def test_what_is_changed_in_place_is_seen_by_all_its_readers(
     model = InPlace(change)
     compressor = Compressor(model, X, 0.01)
     with torch.no_grad():
-        model.get_parameter("a.bit_depth")[:3] = 0  # what b adds there is still read
+        model.get_parameter("a.bit_depth")[:3] = 0  # the values that b adds there are still read
     before = model.eval()(X)
     compressor.cut()
     torch.testing.assert_close(model(X), before)
@@ -400,6 +409,7 @@ def test_what_is_changed_in_place_is_seen_by_all_its_readers(
 
 
 def test_connected() -> None:
+    """`connected` tells whether the output depends on the input without the given layers."""
     graph = trace(Residual(relu_after=False))
     assert connected(graph, set())
     assert connected(graph, {"one.0"})
@@ -407,7 +417,7 @@ def test_connected() -> None:
     assert not connected(graph, {"stem.0"})
     assert not connected(graph, {"one.0", "stem.1"})
     assert not connected(graph, {"head.linear"})
-    # Either side of the concatenation will do, and then either way to the sum.
+    # One side of the concatenation is enough, and then one of the two paths to the sum.
     graph = trace(Cat())
     assert connected(graph, {"left.0"})
     assert connected(graph, {"right.0", "join.0"})
@@ -417,6 +427,7 @@ def test_connected() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_widths_agree_with_the_modules(name: str) -> None:
+    """The graph has an id for every output channel of a layer, and knows every quantised layer."""
     cut = prepare(name)
     for node in cut.graph.nodes:
         if node.module:
@@ -435,6 +446,8 @@ def test_removing_strikes_ids_from_every_tensor() -> None:
 
 
 def test_an_error_of_ours_is_told_and_keeps_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in our own code becomes a warning and freezes the channels, and raises nothing."""
+
     def fails(*arguments: object) -> None:
         raise IndexError("list index out of range")
 
@@ -454,6 +467,7 @@ def test_an_error_of_ours_is_told_and_keeps_channels(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_nothing_is_to_be_reported_of_what_is_legitimate(function: Any) -> None:
+    """These unusual but valid operations freeze channels without a warning of an error of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert frozen_by(trace(Function(function)), "a")

@@ -1,4 +1,4 @@
-"""The command: what it says of a trained network, as text and as JSON, and of mistakes."""
+"""The `selfcompress` command: what it prints about a network, and how it reports mistakes."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ from selfcompress.training.loop import run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run on digits."""
+    """Train a small network on digits for two epochs and return the folder of the run."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     config = Config(
         gamma=0.1, dataset="digits", width=4, epochs=2, image_size=8, run_dir=folder, device="cpu"
@@ -35,7 +35,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str | Path) -> tuple[int, Any]:
-    """The command's exit code, and what it printed (stdout if it went well, else stderr)."""
+    """Run the command and return its exit code, and stdout if that is 0, else stderr.
+
+    Assert that an error is a single line.
+    """
     monkeypatch.setattr(sys, "argv", ["selfcompress", *map(str, arguments)])
     monkeypatch.setattr(sys, "path", list(sys.path))
     capsys.readouterr()
@@ -105,7 +108,7 @@ def test_eval_needs_the_test_images_alone(
     ]
     code, text = call(monkeypatch, capsys, *arguments)
     assert code == 0
-    assert "10.00 % of 10 test images" in text  # they are all the same
+    assert "10.00 % of 10 test images" in text  # the images are all the same, one in each class
     (tmp_path / "test").rename(tmp_path / "train")
     code, text = call(monkeypatch, capsys, *arguments)
     assert code == 2
@@ -134,11 +137,12 @@ def test_predict_names_classes_likeliest_first(
 
 
 def make_network() -> nn.Module:
-    """What --model names below."""
+    """Return a small classifier; tests name this function with --model."""
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10))
 
 
 def test_networks_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    """A network that is not one of ours needs --model, and mistakes in that are named."""
     model = make_network()
     quantize_layers(model, bits=4)
     about = About(image_size=8, mean=[0.5] * 3, std=[0.5] * 3, dataset_kind="digits")
@@ -223,6 +227,8 @@ def test_networks_that_do_not_classify_the_images_are_refused(
 def test_memory_that_does_not_suffice_is_told(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """An error of torch about too little memory is reported in one line."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
 
@@ -235,6 +241,7 @@ def test_memory_that_does_not_suffice_is_told(
 def test_export_writes_what_onnx_runtime_runs(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
+    """`export` prints the size of the ONNX file, and puts class names and normalisation in it."""
     import onnx
 
     target = tmp_path / "net.onnx"
@@ -341,6 +348,7 @@ def test_pick_names_the_best_run_and_its_file(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """If stdout is closed early, as by `head`, a program exits with 141 and prints no error."""
     program = """
 import sys
 from selfcompress.training.errors import exit_code

@@ -16,8 +16,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from selfcompress import Compressor
 from selfcompress.size import q_bits
 
-# In double precision, since in training that rounds weights small differences do not stay small.
+# In double precision, because training with rounded weights makes small differences grow.
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+# What is compiled, the model or a part of it, and when: before or after the compressor is made.
 HOW = (
     "before", "in one graph", "after", "method before", "method after", "a part before",
     "a part after",
@@ -27,8 +28,8 @@ QUICK = ("before",)
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing that was compiled is left to other tests."""
-    # Where pytest listens, torch writes down all that it does, which takes most of the time.
+    """Reset what torch.compile has compiled and counted, before and after every test."""
+    # While pytest captures logs, torch logs all that it compiles, which takes most of the time.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch.compiler.reset()
     counters.clear()
@@ -39,13 +40,13 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """Where torch would go on without compiling it fails."""
+    """Make torch fail at its limit of recompilations, where it would go on without compiling."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
 
 
 class Counting:
-    """A backend of torch.compile that knows how often it compiled, and ran what it compiled."""
+    """A backend of torch.compile that counts how often it compiled, and ran what it compiled."""
 
     def __init__(self, backend: str = "aot_eager") -> None:
         self.backend: Any = torch._dynamo.lookup_backend(backend)
@@ -65,7 +66,11 @@ class Counting:
 def started(
     how: str, backend: Any, build: Callable[[], nn.Module] = lambda: Residual(False), **options: Any
 ) -> tuple[Compressor, Callable[[Tensor], Tensor]]:
-    """A compressor and what is called in its training loop."""
+    """Return a compressor, and the callable that is to be called in its training loop.
+
+    Args:
+        how: one of HOW, or anything else to compile nothing.
+    """
     torch.manual_seed(0)
     model = build().double()
     options = {"gamma": 0.1, "interval": 10, "bit_step": 0.1} | options
@@ -87,6 +92,7 @@ def started(
 
 
 def step(compressor: Compressor, run: Any, optimizer: Optimizer, i: int) -> Tensor:
+    """Do a training step on the batch of seed `i`, short of `compressor.step`; return the loss."""
     x = torch.randn(X.shape, generator=torch.Generator().manual_seed(i), dtype=X.dtype)
     loss: Tensor = (run(x) - torch.linspace(-1, 1, 5)).square().mean() + compressor.penalty()
     optimizer.zero_grad()
@@ -96,13 +102,13 @@ def step(compressor: Compressor, run: Any, optimizer: Optimizer, i: int) -> Tens
 
 
 def patience() -> None:
-    """Have something compiled, so that small cuts wait in an eager run too."""
+    """Compile something, so that small cuts are delayed in an eager run as in a compiled one."""
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 @torch.no_grad()
 def silence(compressor: Compressor, block: str, rows: list[int]) -> None:
-    """Kill channels so that behind the ReLU of their block nothing is left of them."""
+    """Kill rows of a block, with batch-norm biases that make their channels 0 after its ReLU."""
     inside = getattr(compressor.model, block)
     inside = getattr(inside, "_orig_mod", inside)  # a part may be compiled on its own
     inside[0].bit_depth[rows] = 0
@@ -110,6 +116,7 @@ def silence(compressor: Compressor, block: str, rows: list[int]) -> None:
 
 
 def trained(how: str, backend: Any) -> tuple[Compressor, list[Tensor], list[str]]:
+    """Train for 40 steps, killing rows twice; return the losses and the plans of the cuts too."""
     compressor, run = started(how, backend, gamma=1e-5)
     optimizer = AdamW(compressor.weights(), lr=3e-3)
     losses, plans = [], []
@@ -152,7 +159,7 @@ def test_a_compiled_run_equals_the_eager_one(how: str) -> None:
 def test_a_run_with_inductor_equals_the_eager_one(how: str) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:  # whatever a missing compiler makes of it
+    except Exception as error:  # a missing compiler may raise anything
         pytest.skip(f"inductor does not work here: {error}")
     backend = Counting("inductor")
     check_equal_to_eager(how, backend, 1e-6)
@@ -187,7 +194,10 @@ def perceptron() -> nn.Module:
     ],
 )
 def test_the_model_is_compiled_anew_after_each_of_many_cuts(how: str) -> None:
-    """torch gives up after 8 recompilations of one function, and would run it eagerly."""
+    """After more than 8 cuts, a model is still compiled.
+
+    torch gives up after 8 recompilations of one function, and would run it eagerly.
+    """
     results = []
     backend = Counting("eager")
     for each in (how, "not at all"):
@@ -237,7 +247,7 @@ def test_small_cuts_wait_while_something_is_compiled(how: str) -> None:
     kill(compressor.model, "head.linear", [0])  # 7 of 1,500 parameters
     assert compressor.step(optimizer) is None
     assert (compressor.step(optimizer) is None) == (how != "not at all")
-    silence(compressor, "a", [3])  # and 92 more, of which two steps are not made
+    silence(compressor, "a", [3])  # and 92 more; the next cut is due at the second step
     assert compressor.step(optimizer) is None
     plan = compressor.step(optimizer)
     assert plan is not None
@@ -247,6 +257,7 @@ def test_small_cuts_wait_while_something_is_compiled(how: str) -> None:
 
 @pytest.mark.parametrize("request_cut", ["cut", "finish"])
 def test_what_waited_is_cut_on_request(request_cut: str) -> None:
+    """`cut` and `finish` make a small cut that `step` has delayed."""
     compressor, run = started("before", Counting("eager"), wide, gamma=0.0, interval=2)
     optimizer = SGD(compressor.weights(), lr=0.0)
     step(compressor, run, optimizer, 0)
@@ -262,6 +273,7 @@ def test_what_waited_is_cut_on_request(request_cut: str) -> None:
 
 
 def test_the_size_can_be_taken_in_a_compiled_loss() -> None:
+    """`q_bits` can be compiled into one graph."""
     compressor, _ = started("after", "eager")
     counting = Counting("eager")
     layers = list(compressor.layers.values())

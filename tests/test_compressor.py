@@ -1,4 +1,4 @@
-"""A plain training loop compresses its network, safely, and can be saved and gone on with."""
+"""`Compressor` in a plain training loop: it compresses, cuts exactly, saves and resumes."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -32,7 +32,7 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def batches(steps: int, classes: int = 5, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-    """A problem that can be learnt: one noisy pattern per class."""
+    """Yield batches of a problem that can be learnt: one noisy pattern per class."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randn(classes, 3, 8, 8, generator=generator)
     for _ in range(steps):
@@ -41,7 +41,7 @@ def batches(steps: int, classes: int = 5, size: int = 32) -> Iterator[tuple[Tens
 
 
 def one_step(compressor: Compressor, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
-    """The README's loop body."""
+    """Run the README's loop body once and return the loss of the task."""
     task = F.cross_entropy(compressor.model(x), y)
     loss = task + compressor.penalty()
     optimizer.zero_grad()
@@ -52,7 +52,10 @@ def one_step(compressor: Compressor, optimizer: Optimizer, x: Tensor, y: Tensor)
 
 
 def started(steps: int = 0, lr: float = 3e-3, **options: Any) -> tuple[Compressor, Optimizer]:
-    """A residual network under strong pressure, some steps into its training."""
+    """Return the compressor and optimiser of a residual network after some training steps.
+
+    Unless `options` say otherwise, it loses bits fast.
+    """
     torch.manual_seed(0)
     model = Residual(relu_after=False)
     options = {"gamma": 0.002, "interval": 10, "bit_step": 0.03} | options
@@ -74,7 +77,7 @@ def test_a_plain_loop_learns_and_compresses() -> None:
     for i, (x, y) in enumerate(batches(300)):
         if i == 100:
             compressor.gamma = 0.001
-        # Nobody but the training kills rows; once some are gone it goes on without pressure.
+        # Only the training kills rows; once enough are gone it goes on without a penalty.
         if compressor.size().parameters < 0.8 * start.parameters:
             compressor.gamma = 0.0
         losses.append(one_step(compressor, optimizer, x, y))
@@ -90,6 +93,7 @@ def test_a_plain_loop_learns_and_compresses() -> None:
 
 
 def test_pressure_alone_never_disconnects_the_network() -> None:
+    """However high γ is, the output still depends on the input."""
     compressor, _ = started(300, gamma=30.0, bit_step=0.3)
     y = compressor.model.eval()(torch.cat([X, 2 * X]))
     assert (y[:4] - y[4:]).abs().max() > 0
@@ -100,6 +104,7 @@ def test_pressure_alone_never_disconnects_the_network() -> None:
 
 @pytest.mark.parametrize("min_channels", [0, 2])
 def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
+    """Every layer keeps `min_channels` live rows, and at least one if the output depends on it."""
     torch.manual_seed(0)
     model = Residual(relu_after=False)
     compressor = Compressor(model, X, 1e6, min_channels=min_channels, interval=10**9, bit_step=0.5)
@@ -108,7 +113,7 @@ def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
         one_step(compressor, optimizer, x, y)
         live = {name: int(layer.live_rows().sum()) for name, layer in compressor.layers.items()}
         assert live["stem.0"] and live["head.linear"] and min(live.values()) >= min_channels
-    branch = {"one.0": min_channels, "two.0": min_channels}  # may go whole
+    branch = {"one.0": min_channels, "two.0": min_channels}  # the branch may lose all rows
     assert live == {"stem.0": max(1, min_channels), "head.linear": max(1, min_channels)} | branch
 
 
@@ -116,6 +121,7 @@ def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
 def test_layers_that_cannot_be_cut_do_not_disconnect_it_either(
     build: Callable[[], nn.Module],
 ) -> None:
+    """If all rows of all layers die, `keep` gives at least one row of each layer its bits back."""
     model = build()
     if build is Untraceable:
         with pytest.warns(UserWarning, match="cannot trace"):
@@ -141,7 +147,7 @@ def test_no_optimizer_or_clipping_ever_sees_the_formats_gradients() -> None:
         (F.cross_entropy(model(x), y) + 1e6 * compressor.penalty()).backward()
         assert all(p.grad is None for p in formats)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-        assert norm < 1e3  # the penalty's gradients would make millions
+        assert norm < 1e3  # with the penalty's gradients it would be in the millions
         greedy.step()
     assert all(torch.equal(p, was) for p, was in zip(formats, before, strict=True))
     compressor.step(greedy)
@@ -235,7 +241,7 @@ def test_a_wrong_cut_is_noticed_and_names_the_layer(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("selfcompress.compressor.plan_cut", too_much)
     compressor, optimizer = started()
-    # A row that is missing from `two` shows where it is read.
+    # A row that is missing from `two` is noticed in the layer that reads it.
     with pytest.raises(CutError, match=r"head\.linear"):
         compressor.cut(optimizer)
 
@@ -254,6 +260,7 @@ def test_a_wrong_cut_names_a_linear_layer_over_a_sequence(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("revived", [False, True])
 def test_a_row_of_zeros_dies_only_after_a_whole_interval(revived: bool) -> None:
+    """A row that quantises to zeros loses its bits only if it did so all through an interval."""
     compressor, optimizer = started(gamma=0.0, interval=5)
     layer = compressor.layers["one.0"]
 
@@ -268,7 +275,7 @@ def test_a_row_of_zeros_dies_only_after_a_whole_interval(revived: bool) -> None:
 
     zero()
     assert (layer.quantized_weight()[2] == 0).all()
-    steps(5)  # zero in the whole of this interval, but not known to be so at its start
+    steps(5)  # it was zero all through this interval, but not tracked at its start
     assert len(layer.weight) == 5
     assert layer.bit_depth[2] > 0
     steps(2)
@@ -284,13 +291,14 @@ def test_a_row_of_zeros_dies_only_after_a_whole_interval(revived: bool) -> None:
 
 
 def test_biases_that_hold_a_dead_channel_land_on_exactly_zero_and_it_goes() -> None:
+    """Lingering biases shrink by 0.01 per step to exactly 0; then their channels are cut."""
     compressor, optimizer = started(gamma=0.0)
     model = compressor.model
     with torch.no_grad():
         model.get_parameter("two.1.bias").copy_(torch.tensor([0.5, -0.055, 0.033, 0.5, 0.5, 0.5]))
     kill(model, "two.0", [1, 2])
     compressor.cut(optimizer)
-    assert len(model.get_parameter("two.1.bias")) == 5  # -0.055 is nothing behind the ReLU
+    assert len(model.get_parameter("two.1.bias")) == 5  # -0.055 is 0 after the ReLU
     where = 1
     seen = []
     for _ in range(4):
@@ -336,6 +344,7 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
 
 
 def test_a_skipped_batch_leaves_no_trace() -> None:
+    """A batch that is skipped because its loss is not finite does not change later steps."""
     found = []
     for skipped in (True, False):
         compressor, optimizer = started()
@@ -351,6 +360,7 @@ def test_a_skipped_batch_leaves_no_trace() -> None:
 
 
 def test_without_the_penalty_in_the_loss_nothing_presses() -> None:
+    """Without the penalty in the loss, bit depths do not fall as they do with it."""
     mean = []
     for with_penalty in (True, False):
         compressor, optimizer = started(gamma=0.3, bits=8)
@@ -446,6 +456,7 @@ def test_finish_cuts_all_that_is_zero_and_leaves_modes() -> None:
 
 
 def test_dead_rows_and_training_agree_in_evaluation_after_finish() -> None:
+    """After `finish`, a network with dead rows computes the same in training and evaluation."""
     torch.manual_seed(0)
     model = Chain(bias=True)
     compressor = compressor_of(model, X, 0.01)
@@ -454,7 +465,7 @@ def test_dead_rows_and_training_agree_in_evaluation_after_finish() -> None:
         model.get_parameter("a.1.bias")[:3] = 0.7
     (x, _), *_ = batches(1, size=64)
     compressor.finish([x])
-    # On the one batch that the statistics are of, both modes compute (almost) the same.
+    # On the batch that the statistics were measured on, both modes compute (almost) the same.
     torch.testing.assert_close(
         outputs_of(model, x, False), outputs_of(model, x, True), rtol=1e-2, atol=1e-2
     )
@@ -511,6 +522,7 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_rows_that_wait_for_the_end_of_their_interval_are_saved() -> None:
+    """A checkpoint has the rows that are tracked as quantising to zeros."""
     compressor, optimizer = started(3)
     compressor.idle.load({"one.0": torch.tensor([2]), "two.0": torch.tensor([0, 1])})
     other, other_optimizer = started()
@@ -533,6 +545,8 @@ def test_state_of_a_frozen_compressor_loads_frozen() -> None:
 
 
 def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
+    """With `multiple` 4, widths are rounded up to 4, but training goes as with exact widths."""
+
     def trained(multiple: int) -> tuple[Compressor, Optimizer]:
         compressor, optimizer = started(bits=4, gamma=0.0, multiple=multiple)
         for index, batch in enumerate(batches(60)):
@@ -554,7 +568,7 @@ def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
     torch.testing.assert_close(
         outputs_of(rounded.model, X, False), outputs_of(exact.model, X, False), rtol=0, atol=1e-4
     )
-    # Saved and loaded its widths stay round; at the end they are exact.
+    # Loading a checkpoint keeps the rounded widths; `finish` makes them exact.
     other, other_optimizer = started(multiple=4)
     other.load_state_dict(rounded.state_dict(optimizer), other_optimizer)
     assert {n: layer.out_width for n, layer in other.layers.items() if n in found} == found
@@ -568,7 +582,7 @@ def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
 
 
 def test_what_a_float_layer_reads_is_not_kept_to_round_a_width_up() -> None:
-    # It would compute with the channels that are kept, and bring their biases back.
+    # A float layer computes with all channels that are kept, so biases of dead ones would count.
     model = nn.Sequential(
         nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 4)
     )
@@ -679,10 +693,11 @@ def test_excluded_layers_stay_float() -> None:
     assert type(model.b[0]) is nn.Conv2d
 
 
-# --- behaviour of whole trainings (digits, a small ResNet-9) --------------------------------------
+# --- whole trainings (a small ResNet-9 on digits) -------------------------------------------------
 
 
 def digits() -> tuple[Tensor, Tensor]:
+    """Return the digits as (images, 3, 8, 8) from -1 to 1, and their labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -715,7 +730,7 @@ def trained(
     batch: int = 128,
     scheduled: bool = True,
 ) -> tuple[Compressor, float]:
-    """A ResNet-9 after so many steps on digits, and its training accuracy."""
+    """Train a ResNet-9 on digits; return its compressor and its accuracy on these images."""
     torch.manual_seed(0)
     x, y = digits()
     schedule = Schedule(steps) if scheduled else None
@@ -756,7 +771,7 @@ def test_gamma_means_the_same_under_any_optimizer_schedule_and_clipping() -> Non
 
 @pytest.mark.slow
 def test_gamma_leaves_a_working_network_of_any_width() -> None:
-    # What the task needs is a smaller share of a wider network.
+    # The task needs a smaller share of a wider network.
     found = [trained(0.01, width, 400) for width in (8, 64)]
     assert all(accuracy > 0.9 for _, accuracy in found)
     narrow, wide = (compressor.size() for compressor, _ in found)
@@ -766,6 +781,7 @@ def test_gamma_leaves_a_working_network_of_any_width() -> None:
 
 @pytest.mark.slow
 def test_two_decades_of_gamma_fall_three_fold_and_none_collapses() -> None:
+    """From γ = 0.001 to 0.1, stored bits fall to a third or less, and accuracy stays above 0.9."""
     found = [trained(gamma, 16, 400) for gamma in np.geomspace(0.001, 0.1, 5).tolist()]
     assert all(accuracy > 0.9 for _, accuracy in found)
     stored = [compressor.size().stored_bits for compressor, _ in found]
@@ -776,7 +792,8 @@ def test_two_decades_of_gamma_fall_three_fold_and_none_collapses() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [sgd_cosine, adamw_one_cycle])
 def test_a_network_pressed_from_the_first_step_does_not_collapse(recipe: Recipe) -> None:
-    # When all digits are learnt, no row seems to be worth anything.
+    """Without a schedule, the penalty acts from the first step; accuracy stays above 0.95."""
+    # Once all digits are learnt, the estimated worth of every row is almost nothing.
     for gamma in (0.001, 0.01, 0.1):
         _, accuracy = trained(gamma, 16, 400, recipe, scheduled=False)
         assert accuracy > 0.95
@@ -788,7 +805,7 @@ def test_a_very_short_run_does_not_collapse(gamma: float) -> None:
     assert trained(gamma, 16, 44)[1] > 0.9
 
 
-# --- told apart, one line each --------------------------------------------------------------------
+# --- mistakes that are refused --------------------------------------------------------------------
 
 
 def test_an_input_the_model_does_not_accept_is_told_before_anything_changes() -> None:
@@ -807,6 +824,7 @@ def test_a_compressed_model_is_not_compressed_again() -> None:
 
 
 def test_an_optimizer_left_behind_by_a_cut_is_not_saved() -> None:
+    """`state_dict` refuses an optimiser that was not given when the model was cut."""
     compressor, optimizer = started(5, gamma=0.0)
     kill(compressor.model, "one.0", [0])
     compressor.model.get_parameter("one.1.bias").data[0] = -1.0

@@ -1,4 +1,4 @@
-"""A sweep's table, figures and page, and the pick of its runs; the numbers are made up."""
+"""A sweep's table, figures and page, and the pick of a run, for runs with made-up numbers."""
 
 import csv
 import itertools
@@ -34,7 +34,7 @@ def groups(root: Path) -> list[Group]:
 
 
 def labels(axes: Axes) -> dict[str, Bbox]:
-    """The text at the points, and the pixels it takes."""
+    """Return the texts at the points of a plot, and the pixels that each takes."""
     found = [child for child in axes.get_children() if isinstance(child, Annotation)]
     return {text.get_text(): Text.get_window_extent(text) for text in found}
 
@@ -176,6 +176,7 @@ def test_the_page_needs_no_other_file_and_links_every_run(tmp_path: Path) -> Non
 
 
 def test_runs_are_in_order_and_an_epoch_that_is_being_written_is_none(tmp_path: Path) -> None:
+    """Runs are sorted by γ and seed, and an unfinished line of metrics is ignored."""
     make_sweep(tmp_path, [0.1, 0.03], seeds=11)
     assert [(r.gamma, r.seed) for r in read_all(tmp_path)[11:]] == [
         (gamma, seed) for gamma in (0.03, 0.1) for seed in range(11)
@@ -187,6 +188,7 @@ def test_runs_are_in_order_and_an_epoch_that_is_being_written_is_none(tmp_path: 
 
 
 def test_unfinished_runs_are_no_results_and_others_are_refused_in_a_line(tmp_path: Path) -> None:
+    """A run without a summary is skipped; a damaged summary is reported in one line."""
     make_run(tmp_path / "a", 0.1, 0)
     summary = tmp_path / "a" / "summary.json"
     values = json.loads(summary.read_text())

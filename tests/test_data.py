@@ -1,4 +1,4 @@
-"""Datasets say what is wrong with them, batches repeat, and augmentation changes what it says."""
+"""Datasets: errors that say what is wrong, batches that repeat with the seed, and augmentation."""
 
 import hashlib
 import pickle
@@ -28,7 +28,7 @@ def folder(data_dir: Path, image_size: int | None = None, streamed: bool | None 
 
 
 def paint(path: Path, size: tuple[int, int], seed: int, mode: str = "RGB") -> None:
-    """Writes an image of noise of `size` (width, height)."""
+    """Write an image of noise of `size` (width, height)."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,10 @@ def paint(path: Path, size: tuple[int, int], seed: int, mode: str = "RGB") -> No
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
-    """5 + 5 training images and 2 + 2 test images of cats and dogs, 12 x 12 pixels."""
+    """Write images of cats and dogs and return their folder.
+
+    There are 5 + 5 training images and 2 + 2 test images of 12 x 12 pixels.
+    """
     for part, count in (("train", 5), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
             for i in range(count):
@@ -287,14 +290,14 @@ def test_cifar10_is_downloaded_once_if_two_miss_it_at_once(
     downloads, both_miss_it = [], threading.Barrier(2, timeout=10)
 
     class StandIn:
-        """Like torchvision's: refuses what is not there, and downloads nothing but that."""
+        """Stands in for torchvision's class: refuses what is missing, and only notes downloads."""
 
         url, filename, tgz_md5 = served.as_uri(), "x.tar.gz", ""
 
         def __init__(self, root: Path, train: bool = True, download: bool = False) -> None:
             if download and not there.exists():
                 downloads.append(root)
-                time.sleep(0.2)  # in which the other one must not begin
+                time.sleep(0.2)  # meanwhile the other thread must not begin a download
                 there.write_text("")
             if not there.exists():
                 both_miss_it.wait()
@@ -311,7 +314,7 @@ def test_cifar10_is_downloaded_once_if_two_miss_it_at_once(
 
 
 def holes(image: Tensor) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of the zeros of (3, H, W) if they make a rectangle."""
+    """Return (top, left, height, width) of the zeros of (3, H, W), None if no rectangle."""
     rows, columns = (image == 0).all(0).nonzero(as_tuple=True)
     top, left = int(rows.min()), int(columns.min())
     height, width = int(rows.max()) - top + 1, int(columns.max()) - left + 1
@@ -349,7 +352,8 @@ def test_every_image_is_a_window_of_its_padded_self_perhaps_with_a_square_cut_ou
         ]
         assert len(matches) == 1
         crops.add(matches[0])
-    assert len(crops) > 30 and (len(squares) > 30) == bool(cutout)  # every image has its own
+    # Every image is changed in its own way.
+    assert len(crops) > 30 and (len(squares) > 30) == bool(cutout)
     assert {flipped for flipped, _, _ in crops} == {False, True}
     reach = set(range(2 * pad + 1))
     assert {top for _, top, _ in crops} == reach == {left for _, _, left in crops}

@@ -1,4 +1,4 @@
-"""Dense copies: plain torch that computes the same, exports, compiles, without selfcompress."""
+"""Dense copies: plain torch that computes the same, exports, and compiles, without selfcompress."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from selfcompress.surgery import Wiring, rewire
 
 @torch.no_grad()
 def cut_some(name: str, seed: int = 0) -> Cut:
-    """One of NETWORKS with a third of its rows dead and cut."""
+    """Return one of NETWORKS after a third of its rows have been killed and cut."""
     cut = prepare(name, torch.float64, seed)
     generator = torch.Generator().manual_seed(seed)
     for layer_name, layer in quantized_layers(cut.model).items():
@@ -94,7 +94,7 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 def test_groups_that_stay_groups_are_not_spread_out() -> None:
-    """A depthwise convolution that lost whole channels costs what its channels cost."""
+    """A depthwise convolution that lost whole channels stays depthwise, without more weights."""
     cut = cut_some("depthwise")
     deep = to_dense(cut.model).get_submodule("deep.0")
     weights = sum(p.numel() for p in deep.parameters() if p.dim() > 1)
@@ -107,6 +107,7 @@ def test_groups_that_stay_groups_are_not_spread_out() -> None:
 def test_what_a_user_has_put_on_a_layer_is_on_what_takes_its_place(
     name: str, layer: str, dead: str
 ) -> None:
+    """Attributes, parameters and hooks that a user adds to a layer are on its dense copy too."""
     cut = prepare(name, torch.float64)
     calls: list[str] = []
     plain = cut.model.get_submodule(layer)
@@ -156,7 +157,7 @@ def test_a_dense_copy_needs_no_selfcompress(tmp_path: Path) -> None:
 def test_norms_read_and_make_the_channels_that_they_should(
     rows: list[int], columns: list[int]
 ) -> None:
-    """Of as many channels in as out, but not the same ones."""
+    """A norm can read as many channels as it computes without their being the same ones."""
     norm = PlacedBatchNorm2d.from_float(nn.BatchNorm2d(3))
     randomise_norms(norm)
     kept = columns[: len(rows)]

@@ -1,4 +1,4 @@
-"""Embeddings: every dimension of their vectors is a row with a bit depth, and may go."""
+"""Embeddings: every dimension of their vectors is a row with a bit depth, and can be cut."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -24,7 +24,7 @@ TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
 class Sentences(nn.Module):
-    """Words and places, without a norm that would mix dimensions."""
+    """Embeddings of words and positions, without a norm that would mix their dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,10 +38,11 @@ class Sentences(nn.Module):
 
 
 def test_its_dimensions_go_with_all_that_reads_them(tmp_path: Path) -> None:
+    """Dimensions of embeddings are cut with all that reads them; files and dense copies agree."""
     compressor = started(Sentences(), TOKENS)
     report = reported(compressor)
     assert [report[name].removable for name in ("words", "places", "a", "b")] == [12, 12, 9, 0]
-    assert compressor.size().macs == 6 * 12 * 9 + 9 * 3  # looking up multiplies nothing
+    assert compressor.size().macs == 6 * 12 * 9 + 9 * 3  # a lookup multiplies nothing
     check_exact(compressor, TOKENS)
     model = compressor.model
     words = model.get_submodule("words")
@@ -60,7 +61,7 @@ def test_its_dimensions_go_with_all_that_reads_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dead", [[], [1, 2, 5], list(range(6))])
 def test_few_and_many_indices_read_the_same(dead: list[int]) -> None:
-    """Quantised are the vectors that are read, or all of them, whichever are fewer."""
+    """A layer quantises the vectors that are read, or all if that is fewer; both give the same."""
     torch.manual_seed(0)
     layer = QuantEmbedding.from_float(nn.Embedding(5, 6, padding_idx=1).double(), 3, True)
     with torch.no_grad():
@@ -75,12 +76,15 @@ def test_few_and_many_indices_read_the_same(dead: list[int]) -> None:
         results.append(gradients)
     for few, all_of_them in zip(*results, strict=True):
         torch.testing.assert_close(few, all_of_them)
-    assert not results[0][0][1].any()  # padding learns nothing
+    assert not results[0][0][1].any()  # the vector for padding gets no gradient
 
 
 @pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
 def test_few_and_many_indices_teach_the_same(options: dict[str, Any]) -> None:
-    """Also where the vector for padding is not zero, as in one that was trained elsewhere."""
+    """Gradients equal those of a lookup in the whole weight, though the padding vector is not 0.
+
+    It need not be 0 in an embedding that was trained elsewhere.
+    """
     torch.manual_seed(0)
     plain = nn.Embedding(9, 4, **options).double()
     with torch.no_grad():
@@ -99,6 +103,7 @@ def test_few_and_many_indices_teach_the_same(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dead", [[0, 3], list(range(12))])
 def test_rows_that_are_cut_leave_zeros_where_the_dimension_stays(dead: list[int]) -> None:
+    """A cut row whose dimension cannot be removed leaves zeros in its place."""
     model = nn.Sequential(nn.Embedding(50, 12), nn.LayerNorm(12), nn.Linear(12, 3)).double()
     compressor = Compressor(model, TOKENS, 0.0, bits=8)
     assert reported(compressor)["0"].removable == 0
@@ -111,6 +116,7 @@ def test_rows_that_are_cut_leave_zeros_where_the_dimension_stays(dead: list[int]
 
 
 def test_it_counts_samples_by_its_indices() -> None:
+    """An embedding counts the samples of a batch by the first dimension of its indices."""
     compressor = started(Sentences(), TOKENS)
     compressor.model(TOKENS)
     assert compressor.layers["words"].samples == 4
@@ -120,13 +126,15 @@ def test_it_counts_samples_by_its_indices() -> None:
 
 
 class Offset(nn.Embedding):
-    """Reads two places further on, as BART's places are."""
+    """A user's class that adds 2 to its indices, as BART's embedding of positions does."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input + 2)
 
 
 class Called(nn.Embedding):
+    """A user's class that calls F.embedding."""
+
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input, self.weight, self.padding_idx)
 
@@ -141,7 +149,7 @@ def test_a_users_own_embedding_is_followed(kind: Any) -> None:
 
 
 class Scaled(nn.Module):
-    """As the first transformer had it."""
+    """Multiplies an embedding by the square root of its width, as the first transformer did."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,13 +161,14 @@ class Scaled(nn.Module):
 
 
 def test_a_width_that_is_computed_with_stays() -> None:
+    """A layer whose width forward() computes with keeps all of its channels."""
     compressor = started(Scaled(), TOKENS)
     assert "embedding.embedding_dim" in reported(compressor)["embedding"].why
     check_exact(compressor, TOKENS)
 
 
 class Codebook(nn.Module):
-    """Indices come from what a layer has made."""
+    """Looks up vectors by indices that are computed from the output of a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,6 +184,7 @@ class Codebook(nn.Module):
 
 
 def test_what_indices_are_made_of_stays() -> None:
+    """Channels from which indices are computed are not removed."""
     x = torch.randn(8, 5, dtype=torch.float64)
     compressor = started(Codebook(), x)
     report = reported(compressor)
@@ -183,6 +193,8 @@ def test_what_indices_are_made_of_stays() -> None:
 
 
 def test_indices_of_zero_are_no_silence() -> None:
+    """An index that is 0 is not taken for a channel that is zero and could be removed."""
+
     class Places(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -214,13 +226,13 @@ def test_what_cannot_be_quantised_stays_in_float(options: dict[str, Any], why: s
 
 
 class Bags(nn.Module):
-    """Sums of words, of which each may count as much as something else says."""
+    """Bags of words; in mode "sum", a layer computes the weight of each word."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.bags = nn.EmbeddingBag(50, 8, mode=mode, padding_idx=0)
         self.hidden, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
-        self.amounts = nn.Linear(1, 6) if mode == "sum" else None  # the others take none
+        self.amounts = nn.Linear(1, 6) if mode == "sum" else None  # other modes take no weights
 
     def forward(self, tokens: Tensor, amounts: Tensor) -> Tensor:
         much = None if self.amounts is None else self.amounts(amounts)
@@ -248,7 +260,7 @@ def test_bags_of_words_lose_dimensions_as_well(mode: str, tmp_path: Path) -> Non
 
 
 class OwnBag(nn.EmbeddingBag):
-    """Twice the mean of a sentence's words."""
+    """A user's class: twice the mean of a sentence's words."""
 
     def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
         return 2 * F.embedding_bag(tokens, self.weight, mode="mean")
@@ -266,11 +278,11 @@ def test_bags_with_a_forward_of_their_own_are_quantised() -> None:
 
 
 class Tied(nn.Module):
-    """Reads and writes words with one weight.
+    """A model whose output layer shares the weight of its embedding.
 
     Args:
-        head_first: the output layer is registered before the embedding, and has a bias.
-        normed: a norm holds all dimensions in place; else only some of them are read before it.
+        head_first: whether the output layer is registered before the embedding, and has a bias.
+        normed: whether a LayerNorm, which freezes all dimensions, is before the output layer.
     """
 
     def __init__(self, head_first: bool = False, normed: bool = True) -> None:
@@ -325,6 +337,7 @@ def test_an_output_layer_reads_the_quantised_weight_of_the_embedding(
 
 
 def test_to_tie_it_again_changes_nothing() -> None:
+    """Tying the same weight again has no effect, and another weight is refused."""
     model = Tied().double()
     compressor = Compressor(model, TOKENS, 0.0, bits=8)
     before = model(TOKENS)
@@ -336,6 +349,7 @@ def test_to_tie_it_again_changes_nothing() -> None:
 
 
 def test_both_uses_of_a_shared_weight_teach_it() -> None:
+    """A shared weight gets the gradients of the embedding and of the output layer."""
     torch.manual_seed(0)
     plain = Tied().double()
     model = copy.deepcopy(plain)
@@ -350,7 +364,7 @@ def test_both_uses_of_a_shared_weight_teach_it() -> None:
 
 
 class Thrice(Tied):
-    """A second embedding shares the weight."""
+    """A tied model with a second embedding that shares the weight too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,12 +373,14 @@ class Thrice(Tied):
 
 
 class Halved(nn.Linear):
+    """A user's linear class."""
+
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) / 2
 
 
 class OwnHead(Tied):
-    """The output layer is of a user's class."""
+    """A tied model whose output layer is of a user's class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,6 +395,7 @@ class OwnHead(Tied):
 def test_who_shares_a_weight_otherwise_stays_in_float(
     build: Callable[[], nn.Module], exclude: list[str]
 ) -> None:
+    """Layers that share a weight in a way that is not supported stay in float."""
     compressor = started(build(), TOKENS, exclude=exclude)
     assert {"words"} <= compressor.left_in_float.keys()
     if build is Tied:
@@ -387,7 +404,7 @@ def test_who_shares_a_weight_otherwise_stays_in_float(
 
 
 def test_files_with_embeddings_in_float_load(tmp_path: Path) -> None:
-    """So they were written before."""
+    """Files with embeddings in float, as older versions wrote them, still load."""
     compressor = started(Tied(), TOKENS, exclude=["words", "head"])
     want = computed(compressor.model, TOKENS, training=False)
     selfcompress.save(compressor.model, tmp_path / "net.scnn")
@@ -407,6 +424,7 @@ def test_a_training_on_words_shrinks_them() -> None:
 
 
 def test_it_is_compiled() -> None:
+    """A model with cut embeddings compiles into one graph that computes the same."""
     model = Sentences()
     compressor = Compressor(model, TOKENS, 0.0, bits=8)
     kill(model, "words", [1, 4])

@@ -20,6 +20,7 @@ from selfcompress.layers.quantized import quantized_layers
 
 
 def run(path: Path, x: Tensor) -> Tensor:
+    """Return the only output of an ONNX file for `x` in ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options)
@@ -28,6 +29,7 @@ def run(path: Path, x: Tensor) -> Tensor:
 
 
 def integer_layers(path: Path) -> int:
+    """Return how many weights of an ONNX file are integers that are dequantised."""
     return sum(n.op_type == "DequantizeLinear" for n in onnx.load(path).graph.node)
 
 
@@ -132,7 +134,7 @@ def test_a_weight_that_is_shared_keeps_its_integers(head_first: bool, tmp_path: 
     tokens = torch.randint(50, (3, 6))
     export_onnx(model, tokens, tmp_path / "net.onnx")
     floats = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.data_type == 1]
-    assert max(np.prod(t.dims) for t in floats) == 50  # no matrix
+    assert max(np.prod(t.dims) for t in floats) == 50  # a bias: no matrix is in float
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
     (logits,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
     with torch.no_grad():

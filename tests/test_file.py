@@ -1,4 +1,4 @@
-"""Packed files: what is read is what was written, bit for bit, and no byte more than it says."""
+"""Packed files: what is read is exactly what was written, in no more bytes than stored bits say."""
 
 import copy
 import dataclasses
@@ -52,7 +52,10 @@ from selfcompress.training.data import load as load_dataset
 
 @torch.no_grad()
 def mix_bits(model: nn.Module, seed: int = 0) -> None:
-    """Another bit depth, 1 to 16, for every row that has bits, mostly small; exponents to match."""
+    """Give every row that has bits a random bit depth up to 16, and an exponent to match.
+
+    Most depths are small. They are fractional in layers without `integer_bits`.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in quantized_layers(model).values():
         depth = layer.bit_depth
@@ -67,7 +70,7 @@ def mix_bits(model: nn.Module, seed: int = 0) -> None:
 
 @torch.no_grad()
 def scramble(model: nn.Module) -> nn.Module:
-    """Put other numbers everywhere, so that none can be right because it was never replaced."""
+    """Overwrite all numbers, so that loading cannot be right where it replaces nothing."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.uniform_(3, 4)
@@ -79,7 +82,7 @@ def scramble(model: nn.Module) -> nn.Module:
 
 
 def whole_numbers(model: nn.Module) -> dict[str, Tensor]:
-    """Layer → its integers."""
+    """Return layer name → the integers of its quantised weight."""
     return {
         name: quantized_integers(
             layer.weight_by_row(), layer.bit_depth, layer.exponent, integer_bits=layer.integer_bits
@@ -89,7 +92,7 @@ def whole_numbers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def evaluated(model: nn.Module, *x: Tensor) -> list[Tensor]:
-    """All that `model` returns in evaluation mode."""
+    """Return all tensors that `model` returns in evaluation mode."""
     with torch.no_grad():
         tree = model.eval()(*x)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -102,7 +105,14 @@ def assert_identical(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def check_round_trip(model: nn.Module, fresh: nn.Module, *x: Tensor, **options: Any) -> Contents:
-    """Pack `model`, set up `fresh` from it, and compare all that they hold and compute."""
+    """Pack `model`, set up `fresh` from it, and compare all that they hold and compute.
+
+    Args:
+        options: of `pack`.
+
+    Returns:
+        The contents of the file.
+    """
     model.eval()
     contents = unpack(pack(model, **options))
     loaded = set_up(contents, scramble(fresh))
@@ -134,7 +144,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @st.composite
 def groups_of_integers(draw: st.DrawFn) -> list[integers.Group]:
-    """Groups of any depth and size, even or lopsided, or all the same."""
+    """Draw groups of any bit depth and size, with values spread evenly or not, or all equal."""
     groups = []
     for depth in draw(st.lists(st.integers(1, MAX_BITS), max_size=6)):
         low, high = -(2 ** (depth - 1)), 2 ** (depth - 1) - 1
@@ -176,9 +186,10 @@ def test_entropy_coding_comes_close_to_the_entropy() -> None:
 
 
 def test_a_byte_never_stands_for_more_integers_than_the_cap() -> None:
+    """No file is written, or read, in which a byte stands for more than `MAX_CODED` integers."""
     zeros = np.zeros(10**6, np.int32)
     data = integers.encode([(8, zeros)], entropy_coding=True)
-    assert len(data) == 1 + 10**6  # coding would have made almost nothing of them
+    assert len(data) == 1 + 10**6  # plain: coding would take almost no bytes
     assert np.array_equal(integers.decode(data, [(8, 10**6)])[0], zeros)
     some = zeros.copy()
     some[::40] = 1
@@ -216,7 +227,7 @@ def test_other_numbers_of_bytes_or_integers_are_refused() -> None:
 
 
 class Bits:
-    """Takes numbers out of bytes, lowest bit first."""
+    """Reads numbers from bytes, lowest bit first."""
 
     def __init__(self, data: bytes) -> None:
         self.bits = [byte >> bit & 1 for byte in data for bit in range(8)]
@@ -230,8 +241,8 @@ class Bits:
 
 
 def test_the_format_is_what_the_documentation_says() -> None:
-    """Read a file by nothing but the words at the top of header.py and integers.py."""
-    network = prepare("grouped")  # and then a layer in float, rows without bits, a cut
+    """Read a file by nothing but the description at the top of header.py and integers.py."""
+    network = prepare("grouped")  # then mixed bit depths, a cut, and rows without bits
     model = network.model
     mix_bits(model)
     kill(model, "a.0", [0, 1])
@@ -302,7 +313,10 @@ def test_the_format_is_what_the_documentation_says() -> None:
 
 
 def assert_honest(model: nn.Module) -> None:
-    """The bytes of a file are the stored bits, names apart; coding never makes it larger."""
+    """Assert that a file, names apart, is no larger than its stored bits, within 1 % and 1 KiB.
+
+    Entropy coding may add 16 bytes at most. All floats that stored bits count are in the file.
+    """
     plain, coded = pack(model, entropy_coding=False), pack(model)
     assert len(coded) <= len(plain) + 16
     for data in (plain, coded):
@@ -314,7 +328,7 @@ def assert_honest(model: nn.Module) -> None:
     stored = measure(model, None, 1, fold_norms=True, half=True).stored_bits
     assert small.size.total - small.size.names <= stored / 8 * 1.01 + 1024
     assert small.header.stored_bits == stored
-    # Nor may stored bits promise more than there is: what they count is in the file.
+    # Nor may stored bits be more than the file has: all floats that they count are in it.
     kept = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in tensors_of(model).items()
@@ -406,7 +420,10 @@ def test_bytes_of_torchvisions_models_are_honest(name: str) -> None:
 
 
 def check_random_network(seed: int) -> None:
-    """Killed, mostly cut, perhaps channels-last, of some type: and back."""
+    """Check the round trip of a random network with killed rows, mostly cut.
+
+    Depending on the seed it is float32 or float64, perhaps channels-last, and perhaps not coded.
+    """
     with told(seed):
         compressor = compressed(seed)
         model, x = compressor.model, compressor.example_input
@@ -425,7 +442,7 @@ def check_random_network(seed: int) -> None:
 
 
 def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
-    """Whether no `.view()` in it needs the ordinary layout."""
+    """Return whether `model` runs in channels-last: some `.view()` may need the default format."""
     try:
         evaluated(copy.deepcopy(model).to(memory_format=torch.channels_last), x)
     except RuntimeError:
@@ -479,7 +496,10 @@ def test_fractional_bits_and_mixed_types_come_back(dtype: torch.dtype) -> None:
 
 
 def test_memory_layouts_come_back() -> None:
-    """Of kernels of one pixel or one channel too, whose layout is_contiguous() cannot tell."""
+    """Strides come back, also of kernels of one pixel or one channel.
+
+    Whether these are channels-last, is_contiguous() cannot tell.
+    """
     layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 1, 2)]
     model = nn.Sequential(*layers, nn.Flatten(1), nn.Conv1d(4, 4, 1, groups=2))
     quantize_layers(model, bits=3)
@@ -501,7 +521,7 @@ def test_a_float_network_comes_back_bit_for_bit(layout: torch.memory_format) -> 
 
 
 class Odd(nn.Module):
-    """What a user's model may hold beside layers: tied and frozen parameters, buffers, a lock."""
+    """What a user's model may hold besides layers: tied and frozen parameters, buffers, a lock."""
 
     mask: Tensor
     seen: Tensor
@@ -554,7 +574,10 @@ def test_whatever_a_users_model_holds_comes_back(tmp_path: Path) -> None:
 
 
 class Waves(nn.Module):
-    """A spectral convolution, and turns as of rotary embeddings, with an odd number before them."""
+    """Complex tensors: a spectral convolution, and turns as of rotary embeddings.
+
+    `shift` puts an odd number of floats before them in the file.
+    """
 
     turns: Tensor
 
@@ -573,6 +596,7 @@ class Waves(nn.Module):
 
 
 def test_complex_numbers_come_back_as_two() -> None:
+    """A complex number is stored, and counted, as two floats."""
     model, x = Waves(), torch.randn(2, 3, 8)
     quantize_layers(model, bits=4)
     check_round_trip(model, Waves(), x)
@@ -599,7 +623,7 @@ def test_complex_numbers_come_back_as_two() -> None:
 
 
 class Recurrent(nn.Module):
-    """An LSTM, which holds its weights a second time, and a norm without parameters."""
+    """An LSTM, which lists its weights a second time, and a norm without parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -644,12 +668,13 @@ def test_a_network_that_was_loaded_can_be_trained_on_and_saved_again(tmp_path: P
     for _ in range(3):
         first(network.x).square().sum().backward()
         optimizer.step()
-    assert_identical(evaluated(other, network.x), before)  # no number is held by both
+    assert_identical(evaluated(other, network.x), before)  # the two share no memory
     assert_identical(evaluated(set_up(contents, NETWORKS["residual"][0]()), network.x), before)
     check_round_trip(first, NETWORKS["residual"][0](), network.x)
 
 
 def test_loading_keeps_no_memory_of_others() -> None:
+    """No loaded tensor keeps alive more memory than its own elements take."""
     model = Chain(bias=True)
     loaded = set_up(unpack(pack(model)), Chain(bias=True))
     for name, tensor in tensors_of(loaded).items():
@@ -719,6 +744,7 @@ torch.save({"loss": loss, "accuracy": accuracy, "logits": model(images).detach()
 def test_a_run_in_a_fresh_process(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a fresh process, the file of a run has the accuracy and the logits that the run found."""
     run = tmp_path / "run"
     arguments = "--dataset digits --width 4 --image-size 8 --epochs 2 --batch-size 64 --device cpu "
     arguments += f"--precision fp32 {options} --run-dir {run}"
@@ -752,7 +778,7 @@ def test_a_run_in_a_fresh_process(
 
 
 class Reordered(Chain):
-    """The layers of a chain, made in another order."""
+    """A chain whose layers are registered in another order."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -806,7 +832,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """All that loading could change: modules, their attributes, tensors by identity and version."""
+    """Return all that loading could change: modules, attributes, tensors by id and version."""
     found: list[Any] = []
     for name, module in model.named_modules():
         own = {
@@ -860,12 +886,12 @@ def test_folded_norms_compute_the_same_but_for_rounding(name: str, dtype: torch.
     assert saved == 2 * channels * x.element_size() > 0
     loaded = set_up(unpack(folded), scramble(NETWORKS[name][0]()))
     (ours,), (theirs,) = evaluated(loaded, x), evaluated(model, x)
-    # A norm rounds its few operations on numbers of about 1 some other way, and each layer behind
-    # it carries that on; there are at most six.
+    # A folded norm rounds its few operations on numbers of about 1 differently, and each layer
+    # after it, of which there are at most six, passes the difference on.
     tolerance = 50 * torch.finfo(dtype).eps * float(theirs.abs().max().clamp(min=1))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     if dtype == torch.float32:
-        loaded.train()(x)  # statistics of its own, as any norm
+        loaded.train()(x)  # with the statistics of the batch, as any norm
 
 
 def test_folding_norms_of_a_float_model_has_no_effect_and_says_so(tmp_path: Path) -> None:
@@ -882,7 +908,7 @@ def test_folding_norms_of_a_float_model_has_no_effect_and_says_so(tmp_path: Path
 def test_a_file_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     there, link = tmp_path / "disk" / "net.scnn", tmp_path / "net.scnn"
-    link.symlink_to(there)  # to nothing, at first
+    link.symlink_to(there)  # which does not exist at first
     for _ in range(2):
         selfcompress.save(nn.Linear(3, 2), link)
         assert link.is_symlink() and read(there).header.float_layers
@@ -905,7 +931,7 @@ def test_half_floats_are_close_and_smaller(fold_norms: bool) -> None:
         assert tensor.dtype == was.dtype
         if name.endswith(".weight") and name.removesuffix(".weight") in quantized_layers(model):
             continue
-        # To nearest: within half a unit in the last of 11 places, or of the smallest number.
+        # Rounded to nearest: off by at most half a unit in the last of 11 bits, or half of 2^-24.
         limit = was.abs().double() * 2.0**-11 + 2.0**-25
         assert ((tensor.double() - was.double()).abs() <= limit).all(), name
     # An exponent of up to 16 in size moves by up to 2^-8, and its weights by 2^(2^-8) - 1 = 0.3 %;
@@ -1029,6 +1055,7 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
 
 
 def test_files_have_the_modes_of_others_and_a_folder_is_none(tmp_path: Path) -> None:
+    """A file gets the permissions that the umask leaves, and saving to a folder is refused."""
     model = nn.Sequential(nn.Linear(3, 2))
     before = os.umask(0o027)
     try:

@@ -1,4 +1,4 @@
-"""Bit depths go to where one bit more would cost what it is worth."""
+"""Bit depths go to where one more bit would cost as much as it is worth to the task."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -31,7 +31,10 @@ GAMMA = 0.01
 
 
 def linear(**options: object) -> tuple[Compressor, SGD]:
-    """One layer of 3 rows and 5 columns: N = 15."""
+    """Return a compressor of one layer of 3 rows and 5 columns (15 weights), and an optimiser.
+
+    The optimiser has a learning rate of 0.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3))
     settings = {"gamma": GAMMA, "bits": 8} | options
@@ -50,6 +53,7 @@ def batch(size: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
+    """The wanted depth minimises the price of the bits plus the harm that rounding does."""
     compressor, optimizer = linear()
     x, y = batch()
     (layer,) = compressor.layers.values()
@@ -62,7 +66,7 @@ def test_what_a_row_wants_is_the_minimum_of_price_and_harm() -> None:
     harm = TASK_SHARE * worth[:, None] * ROUNDING * 4.0**-depths
     cheapest = (harm + GAMMA * 5 / 15 * depths).argmin(1)
     torch.testing.assert_close(wanted(compressor), depths[cheapest], atol=2e-3, rtol=0)
-    # Two decades of γ are log2(100) / 2 bits.
+    # A γ that is 100 times as high costs log2(100) / 2 bits.
     less = compressor.formats.wanted(100 * GAMMA)
     torch.testing.assert_close(less, wanted(compressor) - math.log2(100) / 2)
     assert (compressor.formats.wanted(1e-12) == 8).all()  # never more than at the start
@@ -82,6 +86,7 @@ def test_scaling_the_loss_changes_nothing(scale: float) -> None:
 
 
 def test_a_batch_in_parts_is_worth_what_it_is_worth_whole() -> None:
+    """Wanted depths are the same if the gradients of a batch are accumulated from its parts."""
     found = []
     for parts in (1, 4):
         compressor, optimizer = linear()
@@ -95,6 +100,7 @@ def test_a_batch_in_parts_is_worth_what_it_is_worth_whole() -> None:
 
 
 def test_it_is_averaged_over_steps() -> None:
+    """The worth of rows is an EMA over steps, here with a decay of 0.8."""
     compressor, optimizer = linear(gamma=0.0, bit_step=0.2)
     (layer,) = compressor.layers.values()
     squares = []
@@ -143,6 +149,7 @@ def test_rows_that_nothing_reads_go_and_the_others_stay() -> None:
 
 
 def test_a_row_turns_round_if_it_is_wanted_again() -> None:
+    """The depth of a row that is being given up rises again if the row is worth its bits again."""
     compressor, optimizer = linear(bit_step=0.1)
     (layer,) = compressor.layers.values()
     x, y = batch()
@@ -156,7 +163,7 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
     for _ in range(4):
         step(0.0)
     fallen = layer.bit_depth.detach().min()
-    assert 0 < fallen < 7  # of one row; the others wait
+    assert 0 < fallen < 7  # of one row; the others wait for their turn
     for _ in range(60):
         step(1e4)
     assert (layer.bit_depth == 8).all()  # and none gets more than it started with
@@ -164,7 +171,7 @@ def test_a_row_turns_round_if_it_is_wanted_again() -> None:
 
 @pytest.mark.parametrize(("want", "bits"), [(0.9, 0), (1.1, 2), (1.9, 2), (2.1, 3), (6.9, 7)])
 def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> None:
-    """And if it is one, at two."""
+    """A depth ends at the wanted one, rounded up to whole bits, or at 0 if that would be 1 bit."""
     compressor, optimizer = linear(gamma=1e-9, bit_step=0.1, interval=10**6)
     (layer,) = compressor.layers.values()
     x, y = batch()
@@ -172,7 +179,7 @@ def test_a_row_ends_at_the_whole_bits_that_it_wants(want: float, bits: int) -> N
         optimizer.zero_grad()
         (F.cross_entropy(compressor.model(x), y) + compressor.penalty()).backward()
         compressor.step(optimizer)
-        wanted = compressor.formats.wanted(1.0)  # less by 1 at four times the price
+        wanted = compressor.formats.wanted(1.0)  # they are 1 bit less when γ is 4 times as high
         compressor.gamma = 4 ** float(wanted.min() - want)
     assert integer_depth(layer.bit_depth).min() == bits
 
@@ -207,7 +214,7 @@ def test_few_rows_of_a_layer_are_given_up_at_once_the_least_wanted_first(
         waiting = unwanted & ~going
         if going.any() and waiting.any():
             assert wanted[going].max() <= wanted[waiting].min()
-            limited = depth[going].sum() > AT_ONCE * depth.sum()  # no more than can be are waiting
+            limited = depth[going].sum() > AT_ONCE * depth.sum()  # rows wait only for a limit
             assert limited or live - int(going.sum()) == spared
         if going.any():
             assert depth[going].sum() - depth[going].max() <= AT_ONCE * depth.sum()
@@ -243,7 +250,10 @@ def test_a_layer_that_is_frozen_stays_as_it_is(trained: int, frozen: str) -> Non
 
 
 def test_what_is_frozen_when_the_step_comes_was_trained_all_the_same() -> None:
-    """As a loop does that freezes a discriminator but for its own step."""
+    """Formats are stepped if the layer had gradients, even if it is frozen when the step comes.
+
+    Loops do so that freeze a discriminator except in its own step.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     compressor = Compressor(model, torch.randn(2, 5), 0.3, bits=8)
@@ -263,7 +273,7 @@ def test_what_is_frozen_when_the_step_comes_was_trained_all_the_same() -> None:
 
 
 def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fake tensors have a device and no values: what reads one fails, as does what mixes devices.
+    # Fake tensors have a device but no values: reading a value fails, as does mixing devices.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
         quantize_layers(model, bits=8, integer_bits=True, exclude=(), read_elsewhere=set())
@@ -271,7 +281,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         formats = FormatStepper(layers, 64, 8, 0.01, told_apart=False)
         monkeypatch.setattr(
             formats.adam, "step", lambda: None
-        )  # torch's own: reads a count of steps
+        )  # torch's own, which reads a count of steps
         for _ in range(2):
             formats.note_loss_scale(torch.ones(()))
             for layer in layers.values():
@@ -285,6 +295,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_rounding_takes_what_is_said_of_normal_weights(bits: int) -> None:
+    """The rounding error of normal weights is about what `ROUNDING` says, at every bit depth."""
     rows = torch.randn(64, 2000, generator=torch.Generator().manual_seed(0))
     depth = torch.full((64,), float(bits))
     error = fake_quantize(rows, depth, fit_exponent(rows, depth)) - rows

@@ -64,7 +64,7 @@ def train(compressor: Compressor, optimizer: AdamW, first: int, last: int, devic
 
 
 def on_cpu(state: Any) -> Any:
-    """What a file of `state` holds when it is read on a machine without a GPU."""
+    """Return `state` as it is when saved to a file and read on a machine without a GPU."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -72,7 +72,7 @@ def on_cpu(state: Any) -> Any:
 
 
 def close(got: Any, want: Any, part: str) -> None:
-    """Formats are in float32, where a GPU's exp2 and log2 differ in the last digit."""
+    """Compare two states loosely: in float32, a GPU's exp2 and log2 differ in the last digit."""
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3, msg=lambda text: f"{part}: {text}")
 
 
@@ -91,6 +91,7 @@ def test_the_quantiser_and_its_gradients() -> None:
 
 
 def test_which_rows_are_given_up() -> None:
+    """The same rows are given up on a GPU as on a CPU."""
     wanted, depth = torch.randn(1000) * 2, torch.randint(0, 9, (1000,)).float()
     layer_of = torch.tensor([1, 2, 4]).repeat_interleave(torch.tensor([1, 399, 600]))
     least = torch.full_like(layer_of, 2)
@@ -103,7 +104,7 @@ def test_training_goes_as_on_a_cpu(build: Build) -> None:
     ended = []
     for device in ("cpu", "cuda"):
         compressor, optimizer = started(build, device)
-        # Which way an exponent goes whose gradient is nearly 0, behind a norm, is chance.
+        # Before a norm, the gradient of an exponent is nearly 0, so that its sign is chance.
         compressor.formats.adam.param_groups[1]["lr"] = 0.0
         train(compressor, optimizer, 0, 40, device)
         assert compressor.cuts
@@ -114,6 +115,7 @@ def test_training_goes_as_on_a_cpu(build: Build) -> None:
 
 @pytest.mark.parametrize(("there", "here"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_checkpoint_goes_on_on_either(there: str, here: str) -> None:
+    """A checkpoint of a GPU resumes on a GPU or CPU, and one of a CPU on a GPU."""
     compressor, optimizer = started(lambda: Residual(False), there)
     train(compressor, optimizer, 0, 20, there)
     assert compressor.cuts
@@ -169,6 +171,7 @@ def test_cuts_of_other_layers_are_exact(build: Build, x: Tensor) -> None:
 
 
 def test_a_step_of_the_compressor_waits_for_nothing() -> None:
+    """`penalty` and `step` do not synchronise with the GPU."""
     compressor, optimizer = started(lambda: Residual(True), "cuda", interval=10**6)
     train(compressor, optimizer, 0, 3, "cuda")
     x, y = (tensor.cuda() for tensor in batch(3))
@@ -247,7 +250,11 @@ def test_train_py_resumes_and_its_file_is_what_it_says(
 
 
 class Accumulates:
-    """Sums up batches in Python and on the GPU."""
+    """A function for `Replay`: counts its calls, and adds up all tensors that it gets on the GPU.
+
+    Args:
+        waits: whether it waits for the GPU.
+    """
 
     def __init__(self, waits: bool = False) -> None:
         self.sum, self.calls, self.waits = torch.zeros((), device="cuda"), 0, waits
@@ -261,6 +268,7 @@ class Accumulates:
 
 
 def test_what_is_recorded_is_replayed_until_something_else_is_asked_for() -> None:
+    """`Replay` calls and records its function again for another version, number or shape."""
     function = Accumulates()
     replay, total = Replay(function), 0.0
     for i in range(30):
@@ -269,10 +277,11 @@ def test_what_is_recorded_is_replayed_until_something_else_is_asked_for() -> Non
         told = replay(lambda v=version: v, {n: t.cuda() for n, t in tensors.items()}, factor)  # type: ignore[misc]
         total += size * i + 2
         assert told.item() == factor * total
-    assert function.calls == 8  # four times it is called and then recorded
+    assert function.calls == 8  # four times, it is called once and recorded once
 
 
 def test_what_is_recorded_elsewhere_is_not_recorded_by_itself() -> None:
+    """While the caller records a CUDA graph, `Replay` only calls its function."""
     function = Accumulates()
     replay, one = Replay(function), {"one": torch.ones((), device="cuda")}
     for _ in range(3):
@@ -311,6 +320,7 @@ def test_formats_are_stepped_alike_whether_or_not_that_is_recorded(build: Build)
 
 
 def test_numbers_come_late_and_in_order() -> None:
+    """`late` yields the numbers of a tensor after the next one was made, in order."""
     tensors = [torch.tensor([float(i), -1], device="cuda") for i in range(5)]
     made: list[int] = []
     numbers = late(made.append(i) or tensor for i, tensor in enumerate(tensors))  # type: ignore[func-returns-value]
@@ -323,6 +333,7 @@ def test_numbers_come_late_and_in_order() -> None:
 def test_replayed_steps_train_as_those_that_are_launched(
     how: dict[str, Any], tmp_path: Path
 ) -> None:
+    """A run that replays its steps as a CUDA graph trains like one that launches their kernels."""
     device = torch.device("cuda")
     dataset = load("digits", tmp_path, 8, device)
     config = Config(

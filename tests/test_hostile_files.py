@@ -1,8 +1,8 @@
-"""Files that are damaged, forged or something else: one clear error, or what they say, loaded.
+"""Damaged, forged or foreign files: a clear one-line error, or the network that they describe.
 
-A file that reads as what it was before the damage is fine; so is a forged one whose claims all
-agree. Everything else must be a `FileError` of one line, soon, without much memory, and with the
-model that was given left as it was.
+A damaged file may read as what it was before the damage, and a forged one may load if all its
+claims agree. Everything else must be a `FileError` of one line, soon, without much memory, and the
+model that was given must be left as it was.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from selfcompress.file.write import pack
 from selfcompress.layers.quantized import quantized_layers
 
 Header = dict[str, Any]
-"""The header as JSON holds it."""
+"""The header of a file, as parsed JSON."""
 
 Streams = dict[str, bytes]
 
@@ -49,7 +49,7 @@ def resnet9() -> nn.Module:
 
 @functools.cache
 def victim(name: str) -> bytes:
-    """A file of one of NETWORKS, cut, or of another network."""
+    """Return the file of a network in STARTS: one of NETWORKS, mostly cut, or another."""
     if name == "float":
         return pack(Chain(bias=True))
     if name == "resnet9":
@@ -76,10 +76,11 @@ STARTS: dict[str, Callable[[], nn.Module] | None] = {
     "float": lambda: Chain(bias=True),
     "resnet9": None,  # built as the file says
 }
-"""The victims, and how to build what they are loaded into."""
+"""Name of a `victim` → how to build the model that it is loaded into."""
 
 
 def take_apart(data: bytes) -> tuple[Header, Streams]:
+    """Return the header and the other streams of a file."""
     tensors = safetensors.torch.load(data)
     text = tensors.pop("header").numpy().tobytes()
     return json.loads(zlib.decompress(text[4:])), {k: octets(v) for k, v in tensors.items()}
@@ -90,11 +91,11 @@ def octets(tensor: Tensor) -> bytes:
 
 
 def put_together(header: Header | bytes, streams: Streams, packed: bool = True) -> bytes:
-    """A file with the right checksum, whatever is in it.
+    """Return a file with a valid checksum, whatever is in it.
 
     Args:
-        header: or its text.
-        packed: it still has to be compressed.
+        header: the header, or its text.
+        packed: whether the text still has to be compressed.
     """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text = zlib.compress(text) if packed else text
@@ -110,7 +111,7 @@ def put_together(header: Header | bytes, streams: Streams, packed: bool = True) 
 
 
 def forged(name: str, *path: str | int, value: Any) -> bytes:
-    """A file in whose header one thing was replaced."""
+    """Return the file of a victim, with one value in its header replaced."""
     header, streams = take_apart(victim(name))
     place: Any = header
     for step in path[:-1]:
@@ -123,7 +124,7 @@ def forged(name: str, *path: str | int, value: Any) -> bytes:
 
 
 def equal(one: Contents, other: Contents) -> bool:
-    """Whether two files hold the same."""
+    """Return whether two files hold the same."""
     return (
         one.header == other.header
         and all(
@@ -137,7 +138,7 @@ def equal(one: Contents, other: Contents) -> bool:
 
 
 def refused(attempt: Callable[[], object]) -> bool:
-    """Whether `attempt` raises FileError, in one line; any other error passes through."""
+    """Return whether `attempt` raises a FileError, of one line; other errors pass through."""
     try:
         attempt()
     except FileError as error:
@@ -152,7 +153,10 @@ _MODELS: dict[str, nn.Module] = {}
 
 
 def load_forged(name: str, data: bytes) -> bool:
-    """Load a file that may be forged; whether it was refused, the model then being as it was."""
+    """Load a file that may be forged, and return whether it was refused.
+
+    If it was, assert that the model is as it was before.
+    """
     if refused(lambda: unpack(data)):
         return True
     contents, start = unpack(data), STARTS[name]
@@ -181,6 +185,7 @@ def test_what_is_taken_apart_and_put_together_is_what_it_was(name: str) -> None:
 
 
 def check_damaged(data: bytes, *originals: str) -> None:
+    """Assert that a file is refused, or reads as one of the originals."""
     if not refused(lambda: unpack(data)):
         assert any(equal(unpack(data), unpack(victim(name))) for name in originals)
 
@@ -202,7 +207,7 @@ def test_every_flipped_bit_is_seen(name: str) -> None:
             data[place] ^= 1 << bit
             check_damaged(bytes(data), name)
             unseen += not refused(lambda data=data: unpack(bytes(data)))  # type: ignore[misc]
-    assert unseen < 10  # spaces that fill up the container's own header
+    assert unseen < 10  # only spaces that pad the container's own header
 
 
 Edit = tuple[str, float, float, bytes]
@@ -210,7 +215,7 @@ EDITS = ("flip", "set", "delete", "insert", "repeat", "swap", "cut", "splice")
 
 
 def edits(most: int) -> st.SearchStrategy[list[Edit]]:
-    """Edits of bytes: what, where (0 to 1), another place or a length, and some bytes."""
+    """Draw edits of bytes: a kind, a place (0 to 1), another place or a length, some bytes."""
     share = st.floats(0, 1, width=32)
     edit = st.tuples(st.sampled_from(EDITS), share, share, st.binary(min_size=1, max_size=8))
     return st.lists(edit, min_size=1, max_size=most)
@@ -267,7 +272,7 @@ NASTY: tuple[Any, ...] = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths to all that a piece of JSON holds."""
+    """Yield the paths to all values in a piece of JSON."""
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
@@ -296,7 +301,7 @@ def changed(header: Header, changes: list[Change]) -> Header:
             break
         path, other = (paths[min(int(s * len(paths)), len(paths) - 1)] for s in (first, second))
         parent, old = at(header, path[:-1]), at(header, path)
-        value = json.loads(json.dumps(value))  # a list of its own
+        value = json.loads(json.dumps(value))  # a copy
         if what == "replace":
             parent[path[-1]] = value
         elif what == "number":
@@ -419,7 +424,7 @@ def test_lying_headers_are_refused(what: str) -> None:
 
 
 def test_shapes_that_contradict_one_another_are_refused() -> None:
-    """Both ways the numbers are as many."""
+    """The number of elements stays what it was, so only the shapes themselves tell."""
     header, streams = take_apart(victim("chain"))
     names = {tensor[0]: tensor for tensor in header["tensors"]}
     weight, bias = names["a.1.weight"], names["a.1.bias"]
@@ -433,7 +438,7 @@ def test_shapes_that_contradict_one_another_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["chain", "depthwise", "grouped"])
 def test_every_other_placement_is_refused(name: str) -> None:
-    """One bit more or less is another number of rows, columns, groups or live rows."""
+    """Any bit that is flipped changes a number of rows, columns, groups or live rows."""
     header, streams = take_apart(victim(name))
     contents = unpack(victim(name)).header
     begin = 8 * -(-sum(layer.live for layer in contents.layers) // 2)
@@ -447,7 +452,7 @@ def test_every_other_placement_is_refused(name: str) -> None:
 
 
 def test_streams_of_other_types_and_shapes_are_refused() -> None:
-    """Their bytes, and so the checksum, being the same."""
+    """The bytes of a stream, and so the checksum, are the same, but its dtype or shape is not."""
     tensors = safetensors.torch.load(victim("float"))
     data = safetensors.torch.save(tensors | {"float32": tensors["float32"].view(torch.int32)})
     assert load_forged("float", data)
@@ -475,7 +480,7 @@ def test_more_or_fewer_numbers_than_there_should_be_are_refused(stream: str) -> 
 
 
 def small() -> nn.Module:
-    """4 rows of 2 bits in 2 groups, and a norm."""
+    """Return a grouped convolution, with 4 rows in 2 groups, and a batch norm."""
     return nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4))
 
 
@@ -492,7 +497,7 @@ def test_groups_of_other_widths_are_refused() -> None:
 
 
 def test_norms_of_other_widths_are_refused() -> None:
-    """A norm that reads 4 of 5 channels, where the model has but 4."""
+    """The file has a norm that reads 4 of 5 channels, but the model has only 4."""
     model = small()
     quantize_layers(model, bits=2)
     header, streams = take_apart(pack(model))
@@ -545,7 +550,7 @@ def text_of(name: str) -> bytes:
 
 
 def headers_of_any_text() -> Iterator[tuple[str, bytes, bool]]:
-    """What, the header's text, and whether it still has to be compressed."""
+    """Yield a description, a header's text, and whether it still has to be compressed."""
     text = text_of("chain")
     begin = b'{"extra": '
     yield "lists in lists", begin + b"[" * 10**6 + b"]" * 10**6 + b"," + text[1:], True
@@ -576,7 +581,7 @@ def headers_of_any_text() -> Iterator[tuple[str, bytes, bool]]:
 
 @contextlib.contextmanager
 def little_memory(more: int = 2**29) -> Iterator[None]:
-    """Let the process take `more` bytes beyond those it has, and no more."""
+    """Within the block, limit the process to `more` bytes of memory beyond what it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
@@ -598,7 +603,7 @@ def test_headers_of_any_text_are_refused_without_much_memory() -> None:
 
 
 def claims() -> Iterator[tuple[str, Header, Streams]]:
-    """Headers that claim a lot, of files with next to nothing in them."""
+    """Yield a description, a header that claims a huge network, and streams with almost nothing."""
     header = take_apart(victim("chain"))[0] | {"layers": [], "norms": [], "tensors": []}
     little = {"bits": b"\0" * 64, "float32": b"\0" * 64}
 
@@ -610,7 +615,7 @@ def claims() -> Iterator[tuple[str, Header, Streams]]:
     yield "dead rows", layer([2**23, 1], (1, 2**23), 1, 0), little
     yield "fan-in", layer([1, 2**30], (1, 1), 1, 1), little
     yield "columns", layer([1, 1], (2**23, 1), 2**23, 1), little
-    # All that these two need is in the file.
+    # The streams have all that the next two claim.
     none_has_bits = {"bits": b"\0" * 2**11}
     yield "weights without bits", layer([2**14, 2**14], (1, 2**14), 1, 0), none_has_bits
     yield "a fan-in of no rows", layer([0, 2**31, 2**31, 2**31], (0, 0), 0, 0), {}
@@ -629,7 +634,7 @@ def test_huge_claims_are_refused_without_much_memory() -> None:
 
 
 def test_a_small_file_does_not_unfold_into_a_huge_network() -> None:
-    """Coded integers that cost nothing each: their number is checked against the bytes."""
+    """Coded integers may take almost no space, so their number is limited by that of the bytes."""
     header, streams = take_apart(victim("chain"))
     rows = 16
     layer = ["z", [rows, 2**22], 0, 2**22, rows, 2**22, rows, False, "float32", "float32", False]
@@ -645,6 +650,8 @@ def test_a_small_file_does_not_unfold_into_a_huge_network() -> None:
 
 
 def no_networks(folder: Path) -> Iterator[Path]:
+    """Write files that are not packed networks, and yield their paths."""
+
     def made(name: str, content: bytes) -> Path:
         (folder / name).write_bytes(content)
         return folder / name
@@ -676,7 +683,7 @@ def no_networks(folder: Path) -> Iterator[Path]:
 
 
 class Bomb:
-    """A pickle that makes a file when it is read."""
+    """An object whose pickle makes a file when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -700,6 +707,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
 
 @linux
 def test_a_device_that_never_ends_is_refused() -> None:
+    """A device is refused at once, instead of read until memory is full."""
     with little_memory(), pytest.raises(FileError, match=r"^/dev/zero .* no file"):
         selfcompress.load("/dev/zero")
 
