@@ -30,7 +30,7 @@ def test_sizes_at_the_default_width(name: str) -> None:
     width, parameters, macs = FACTS[name]
     assert default_width(name) == width
     model = build(name).eval()
-    # Not every version of torch counts what the fused attention of the CPU does.
+    # Some versions of torch do not count the operations of the CPU's fused attention.
     plain = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), plain, FlopCounterMode(display=False) as flops:
         model(torch.zeros(1, 3, 32, 32))
@@ -73,7 +73,7 @@ def test_torchvision_models(name: str, size: int) -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("error")
         model = build(f"torchvision:{name}", classes=7, image_size=size)
-        assert model(torch.empty(2, 3, size, size)).shape == (2, 7)  # one tensor in training too
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 7)  # one tensor, in training mode too
     assert default_width(f"torchvision:{name}") is None
 
 
