@@ -73,7 +73,7 @@ def test_torchvision_models(name: str, size: int) -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("error")
         model = build(f"torchvision:{name}", classes=7, image_size=size)
-        assert model(torch.empty(2, 3, size, size)).shape == (2, 7)  # one tensor, in training mode too
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 7)  # one tensor in training too
     assert default_width(f"torchvision:{name}") is None
 
 

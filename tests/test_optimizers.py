@@ -93,7 +93,7 @@ class Run:
         self.losses: list[float] = []
 
     def train(self, steps: Iterable[int], after: Callable[[], None] = lambda: None) -> None:
-        """Train for `steps`, whose batches are the same in every run, and call `after` after each."""
+        """Train for `steps`, with the same batches in every run, and call `after` after each."""
         self.model.train()
         for i in steps:
             x = torch.randn(X.shape, generator=torch.Generator().manual_seed(i), dtype=X.dtype)
@@ -108,7 +108,7 @@ class Run:
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Kill rows of the stem, inside the branch and at its end; channel 3 dies in both summands."""
+        """Kill rows of the stem, inside the branch and at its end; channel 3 dies on both paths."""
         for layer, norm, rows in (("stem.0", "stem.1", [0, 3]), ("one.0", "one.1", [1, 4])):
             kill(self.model, layer, rows)
             self.model.get_parameter(f"{norm}.bias")[rows] = -0.5
@@ -125,7 +125,7 @@ class Run:
         return plan
 
     def train_asleep(self, plan: Plan, after: Callable[[], None] = lambda: None) -> None:
-        """Train on without a cut, holding the biases fixed of the channels that `plan` would cut."""
+        """Train on without a cut, with the biases held fixed that `plan` would cut."""
         was = {n: p.detach().clone() for n, p in self.model.named_parameters() if ".1.bias" in n}
 
         @torch.no_grad()

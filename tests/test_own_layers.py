@@ -123,7 +123,7 @@ class Renewed(nn.Conv2d):
 
 
 class Refilled(nn.Conv2d):
-    """Applies a mask to its weight through `.data`, which autograd does not see, as PixelCNNs do."""
+    """Applies a mask to its weight through `.data`, unseen by autograd, as PixelCNNs do."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.weight.data *= torch.ones_like(self.weight)
@@ -593,7 +593,7 @@ def test_it_may_be_in_a_part_of_a_model_that_cannot_be_traced() -> None:
 
 
 def test_it_may_be_in_a_part_that_fails_after_it() -> None:
-    """A layer in a module that cannot be traced keeps its channels, as does the layer before that."""
+    """A layer in a module that cannot be traced keeps its channels, and so does the one before."""
 
     class Part(nn.Module):
         def __init__(self) -> None:
