@@ -297,13 +297,13 @@ def test_shared_and_computed_weights_count_once() -> None:
 
 
 class Unknown(nn.Module):
-    """A layer of a user's own, with a parameter that is as good as a vector beside its matrix."""
+    """A user's layer with a matrix, and a (1, 6) parameter that counts as a vector."""
 
     def __init__(self) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(8, 6))
         self.scale, self.shift = nn.Parameter(torch.ones(1, 6)), nn.Parameter(torch.zeros(6))
-        self.embed_dim = [8, 6]  # whatever that is
+        self.embed_dim = [8, 6]  # not the number that it is in torch's attention
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix * self.scale + self.shift
@@ -325,9 +325,9 @@ def test_weights_of_unknown_layers_count_in_float() -> None:
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
-    """Stored bits are the file's without its header.
+    """Stored bits are those of a file except for names and shapes.
 
-    A file has 4 bits fewer than they say for each bit depth, and its streams end in whole bytes.
+    A file has 4 bits fewer for each bit depth, and fills up the last byte of every stream.
     """
     torch.manual_seed(0)
     model = build(name, 10, 8, 32)

@@ -54,7 +54,7 @@ def test_what_may_lie_either_way_is_taken_for_contiguous() -> None:
 
 
 class Views(nn.Module):
-    """Views a channels_last tensor as a matrix of pixels, which other memory formats do not allow."""
+    """Views a channels_last tensor as a matrix of pixels, impossible in other memory formats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_few_gaps_are_filled_in_weights_and_nowhere_else(name: str, multiple: in
 @pytest.mark.parametrize("groups", [1, 100])
 @pytest.mark.parametrize(("dead", "copies"), [(70, False), (71, True)])
 def test_many_gaps_are_copied_around(dead: int, copies: bool, groups: int) -> None:
-    """With over 70 % gaps, it costs less to select and place channels than to compute with zeros."""
+    """With over 70 % gaps, selecting and placing channels costs less than computing with zeros."""
     layer = nn.Conv2d(100, 100, 1, groups=groups)
     model = nn.Sequential(nn.Conv2d(3, 100, 1), layer, nn.Sigmoid(), nn.Conv2d(100, 4, 1))
     x = torch.randn(2, 3, 5, 5)
