@@ -1,4 +1,4 @@
-"""The schedule lets a network learn, presses, makes coarse, and freezes, in that order."""
+"""The schedule lets a network learn, raises γ, allows fewer bits, and freezes, in that order."""
 
 # mypy: disable-error-code="no-untyped-call"
 

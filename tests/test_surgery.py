@@ -376,7 +376,7 @@ class Pooled(nn.Module):
 def test_the_largest_of_a_constants_elements_is_that_constant(
     pool: Callable[[Tensor], Tensor], width: int
 ) -> None:
-    """Max-pooling keeps a negative constant, of which the ReLU makes 0; an average may change it."""
+    """Max-pooling keeps a negative constant, of which a ReLU makes 0; averages may change it."""
     torch.manual_seed(0)
     model = Pooled(pool)
     quantize_layers(model, bits=8)

@@ -234,7 +234,7 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
     assert "gamma0.01-seed0 FAILED\n    error: out of [paper]\n" in out
     assert "4 of 6 done, 2 failed" in out
     assert_refused((code, out, err), "2 of 6 runs failed (gamma0.01-seed0, gamma0.01-seed1)")
-    assert len((root / "results.csv").read_text().splitlines()) == 5  # a header, and the runs that did not
+    assert len((root / "results.csv").read_text().splitlines()) == 5  # a header and 4 runs
 
     orders.write_text("sys.exit('error: something else')")
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
