@@ -278,7 +278,7 @@ class Experts(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_an_expert_that_saw_the_whole_example_does_not_say_how_many_samples_there_are() -> None:
-    """The sample count of a batch is what most layers see, not an expert that sees a part of it."""
+    """The sample count of a batch is what most layers see, not what an expert sees."""
     worths = []
     for example in (X.abs(), torch.cat([X.abs()[:3], -X.abs()[:3]])):
         torch.manual_seed(0)
@@ -421,7 +421,7 @@ def test_formats_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
 
 
 class Dropped(nn.Module):
-    """A model with dropout in training or `always`, which replaces a buffer to count its calls."""
+    """A model that replaces a buffer at every call, with dropout in training mode or `always`."""
 
     def __init__(self, always: bool = False) -> None:
         super().__init__()
@@ -447,7 +447,7 @@ def test_indices_stay_whole_numbers_when_the_type_of_all_is_set() -> None:
 
 
 def test_a_feature_extractor_stays_in_its_mode() -> None:
-    """It has a graph for each mode, which train() swaps; that of training must be put back."""
+    """A feature extractor has a graph per mode, which train() swaps: that must be undone."""
     model: Any = create_feature_extractor(Dropped(), ["head"]).train()
     compressor = Compressor(model, X, 0.0)
     kill(compressor)
@@ -650,7 +650,7 @@ def test_norms_in_eval_mode_stay_before_anything_was_differentiated_too() -> Non
 
 
 def test_an_evaluation_between_backward_and_step_holds_no_norms() -> None:
-    """The modes that count are those in backward(), not those in step()."""
+    """The modes of batch norms that count are those in backward(), whatever they are in step()."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
     optimizer = sgd(compressor)
     (compressor.model(X).square().mean() + compressor.penalty()).backward()
@@ -671,6 +671,7 @@ def test_a_penalty_in_every_other_loss_is_no_mistake() -> None:
 
 
 def test_a_model_may_hold_its_compressor() -> None:
+    """`stored_percent` has the model copied, but the compressor in it refuses to be copied."""
     model = nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1))
     compressor = Compressor(model, X, stored_percent=15, bits=8, schedule=Schedule(20))
     model.compressor = compressor  # type: ignore[assignment]

@@ -110,7 +110,7 @@ def without_norms() -> nn.Module:
 def test_accumulated_batches_step_formats_as_one_batch(
     parts: int, averaged: bool, scale: float
 ) -> None:
-    """That must hold whether the loop averages the losses of the parts or sums them."""
+    """The parts of a batch count as one, whether the loop averages their losses or sums them."""
     results = []
     for pieces in (1, parts):
         model = without_norms()

@@ -360,6 +360,7 @@ def test_a_layer_with_a_forward_of_its_own_is_followed(name: str, tmp_path: Path
 
 
 def test_it_computes_with_the_quantised_weight_and_learns() -> None:
+    """A layer's own forward() computes with the quantised weight and passes it a gradient."""
     model = nn.Sequential(Causal(3, 4, 3), nn.ReLU(), Causal(4, 2, 2)).double()
     plain = nn.Sequential(Causal(3, 4, 3), nn.ReLU(), Causal(4, 2, 2)).double()
     x = images(4, 3, 9)
@@ -380,6 +381,7 @@ def test_it_computes_with_the_quantised_weight_and_learns() -> None:
 
 
 def test_it_still_counts_its_macs() -> None:
+    """MACs are counted in layers with a forward() of their own."""
     model = nn.Sequential(Same(3, 6, 3, stride=2), nn.Flatten(), Doubled(96, 2)).double()
     compressor = Compressor(model, images(), 0.0)
     assert compressor.size().macs == 3 * 6 * 9 * 16 + 96 * 2
@@ -492,6 +494,7 @@ class ByWidth(nn.Linear):
 def test_what_cannot_be_followed_keeps_its_channels_but_not_its_rows(
     layer: nn.Module, why: str
 ) -> None:
+    """Layers whose computation is not that of torch's keep channels, but lose rows without bits."""
     conv = isinstance(layer, nn.Conv2d)
     first: nn.Module = nn.Conv2d(3, 6, 1) if conv else nn.Linear(3, 6)
     x = images() if conv else images(4, 3)
@@ -529,6 +532,8 @@ def test_what_it_reads_beside_its_input_stays(layer: nn.Module) -> None:
 
 
 def test_other_tensors_of_its_class_are_counted_and_stored(tmp_path: Path) -> None:
+    """Parameters that a user's class adds to a layer are counted in float, saved and loaded."""
+
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 6), Adapted(6, 6), nn.Linear(6, 2))

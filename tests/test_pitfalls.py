@@ -754,6 +754,7 @@ class Writes(nn.Module):
 
 @pytest.mark.parametrize("way", ["list", "out", "module"])
 def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant(way: str) -> None:
+    """The channel of a dead row is not constant if something else writes to it."""
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""The quantiser computes eq. (1), and its gradients are the closed form of its docstring."""
+"""The quantiser computes eq. (1), and its gradients are the closed form in its docstring."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -240,8 +240,8 @@ def test_a_fitted_exponent_beats_not_clipping(
 
     no_clipping = torch.log2(weight.abs().amax(1)) - (bits - 1)
     fitted = error(fit_exponent(weight, b))
-    # There the largest weight is the lowest level, which is negative. With an exponent larger by
-    # one, it fits if it is positive, too.
+    # `no_clipping` puts the largest magnitude at the lowest level, which is negative; an exponent
+    # larger by one makes it fit above zero, too.
     assert (fitted <= error(no_clipping) * (1 + 1e-5)).all()
     assert (fitted <= error(no_clipping + 1) * (1 + 1e-5)).all()
 

@@ -44,7 +44,7 @@ def check_cut(compressor: Compressor) -> Plan | None:
         mode = "training" if training else "evaluation"
         outputs_now, gradients_now = after[training]
         for now, was in zip(outputs_now, outputs, strict=True):
-            # Constants can cancel to almost nothing; rounding is still that of the terms.
+            # Constants may cancel to almost nothing, but rounding errors scale with the terms.
             scale = max(float(was.abs().max()), 0.1)
             assert_same(now, was, scale, f"an output in {mode}")
         scale = max([1.0] + [float(g.abs().max()) for g in gradients.values() if g.numel()])
@@ -233,7 +233,7 @@ def out_width(model: nn.Module, node: Node) -> int:
 
 
 def check_ties(seed: int) -> None:
-    """Check that places of a random network share an id exactly if a NaN links them."""
+    """Check that places of a random network share an id just where a NaN links them."""
     with told(seed):
         model, x = build(seed)
         compressor = Compressor(model, x, gamma=0.0, bits=8)

@@ -87,7 +87,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_its_rows_go_and_it_computes_the_same(name: str, tmp_path: Path) -> None:
-    """A cut changes no output, and neither do to_dense(), save() and load(), or a loaded state."""
+    """Outputs stay the same after a cut, to_dense(), save() and load(), and load_state_dict()."""
     build = NETWORKS[name]
     plain = build().double()
     model = copy.deepcopy(plain)
@@ -153,7 +153,7 @@ def test_its_macs_and_weights_are_counted() -> None:
 
 
 def test_files_with_it_in_float_load(tmp_path: Path) -> None:
-    """Earlier versions wrote files with recurrent layers in float."""
+    """Earlier versions wrote files with recurrent layers in float, which must still load."""
     compressor = started(Reader(nn.GRU), TOKENS, exclude=["rnn"])
     want = computed(compressor.model, TOKENS, training=False)
     selfcompress.save(compressor.model, tmp_path / "net.scnn")
@@ -196,6 +196,7 @@ class Gated(nn.GRU):
 
 
 def test_layers_inside_of_it_are_layers(tmp_path: Path) -> None:
+    """Layers that a user's recurrent class contains are quantised and cut like others."""
     model = Reader(Gated)
     fresh = copy.deepcopy(model).double()
     kinds = [type(module) for module in model.modules()]

@@ -96,7 +96,7 @@ def test_the_penalty_moves_every_bit_depth_that_the_task_has_no_use_for() -> Non
         compressor.step(optimizer)
     now: list[Tensor] = [p for n, p in model.named_parameters() if n.endswith("bit_depth")]
     moved = torch.cat(start) - torch.cat(now)
-    # Rows that are given up lose bits faster, and the others wait for their turn.
+    # Rows that are given up lose bits fast; the others wait for that, and lose some meanwhile.
     slow, fast = moved.min(), moved.max()
     assert slow > 0.001
     torch.testing.assert_close(fast, GIVING_UP * slow, rtol=1e-3, atol=0)

@@ -169,6 +169,7 @@ class BranchOf(nn.Module):
 def test_groups_of_several_channels_keep_nothing_for_the_norm_behind_them(
     groups: int, kept: int
 ) -> None:
+    """Grouped convolutions would compute with dead channels, so that none are kept for speed."""
     model = BranchOf(nn.Conv2d(8, 8, 1, groups=groups))
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=4)
     kill(model, "layer", torch.tensor([1, 2]))
@@ -207,6 +208,7 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize(("live", "kept"), [(10, 32), (9, 32), (8, 16)])
 def test_norms_make_all_that_they_read_if_half_of_it_lives(live: int, kept: int) -> None:
+    """A norm outputs all channels that it reads, unless more than half of them are dead."""
     model = Joined()
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
     for name in ("one", "two"):
@@ -235,6 +237,7 @@ class Beside(nn.Module):
 
 @pytest.mark.parametrize(("live", "kept"), [(16, 32), (15, 15)])
 def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int, kept: int) -> None:
+    """Depthwise convolutions output all channels they read, unless more than half are dead."""
     model = Beside()
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
     kill(model, "layer", torch.arange(live, 32))

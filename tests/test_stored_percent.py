@@ -129,6 +129,7 @@ def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
 
 
 def test_a_layer_that_is_frozen_now_and_then_does_not_make_others_pay() -> None:
+    """γ must not rise because a layer keeps its size while it is frozen."""
     compressor, optimizer = started(6.0, Mlp())
     for first in range(0, STEPS, 20):
         compressor.layers["one"].requires_grad_(first % 40 == 0)

@@ -166,6 +166,7 @@ def shape(cut: Cut, parameter: str) -> tuple[int, ...]:
 
 
 def test_settled_norms_output_their_bias_for_what_is_constant() -> None:
+    """settle_statistics() sets a constant channel's mean to that constant and its variance to 1."""
     cut = prepare("chain-biased")
     kill(cut.model, "a.0", [1, 4])
     norm, bias = cut.model.get_submodule("a.1"), cut.model.get_parameter("a.0.bias")
@@ -216,6 +217,7 @@ def macs_of(cut: Cut) -> int:
 
 
 def test_a_dead_row_goes_at_once_even_where_its_constant_stays() -> None:
+    """A dead row is cut even if its channel stays, because its norm outputs a positive bias."""
     cut = prepare("chain")
     kill(cut.model, "a.0", [2])
     with torch.no_grad():
@@ -285,6 +287,7 @@ def test_a_dead_branch_becomes_the_identity(layer: str, norm: str) -> None:
 
 
 def test_the_trunk_keeps_a_channel() -> None:
+    """A tensor keeps its last channel, even if that is dead."""
     cut = prepare("residual")
     for layer, norm in (("stem.0", "stem.1"), ("two.0", "two.1")):
         silence(cut, layer, norm, list(range(6)))

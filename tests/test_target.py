@@ -224,6 +224,8 @@ def test_impossible_options_are_refused(
 
 
 def test_target_that_is_too_small_is_told_what_is_not(cli: Cli, tmp_path: Path) -> None:
+    """The refusal names the smallest target that is possible; one slightly larger is reached."""
+
     def call(size: int) -> tuple[int, str, str]:
         return cli(
             *TINY, "--epochs", "12", "--target-size", f"{size}B", "--run-dir", tmp_path / "run"

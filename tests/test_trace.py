@@ -518,7 +518,7 @@ class Heads(Two):
 def test_inputs_of_other_sizes_may_take_another_way(
     model: nn.Module, example: Tensor, other: Tensor
 ) -> None:
-    """A model that branches on sizes is not traced if other sizes call other layers."""
+    """A forward() that calls other things at other sizes is not traced, so that cuts stay exact."""
     torch.manual_seed(0)
     compressor = Compressor(model.double(), example, 0.0, bits=8)
     why = compressor.graph.untraceable[""]
@@ -681,6 +681,7 @@ class Outside(nn.Module):
 
 
 def test_what_fails_inside_of_what_fails_is_traced_once() -> None:
+    """What can be traced inside two modules that cannot is in the graph once."""
     model = Outside().double()
     compressor = Compressor(model, X, 0.0, bits=8)
     names = [node.name for node in compressor.graph.nodes]
@@ -918,6 +919,7 @@ class Side(nn.Module):
 
 
 def test_a_layer_whose_output_is_only_kept_keeps_what_has_bits() -> None:
+    """A layer whose output does not reach the model's outputs must not lose rows with bits."""
     model = Side().double()
     compressor = Compressor(model, torch.randn(8, 6, dtype=torch.float64), 0.0, bits=8)
     kill(model, "turn", [1])

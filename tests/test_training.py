@@ -529,6 +529,7 @@ def test_every_epoch_is_told_once_after_a_kill_between_its_metrics_and_its_check
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    """A run folder that cannot be made, or holds other files, is refused in one line."""
     (tmp_path / "file").write_text("")
     assert_refused(cli(*TINY, "--run-dir", tmp_path / "file" / "run"), str(tmp_path / "file"))
     (tmp_path / "full").mkdir()
