@@ -233,7 +233,10 @@ def out_width(model: nn.Module, node: Node) -> int:
 
 
 def check_ties(seed: int) -> None:
-    """Check that places of a random network share an id just where a NaN links them."""
+    """Check that places of a random network share an id just where a NaN links them.
+
+    Frozen ids and single channels that are broadcast, which are never removed, are exceptions.
+    """
     with told(seed):
         model, x = build(seed)
         compressor = Compressor(model, x, gamma=0.0, bits=8)
