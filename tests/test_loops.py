@@ -1,4 +1,4 @@
-"""Ways in which people train that once led to wrong networks, most of them without a word."""
+"""Ways to write a training loop that once led to wrong networks, most of them without an error."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def kill(compressor: Compressor) -> None:
-    """Every third row of every layer loses its bits."""
+    """Take all bits from every third row of every layer."""
     for layer in compressor.layers.values():
         with torch.no_grad():
             layer.bit_depth[::3] = 0
@@ -42,11 +42,11 @@ def sgd(compressor: Compressor) -> SGD:
     return SGD(compressor.weights(), lr=0.01, momentum=0.9)
 
 
-# --- batch norms that do not learn ----------------------------------------------------------------
+# --- batch norms in eval mode during training -----------------------------------------------------
 
 
 class Frozen(Residual):
-    """Its batch norms stay in eval mode."""
+    """A residual network whose own train() keeps its batch norms in eval mode."""
 
     def train(self, mode: bool = True) -> "Frozen":
         super().train(mode)
@@ -57,6 +57,11 @@ class Frozen(Residual):
 
 
 def frozen(way: str) -> tuple[Compressor, SGD]:
+    """Return a compressor after one step with batch norms in eval mode.
+
+    Args:
+        way: what sets that mode: the model's own "train()", or the training "loop".
+    """
     torch.manual_seed(0)
     model = (Frozen if way == "train()" else Residual)(relu_after=True).double()
     compressor = compressor_of(model, X.double(), 0.0, bits=8)
@@ -102,7 +107,7 @@ def test_frozen_norms_keep_their_statistics_in_another_process() -> None:
 
 
 def test_training_goes_on_smoothly_behind_frozen_norms() -> None:
-    """A dead row's bias still learns: the norm behind it must not make more of that than it did."""
+    """A dead row's bias is still trained: the norm behind it must not scale up its gradient."""
     torch.manual_seed(0)
     parts = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)
     model: Any = nn.Sequential(*parts)
@@ -119,10 +124,11 @@ def test_training_goes_on_smoothly_behind_frozen_norms() -> None:
 
 
 class Other(nn.BatchNorm2d):
-    """Not a type that is known."""
+    """A batch norm of a user's own class."""
 
 
 def test_norms_of_other_types_are_held_too() -> None:
+    """finish() keeps the statistics of batch norms of users' classes that are in eval mode."""
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), Other(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     compressor = Compressor(model, X, 0.0, bits=8)
     before = model[1].running_mean.clone()
@@ -143,6 +149,7 @@ def test_an_error_in_the_loader_leaves_the_statistics() -> None:
 
 
 def test_statistics_are_averaged_over_all_batches_alike() -> None:
+    """All batches count the same; the momentum of norms and the training mode are restored."""
     model: Any = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
     compressor = Compressor(model, X, 0.0, bits=8)
     inputs = [X[:2], X[2:4], X[4:] + 1]
@@ -193,16 +200,16 @@ def test_a_model_of_a_dict_is_finished_on_dicts(labelled: bool, tupled: bool) ->
     torch.testing.assert_close(model.body[1].running_mean, made)
 
 
-# --- what a step sees -----------------------------------------------------------------------------
+# --- what steps count and warn of -----------------------------------------------------------------
 
 
 class Query(nn.Module):
-    """A layer that sees one learned vector, one that sees a sequence batch second, and tokens."""
+    """Layers on a learnt vector, on a sequence with its batch dimension second, and on tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(1, 4))
-        # Tokens have as many features as the example has samples.
+        # `tokens` reads as many features as the example has samples: not a batch dimension.
         self.ask, self.read, self.tokens = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Any:
@@ -212,6 +219,7 @@ class Query(nn.Module):
 
 
 def test_samples_are_told_from_queries_sequences_and_tokens() -> None:
+    """`samples` counts the images that a layer sees, and is 0 where no dimension counts them."""
     model: Any = Query()
     Compressor(model, X, 0.0)
     model(X[:5])
@@ -220,7 +228,7 @@ def test_samples_are_told_from_queries_sequences_and_tokens() -> None:
 
 
 class Tables(nn.Module):
-    """Layers that see no samples: a grid, a vector and a table, whose sizes look like some."""
+    """Layers on constant tensors without samples, of sizes that are multiples of the batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +262,7 @@ class Graph(nn.Module):
 
 
 class Experts(nn.Module):
-    """One layer sees only the samples whose first pixel is positive."""
+    """A model in which one layer sees only the samples whose first pixel is positive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +278,7 @@ class Experts(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_an_expert_that_saw_the_whole_example_does_not_say_how_many_samples_there_are() -> None:
+    """The sample count of a batch is what most layers see, not what an expert sees."""
     worths = []
     for example in (X.abs(), torch.cat([X.abs()[:3], -X.abs()[:3]])):
         torch.manual_seed(0)
@@ -289,6 +298,7 @@ def test_nodes_of_a_graph_are_samples() -> None:
 
 
 def test_a_layer_of_windows_alone_counts_their_images() -> None:
+    """A layer that sees 12 windows of each image counts images, with no other layer to go by."""
     model: Any = nn.Sequential(nn.Unflatten(1, (12, 16)), nn.Flatten(0, 1), nn.Linear(16, 4))
     Compressor(model, X.flatten(1), 0.0)
     model(X.flatten(1)[:5])
@@ -312,6 +322,7 @@ def test_a_layer_that_is_thawed_is_compressed() -> None:
 
 
 def test_gradients_that_were_not_seen_are_missed() -> None:
+    """torch.autograd.grad() accumulates no gradients, so hooks see none, and step() warns."""
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3))
     compressor = Compressor(model, X, 0.1)
     optimizer = sgd(compressor)
@@ -326,6 +337,7 @@ def test_gradients_that_were_not_seen_are_missed() -> None:
 
 @pytest.mark.parametrize("taken", [0, 5])
 def test_a_schedule_that_is_not_over_is_said(taken: int) -> None:
+    """finish() warns if step() was called less often than the schedule has steps."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.1, bits=8, schedule=Schedule(20))
     optimizer = sgd(compressor)
     for _ in range(taken):
@@ -347,7 +359,7 @@ def test_options_of_the_wrong_kind_leave_the_model_alone() -> None:
     assert compressor.layers.keys() == {"0.0"}
 
 
-# --- what is noted on parameters, layers and models -----------------------------------------------
+# --- hooks, attributes and modes of the user's ----------------------------------------------------
 
 
 def test_hooks_and_notes_on_a_parameter_survive_a_cut() -> None:
@@ -409,7 +421,7 @@ def test_formats_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
 
 
 class Dropped(nn.Module):
-    """Dropout that asks for the mode, or is always on."""
+    """A model that replaces a buffer at every call, with dropout in training mode or `always`."""
 
     def __init__(self, always: bool = False) -> None:
         super().__init__()
@@ -424,6 +436,7 @@ class Dropped(nn.Module):
 
 
 def test_indices_stay_whole_numbers_when_the_type_of_all_is_set() -> None:
+    """model.type() casts all tensors of a module, but a layer's indices of channels stay int64."""
     compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.0)
     kill(compressor)
     compressor.cut()
@@ -434,6 +447,7 @@ def test_indices_stay_whole_numbers_when_the_type_of_all_is_set() -> None:
 
 
 def test_a_feature_extractor_stays_in_its_mode() -> None:
+    """A feature extractor has a graph per mode, which train() swaps: that must be undone."""
     model: Any = create_feature_extractor(Dropped(), ["head"]).train()
     compressor = Compressor(model, X, 0.0)
     kill(compressor)
@@ -459,7 +473,7 @@ def test_a_network_that_is_random_in_evaluation_is_cut_unchecked() -> None:
 
 
 class Spread(nn.Module):
-    """It returns a deviation over the batch too: of one image, NaN."""
+    """A model that also returns the deviation over the batch, which is NaN for a single image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -478,7 +492,7 @@ def test_nan_before_and_after_is_no_difference() -> None:
 
 
 class Tasks(nn.Module):
-    """One of its heads is not called by default."""
+    """A model with two heads, of which a call without `task` reaches only one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -489,6 +503,8 @@ class Tasks(nn.Module):
 
 
 class Both(nn.Module):
+    """A wrapper that reaches both heads of `Tasks`."""
+
     def __init__(self, tasks: Tasks) -> None:
         super().__init__()
         self.tasks = tasks
@@ -510,6 +526,7 @@ def test_heads_that_the_example_does_not_reach_are_named_and_a_wrapper_helps() -
 
 
 def test_the_parts_of_an_attention_are_not_missed(recwarn: pytest.WarningsRecorder) -> None:
+    """Attention reads the weight of its out_proj without calling it, which is no reason to warn."""
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4))
     Compressor(model, torch.randn(2, 5, 16), 0.0)
     assert not [warning for warning in recwarn if "not called" in str(warning.message)]
@@ -536,7 +553,7 @@ def test_the_number_of_cuts_is_saved() -> None:
 
 
 class Kept(nn.Module):
-    """It keeps the features of its first block, for a loss of the user's."""
+    """A model that keeps features in attributes, for a loss of the user's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -577,11 +594,11 @@ def test_features_that_a_module_keeps_keep_their_channels() -> None:
     assert model._private.shape[1] == 9
 
 
-# --- evaluations in between, and what a loop forgets ----------------------------------------------
+# --- evaluations in between, and mistakes in loops ------------------------------------------------
 
 
 class TwoHeads(nn.Module):
-    """Its heads take turns in training; in evaluation both are asked."""
+    """A model that is called for one of its heads in training, and for both in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -595,6 +612,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_an_evaluation_does_not_tell_how_large_batches_are(evaluated: bool) -> None:
+    """A forward pass without gradients before a step must not change the step's sample count."""
     torch.manual_seed(0)
     x, labels = torch.randn(64, 16), torch.randint(4, (64,))
     compressor = Compressor(TwoHeads(), x, 1e-3, bits=8)
@@ -609,6 +627,7 @@ def test_an_evaluation_does_not_tell_how_large_batches_are(evaluated: bool) -> N
 
 
 def test_a_validation_loss_with_the_penalty_holds_no_norms() -> None:
+    """A penalty without backward() must not record that norms are in eval mode during training."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, bits=8)
     one_step(compressor, sgd(compressor))
     compressor.model.eval()
@@ -620,6 +639,7 @@ def test_a_validation_loss_with_the_penalty_holds_no_norms() -> None:
 
 
 def test_norms_in_eval_mode_stay_before_anything_was_differentiated_too() -> None:
+    """Modes are recorded in backward(); before any, reestimate() goes by the current modes."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
     compressor.model.train()
     norm = compressor.model.get_submodule("0.1").eval()
@@ -630,6 +650,7 @@ def test_norms_in_eval_mode_stay_before_anything_was_differentiated_too() -> Non
 
 
 def test_an_evaluation_between_backward_and_step_holds_no_norms() -> None:
+    """The modes of batch norms that count are those in backward(), whatever they are in step()."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0)
     optimizer = sgd(compressor)
     (compressor.model(X).square().mean() + compressor.penalty()).backward()
@@ -650,6 +671,7 @@ def test_a_penalty_in_every_other_loss_is_no_mistake() -> None:
 
 
 def test_a_model_may_hold_its_compressor() -> None:
+    """`stored_percent` has the model copied, but the compressor in it refuses to be copied."""
     model = nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1))
     compressor = Compressor(model, X, stored_percent=15, bits=8, schedule=Schedule(20))
     model.compressor = compressor  # type: ignore[assignment]
@@ -682,6 +704,7 @@ def test_an_evaluation_of_other_batches_before_the_step_changes_nothing() -> Non
 
 @pytest.mark.parametrize("first", [0, 5])
 def test_a_layer_may_be_frozen_for_a_while(first: int) -> None:
+    """Once a layer is thawed, its exponents change at every step, even if it began frozen."""
     compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.1, bits=8)
     layer, optimizer = compressor.layers["1"], sgd(compressor)
     moved = []
@@ -765,6 +788,8 @@ def test_a_compressor_is_not_copied(way: Any) -> None:
 
 
 def test_a_training_that_goes_on_otherwise_is_told() -> None:
+    """Loading a state warns of options that differ; options that are NumPy numbers can be saved."""
+
     def compressor(**changes: Any) -> Compressor:
         return Compressor(nn.Sequential(block(3, 4)), X, 0.01, **changes)
 
@@ -794,6 +819,8 @@ def test_a_state_of_other_excluded_layers_is_refused_by_their_name() -> None:
 
 
 def test_another_gamma_asked_for_is_what_a_training_goes_on_with() -> None:
+    """The saved γ is loaded, unless this compressor was made with another γ than the saved one."""
+
     def compressor(gamma: float) -> Compressor:
         return Compressor(nn.Sequential(block(3, 4)), X, gamma)
 
@@ -808,6 +835,7 @@ def test_another_gamma_asked_for_is_what_a_training_goes_on_with() -> None:
 
 
 def test_a_schedule_in_epochs_is_told() -> None:
+    """A schedule given in epochs instead of steps is over long before the training is."""
     compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, schedule=Schedule(4))
     optimizer = sgd(compressor)
     for _ in range(5):
@@ -850,7 +878,7 @@ def test_an_optimiser_in_another_order_is_refused() -> None:
 
 
 def test_gradients_that_are_thrown_away_do_not_count() -> None:
-    """Those of an attack on the inputs, and of batches that are skipped."""
+    """Gradients zeroed before the step, of adversarial attacks or skipped batches, do not count."""
     ended = []
     for discards in (False, True):
         torch.manual_seed(0)
@@ -867,6 +895,8 @@ def test_gradients_that_are_thrown_away_do_not_count() -> None:
 
 
 def test_batches_may_hold_their_inputs_together() -> None:
+    """Batches of a model with two inputs may be (x, y, ...) or ((x, y, ...), ...)."""
+
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -902,7 +932,7 @@ def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:
 
 
 class Dropping(nn.Module):
-    """It leaves out blocks, by chance; in training alone, if so said."""
+    """A network that skips residual blocks at random; with `alone`, only in training."""
 
     def __init__(self, draw: Any, alone: bool) -> None:
         super().__init__()
@@ -919,7 +949,7 @@ class Dropping(nn.Module):
 
 
 def drawn() -> list[Any]:
-    """Where the generators of random numbers are."""
+    """Return the states of the random number generators of Python, NumPy and torch."""
     numpy: Any = np.random.get_state()
     return [random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()]
 
@@ -932,6 +962,7 @@ def drawn() -> list[Any]:
 )
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any, alone: bool) -> None:
+    """All seeds lead to the same graph, which states need, and generators continue undisturbed."""
     compressors = []
     for seed in range(6):
         random.seed(seed)
@@ -949,6 +980,8 @@ def test_a_random_forward_is_followed_in_one_way_and_draws_nothing(draw: Any, al
 
 
 def test_a_number_that_has_changed_since_the_trace_leaves_measured_statistics() -> None:
+    """What finish() measures counts more than a constant computed with an outdated attribute."""
+
     class Faded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -971,6 +1004,7 @@ def test_a_number_that_has_changed_since_the_trace_leaves_measured_statistics() 
 
 
 def test_a_constant_that_autocast_has_rounded_is_what_it_is_in_evaluation() -> None:
+    """finish() measures a dead row's bias in bfloat16; the norm's mean must be the exact bias."""
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1))
     compressor = Compressor(model, X, 0.0, bits=8)
     with torch.no_grad():
@@ -1013,6 +1047,7 @@ def test_inputs_of_several_types_keep_theirs() -> None:
 
 @pytest.mark.parametrize("thawed", [True, False])
 def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed(thawed: bool) -> None:
+    """A loop that freezes and thaws the whole model, such as a GAN's, also thaws frozen formats."""
     compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.1)
     compressor.model.requires_grad_(thawed)
     compressor.freeze()
@@ -1026,6 +1061,7 @@ def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed(thawed:
 
 
 def test_a_model_that_keeps_its_features_has_a_dense_copy_after_a_step() -> None:
+    """Features kept from a training step have a gradient history, which cannot be deep-copied."""
     compressor = Compressor(Kept(), X, 0.0)
     one_step(compressor, sgd(compressor))
     dense = to_dense(compressor.model).eval()

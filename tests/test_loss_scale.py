@@ -1,4 +1,4 @@
-"""A loss that is multiplied, by a GradScaler or to accumulate gradients, steps formats the same."""
+"""Formats are stepped alike if the loss is scaled, by a GradScaler or to accumulate gradients."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -33,7 +33,7 @@ def tensors(compressor: Compressor) -> dict[str, Tensor]:
 
 
 def trained(scaled: bool, device: str, kind: type[Optimizer], clip: bool) -> Compressor:
-    """A residual network under pressure after 30 steps and some cuts."""
+    """Return the compressor of a residual network after 30 steps, with a penalty that cuts it."""
     torch.manual_seed(0)
     model = Residual(relu_after=False).to(device)
     x, _ = batch(0, 8, device)
@@ -60,8 +60,8 @@ def trained(scaled: bool, device: str, kind: type[Optimizer], clip: bool) -> Com
 def test_a_grad_scaler_changes_nothing(device: str, kind: type[Optimizer], clip: bool) -> None:
     plain, scaled = (trained(s, device, kind, clip) for s in (False, True))
     assert plain.cuts == scaled.cuts >= 1
-    # A power of two changes no digit; but on a GPU no run is like another, and what differs in the
-    # last digit is rounded to other levels now and then.
+    # Scaling by a power of two is exact. But runs on a GPU are not deterministic, and weights that
+    # differ in the last place are sometimes quantised to other levels.
     tolerance = 0.0 if device == "cpu" else 1e-2
     torch.testing.assert_close(tensors(scaled), tensors(plain), rtol=tolerance, atol=tolerance)
 
@@ -86,7 +86,7 @@ def test_a_batch_that_the_scaler_skips_leaves_the_weights_and_finite_formats(dev
     for name, layer in compressor.layers.items():
         assert layer.bit_depth.isfinite().all()
         assert (layer.bit_depth - depths[name]).abs().max() <= 0.011
-    for i in range(3):  # and it goes on from there, at a scale that changes with every step
+    for i in range(3):  # training goes on, at a scale that changes with every step
         x, y = batch(i, 8, device)
         optimizer.zero_grad()
         scaler.scale(F.cross_entropy(model(x), y) + compressor.penalty()).backward()
@@ -110,7 +110,7 @@ def without_norms() -> nn.Module:
 def test_accumulated_batches_step_formats_as_one_batch(
     parts: int, averaged: bool, scale: float
 ) -> None:
-    """Whether the loop divides the loss by the number of parts or leaves the sum."""
+    """The parts of a batch count as one, whether the loop averages their losses or sums them."""
     results = []
     for pieces in (1, parts):
         model = without_norms()
@@ -186,6 +186,7 @@ def test_losses_that_are_differentiated_one_by_one_count_their_batch_once() -> N
 
 @pytest.mark.parametrize("s", [0.125, 16.0])
 def test_of_a_loss_times_s_and_a_gamma_times_s_squared_rows_want_as_many_bits(s: float) -> None:
+    """Worth grows with the square of the loss's scale, and so must γ for the same bit depths."""
     results = []
     for scale, gamma in ((1.0, 0.01), (s, 0.01 * s**2)):
         model = without_norms()

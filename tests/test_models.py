@@ -30,7 +30,7 @@ def test_sizes_at_the_default_width(name: str) -> None:
     width, parameters, macs = FACTS[name]
     assert default_width(name) == width
     model = build(name).eval()
-    # Not every version of torch counts what the fused attention of the CPU does.
+    # Some versions of torch do not count the operations of the CPU's fused attention.
     plain = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), plain, FlopCounterMode(display=False) as flops:
         model(torch.zeros(1, 3, 32, 32))

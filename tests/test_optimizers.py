@@ -1,4 +1,7 @@
-"""Every supported optimiser trains on after a cut as if the dead channels were only asleep."""
+"""With every supported optimiser, training after a cut equals training without the cut.
+
+The run without it is called `asleep`: its dead channels stay, with their biases held fixed.
+"""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -75,7 +78,7 @@ BEFORE, AFTER = range(3), range(3, 8)
 
 
 class Run:
-    """A residual network in training; two of the same arguments are equal bit for bit."""
+    """A residual network in training; two runs with the same arguments are bitwise equal."""
 
     def __init__(self, build: Build, groups: bool = False) -> None:
         torch.manual_seed(0)
@@ -90,7 +93,7 @@ class Run:
         self.losses: list[float] = []
 
     def train(self, steps: Iterable[int], after: Callable[[], None] = lambda: None) -> None:
-        """A few steps; the batches are the same in every run."""
+        """Train for `steps`, with the same batches in every run, and call `after` after each."""
         self.model.train()
         for i in steps:
             x = torch.randn(X.shape, generator=torch.Generator().manual_seed(i), dtype=X.dtype)
@@ -105,7 +108,7 @@ class Run:
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Kill channels of the trunk on both sides, and some inside of the branch."""
+        """Kill rows of the stem, inside the branch and at its end; channel 3 dies on both paths."""
         for layer, norm, rows in (("stem.0", "stem.1", [0, 3]), ("one.0", "one.1", [1, 4])):
             kill(self.model, layer, rows)
             self.model.get_parameter(f"{norm}.bias")[rows] = -0.5
@@ -122,7 +125,7 @@ class Run:
         return plan
 
     def train_asleep(self, plan: Plan, after: Callable[[], None] = lambda: None) -> None:
-        """Train on without a cut, the biases of the dead channels held where they are."""
+        """Train on without a cut, with the biases held fixed that `plan` would cut."""
         was = {n: p.detach().clone() for n, p in self.model.named_parameters() if ".1.bias" in n}
 
         @torch.no_grad()
@@ -144,7 +147,7 @@ def select(tensor: Tensor, plan: Plan, name: str) -> Tensor:
 
 
 def check_survivors(cut: Run, asleep: Run, plan: Plan) -> None:
-    """Weights, statistics and the optimiser's state are those of the run without a cut."""
+    """Check that what a cut kept (weights, statistics, optimiser state) is as in `asleep`."""
     other = dict(asleep.model.named_parameters())
     for name, parameter in cut.model.named_parameters():
         want = select(other[name], plan, name)
@@ -225,6 +228,7 @@ SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw", "rmsprop", "adam-tensor-lr"])
 def test_schedules_go_on(name: str, schedule: str) -> None:
+    """Learning-rate schedulers keep acting on the optimiser's parameter groups after a cut."""
     runs = Run(KINDS[name]), Run(KINDS[name])
     schedulers = [SCHEDULES[schedule](run.optimizer) for run in runs]
     rates: list[list[float]] = [[], []]
@@ -258,7 +262,7 @@ def test_schedules_go_on(name: str, schedule: str) -> None:
 
 
 class MySGD(SGD):
-    """Somebody's own SGD, which may keep anything in its state."""
+    """A user's subclass of SGD, which may keep anything in its state."""
 
 
 REFUSED: dict[str, Build] = {
@@ -268,7 +272,7 @@ REFUSED: dict[str, Build] = {
 
 
 def everything(compressor: Compressor, optimizer: Optimizer) -> Any:
-    """All that a step or a cut could change."""
+    """Return a copy of everything that a step or a cut could change."""
     tensors = {n: t.detach() for n, t in compressor.model.named_parameters()}
     tensors |= dict(compressor.model.named_buffers())
     formats = compressor.formats.adam.state_dict()["state"]
@@ -296,6 +300,7 @@ def test_other_optimizers_are_refused_before_anything_changes(name: str, call: s
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_they_are_refused_when_a_state_is_loaded(name: str) -> None:
+    """load_state_dict() refuses unsupported optimisers before it changes anything."""
     saved, run = Run(KINDS["sgd"]), Run(REFUSED[name])
     saved.silence()
     saved.cut()

@@ -21,11 +21,11 @@ from selfcompress.dense import to_dense
 
 
 class PlainNorm(nn.BatchNorm2d):
-    """Changes nothing."""
+    """A user's subclass that changes nothing."""
 
 
 class SamePadded(nn.Conv2d):
-    """Only builds another way, and can do something beside."""
+    """A convolution with a constructor and a method of its own, but torch's forward()."""
 
     def __init__(self, ins: int, outs: int, size: int = 3) -> None:
         super().__init__(ins, outs, size, padding=size // 2)
@@ -36,7 +36,7 @@ class SamePadded(nn.Conv2d):
 
 
 class Doubled(nn.Linear):
-    """Does something behind torch's forward()."""
+    """A linear layer that doubles what torch's forward() returns."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -94,7 +94,7 @@ class Switched(nn.Conv2d):
 
 
 class Rescaled(nn.Conv2d):
-    """Keeps its rows short, as networks for EEG do."""
+    """Limits the norms of its rows at every call, as networks for EEG do."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
@@ -102,7 +102,7 @@ class Rescaled(nn.Conv2d):
 
 
 class Packed(nn.Linear):
-    """Keeps its weight in another shape, as quantised ones do."""
+    """Stores its weight in another shape, as some quantised layers do."""
 
     def __init__(self, ins: int, outs: int, size: int) -> None:
         super().__init__(ins, outs)
@@ -114,7 +114,7 @@ class Packed(nn.Linear):
 
 
 class Renewed(nn.Conv2d):
-    """Masks its weight, which is masked already, without a gradient."""
+    """Applies a mask to its weight in place at every call, which changes no value any more."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.no_grad():
@@ -123,7 +123,7 @@ class Renewed(nn.Conv2d):
 
 
 class Refilled(nn.Conv2d):
-    """The same past torch's eyes, as PixelCNNs do."""
+    """Applies a mask to its weight through `.data`, unseen by autograd, as PixelCNNs do."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.weight.data *= torch.ones_like(self.weight)
@@ -131,7 +131,7 @@ class Refilled(nn.Conv2d):
 
 
 class Replaced(nn.Conv2d):
-    """Makes itself a new weight."""
+    """Assigns itself a new weight at every call."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.weight = nn.Parameter(self.weight.detach().clone())
@@ -139,7 +139,7 @@ class Replaced(nn.Conv2d):
 
 
 class WithoutAny(nn.Conv2d):
-    """Has no bias any more, not even None."""
+    """Has no attribute `bias`, not even None."""
 
     def __init__(self, ins: int, outs: int, size: int) -> None:
         super().__init__(ins, outs, size)
@@ -160,7 +160,7 @@ class WithCompute(nn.Conv2d):
 
 
 class WithFanIn(nn.Conv2d):
-    """Has an attribute of such a name."""
+    """Has an attribute of a name that a quantised layer needs."""
 
     def __init__(self, ins: int, outs: int, size: int) -> None:
         super().__init__(ins, outs, size)
@@ -171,7 +171,7 @@ class WithFanIn(nn.Conv2d):
 
 
 class WithExponent(nn.Conv2d):
-    """Has a parameter of such a name."""
+    """Has a parameter of a name that a quantised layer needs."""
 
     def __init__(self, ins: int, outs: int, size: int) -> None:
         super().__init__(ins, outs, size)
@@ -196,7 +196,7 @@ class Softplus(nn.Module):
 
 def with_rows(ins: int, outs: int, size: int) -> nn.Module:
     conv = nn.Conv2d(ins, outs, size)
-    conv.register_buffer("rows", torch.arange(3))  # a user's own, under a name of ours
+    conv.register_buffer("rows", torch.arange(3))  # a user's buffer, under a name of ours
     return conv
 
 
@@ -265,14 +265,14 @@ def test_a_layer_with_a_constructor_of_its_own_is_copied() -> None:
 
 
 class Causal(nn.Conv1d):
-    """Sees the past alone."""
+    """A convolution over time that reads only the past."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(F.pad(input, ((self.kernel_size[0] - 1) * self.dilation[0], 0)))
 
 
 class Same(nn.Conv2d):
-    """Pads by the size of the image, and calls the function, as timm's Conv2dSame does."""
+    """Pads by the size of the image and calls F.conv2d, as timm's Conv2dSame does."""
 
     def forward(self, input: Tensor) -> Tensor:
         size, step, kernel = input.shape[-1], self.stride[0], self.weight.shape[-2:]
@@ -282,7 +282,7 @@ class Same(nn.Conv2d):
 
 
 class NormedConv(nn.Conv2d):
-    """Brings its norm and activation along, as detectron2's does."""
+    """Applies a norm of its own and an activation, as detectron2's Conv2d does."""
 
     def __init__(self, ins: int, outs: int, *args: Any, **options: Any) -> None:
         super().__init__(ins, outs, *args, **options)
@@ -294,7 +294,7 @@ class NormedConv(nn.Conv2d):
 
 
 class Mixed(nn.Linear):
-    """Computes in another type than it keeps, as diffusion models do."""
+    """Casts its weight and bias to the dtype of its input, as layers of diffusion models do."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -302,7 +302,7 @@ class Mixed(nn.Linear):
 
 
 class Tokens(nn.Linear):
-    """Takes channels in front, and gives them in front."""
+    """Reads and returns tensors with channels in dimension 1, as a convolution does."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.flatten(2).transpose(1, 2)).transpose(1, 2)
@@ -314,6 +314,7 @@ class Up(nn.ConvTranspose2d):
 
 
 def followed() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Return name → a network of layers whose own forward() can be followed, and its input."""
     return {
         "causal": (
             nn.Sequential(Causal(3, 6, 3), nn.ReLU(), Causal(6, 5, 2, dilation=2), nn.Tanh(),
@@ -359,6 +360,7 @@ def test_a_layer_with_a_forward_of_its_own_is_followed(name: str, tmp_path: Path
 
 
 def test_it_computes_with_the_quantised_weight_and_learns() -> None:
+    """A layer's own forward() computes with the quantised weight and passes it a gradient."""
     model = nn.Sequential(Causal(3, 4, 3), nn.ReLU(), Causal(4, 2, 2)).double()
     plain = nn.Sequential(Causal(3, 4, 3), nn.ReLU(), Causal(4, 2, 2)).double()
     x = images(4, 3, 9)
@@ -379,13 +381,14 @@ def test_it_computes_with_the_quantised_weight_and_learns() -> None:
 
 
 def test_it_still_counts_its_macs() -> None:
+    """MACs are counted in layers with a forward() of their own."""
     model = nn.Sequential(Same(3, 6, 3, stride=2), nn.Flatten(), Doubled(96, 2)).double()
     compressor = Compressor(model, images(), 0.0)
     assert compressor.size().macs == 3 * 6 * 9 * 16 + 96 * 2
 
 
 class Standardised(nn.Conv2d):
-    """Its rows have a mean of zero and a gain, as those of NFNets."""
+    """Standardises its weight: rows have a mean of zero and a learnt gain, as in NFNets."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -397,7 +400,7 @@ class Standardised(nn.Conv2d):
 
 
 class Adapted(nn.Linear):
-    """With a small product of two matrices beside it, which are learnt instead, as in LoRA."""
+    """Adds a product with two small learnt matrices, as LoRA does."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs)
@@ -409,7 +412,7 @@ class Adapted(nn.Linear):
 
 
 class Regularised(nn.Linear):
-    """Uses its weight twice."""
+    """Uses its weight a second time, apart from the product with its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias) - self.weight.square().sum(1)
@@ -421,7 +424,7 @@ class BiasTwice(nn.Linear):
 
 
 class WithoutBias(nn.Linear):
-    """Leaves a bias out that it has."""
+    """Has a bias, but does not add it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
@@ -433,35 +436,35 @@ class ByValues(nn.Linear):
 
 
 class TwoProducts(nn.Linear):
-    """Only one of its products is that of a layer."""
+    """Subtracts a second product with its weight, of another tensor than its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias) - F.linear(input.abs(), self.weight)
 
 
 class Backwards(nn.Conv2d):
-    """Computes as another kind of layer, as tied decoders do."""
+    """Computes a transposed convolution with its weight, as tied decoders do."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv_transpose2d(input, self.weight, self.bias)
 
 
 class ByChannels(nn.Conv2d):
-    """Takes its number of groups for its number of channels."""
+    """Takes its number of channels, not `groups`, as its number of groups."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight, self.bias, groups=self.in_channels)
 
 
 class OneGroup(nn.Conv2d):
-    """Takes its groups for one."""
+    """Repeats its weight `groups` times, to compute a convolution of a single group."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight.repeat(1, self.groups, 1, 1), self.bias)
 
 
 class ByWidth(nn.Linear):
-    """Scales by how many channels it reads."""
+    """Scales its output by the number of channels that it reads."""
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = super().forward(input) / self.in_features**0.5
@@ -491,6 +494,7 @@ class ByWidth(nn.Linear):
 def test_what_cannot_be_followed_keeps_its_channels_but_not_its_rows(
     layer: nn.Module, why: str
 ) -> None:
+    """Layers whose computation is not that of torch's keep channels, but lose rows without bits."""
     conv = isinstance(layer, nn.Conv2d)
     first: nn.Module = nn.Conv2d(3, 6, 1) if conv else nn.Linear(3, 6)
     x = images() if conv else images(4, 3)
@@ -508,6 +512,7 @@ def test_what_cannot_be_followed_keeps_its_channels_but_not_its_rows(
 
 
 def test_one_that_counts_its_groups_keeps_its_rows() -> None:
+    """A cut of rows may change the number of groups, which this layer's forward() reads."""
     layer = OneGroup(6, 6, 1, groups=3)
     compressor = started(nn.Sequential(nn.Conv2d(3, 6, 1), layer, nn.Conv2d(6, 2, 1)), images())
     why = "its rows stay too: 1 is asked for its width, its statistics or its groups"
@@ -518,6 +523,7 @@ def test_one_that_counts_its_groups_keeps_its_rows() -> None:
 
 @pytest.mark.parametrize("layer", [Adapted(6, 6), ByWidth(6, 6)])
 def test_what_it_reads_beside_its_input_stays(layer: nn.Module) -> None:
+    """Channels stay if a layer also reads them in a way of its own, or reads how many there are."""
     x = images(4, 3)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 2))
     compressor = started(model, x)
@@ -526,6 +532,8 @@ def test_what_it_reads_beside_its_input_stays(layer: nn.Module) -> None:
 
 
 def test_other_tensors_of_its_class_are_counted_and_stored(tmp_path: Path) -> None:
+    """Parameters that a user's class adds to a layer are counted in float, saved and loaded."""
+
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 6), Adapted(6, 6), nn.Linear(6, 2))
@@ -544,6 +552,8 @@ def test_other_tensors_of_its_class_are_counted_and_stored(tmp_path: Path) -> No
 
 
 def test_one_that_is_called_twice_is_tied() -> None:
+    """Both calls of a layer share their channels, which are removed together."""
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -569,6 +579,8 @@ def test_one_that_somebody_hooks_keeps_its_channels() -> None:
 
 
 def test_it_may_be_in_a_part_of_a_model_that_cannot_be_traced() -> None:
+    """A layer with its own forward() is followed in traceable parts of an untraceable model."""
+
     class Untraceable(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -586,6 +598,8 @@ def test_it_may_be_in_a_part_of_a_model_that_cannot_be_traced() -> None:
 
 
 def test_it_may_be_in_a_part_that_fails_after_it() -> None:
+    """A layer in a module that cannot be traced keeps its channels, and so does the one before."""
+
     class Part(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -625,7 +639,7 @@ SIZES: dict[str, Callable[[nn.Linear], Any]] = {
 
 
 class BySize(nn.Linear):
-    """Scales by a size of its weight or bias."""
+    """Divides its output by a size of its weight or bias."""
 
     def __init__(self, what: str) -> None:
         super().__init__(6, 5)
@@ -647,7 +661,7 @@ def test_one_that_computes_with_sizes_of_its_weight_keeps_its_channels(what: str
 
 
 class Pieces(nn.Linear):
-    """Calls itself for pieces of what it is given."""
+    """Splits its input and calls itself for each piece."""
 
     def forward(self, input: Tensor, whole: bool = True) -> Tensor:
         if whole:
@@ -656,7 +670,7 @@ class Pieces(nn.Linear):
 
 
 class Held(nn.Linear):
-    """Finds its weight elsewhere."""
+    """Looks its weight and bias up in dicts of parameters."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = dict(self.named_parameters())["weight"]
@@ -664,7 +678,7 @@ class Held(nn.Linear):
 
 
 class Act(nn.Linear):
-    """Has an activation where its class has none, and a scale that may be set later."""
+    """Sets an activation that its class has as None, and has a scale that may be set later."""
 
     act: Callable[[Tensor], Tensor] | None = None
     scale = 1.0
@@ -679,7 +693,7 @@ class Act(nn.Linear):
 
 
 class UpBlock(nn.ConvTranspose2d):
-    """Has a convolution of its own behind it."""
+    """A transposed convolution that applies a convolution of its own to its output."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs, 2, stride=2)
@@ -692,6 +706,7 @@ class UpBlock(nn.ConvTranspose2d):
 
 @pytest.mark.parametrize("layer", [Pieces(6, 6), Held(6, 6), Act(6, 6), UpBlock(6, 6)])
 def test_users_ways_that_work(layer: nn.Module, tmp_path: Path) -> None:
+    """Unusual layers are followed exactly, and survive to_dense(), save() and load()."""
     conv = isinstance(layer, nn.ConvTranspose2d)
     ends: list[nn.Module] = [nn.Linear(3, 6), nn.Linear(6, 2)]
     if conv:
@@ -723,6 +738,7 @@ def test_what_is_set_on_a_layer_later_is_kept() -> None:
 
 
 def test_a_trace_of_the_users_own_does_not_miss_the_quantiser() -> None:
+    """A plain torch.fx trace must fail rather than record the weight before quantisation."""
     model = nn.Sequential(Doubled(3, 6), Doubled(6, 2))
     started(model, images(4, 3), bits=2)
     with pytest.raises(torch.fx.proxy.TraceError):
@@ -730,7 +746,7 @@ def test_a_trace_of_the_users_own_does_not_miss_the_quantiser() -> None:
 
 
 class Recursive(nn.Linear):
-    """Asks for its own class, which is another one for what takes its place."""
+    """Calls super() with its object's class, which is another one in the layer that replaces it."""
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = super(self.__class__, self).forward(input)
@@ -738,6 +754,7 @@ class Recursive(nn.Linear):
 
 
 def test_a_class_that_does_not_bear_it_is_named() -> None:
+    """A class that does not run as a quantised layer is named in the error, and can be excluded."""
     model = nn.Sequential(nn.Linear(3, 6), Recursive(6, 2)).double()
     with pytest.raises(
         ValueError, match=r"does not run: .*exclude those of your own classes \(1\)"
@@ -748,7 +765,7 @@ def test_a_class_that_does_not_bear_it_is_named() -> None:
 
 
 class OtherKernel(nn.Conv2d):
-    """Says that its kernel has 3 by 3 pixels, and has one of a single pixel."""
+    """Has a kernel_size of 3 by 3 pixels, but a weight of a single pixel."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs, 3)

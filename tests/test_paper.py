@@ -1,4 +1,4 @@
-"""The paper's figures have the runs of a folder drawn over them, at the right places."""
+"""The runs of a folder are drawn over the paper's figures, at the right places."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from selfcompress.training.errors import UserError
 
 
 def data(axes: Axes, line: int) -> list[list[float]]:
-    """Of a line that was drawn: its x and y."""
+    """Return the x and y values of a line that was drawn."""
     return [np.asarray(values).tolist() for values in axes.lines[line].get_data()]
 
 
@@ -29,7 +29,7 @@ def test_runs_are_drawn_relative_to_their_own_start(tmp_path: Path) -> None:
     done, percent = data(size, 1)
     assert done == pytest.approx([25, 50, 75, 100])
     assert percent[-1:] == pytest.approx(q)
-    # Epochs of 2.0, 1.9, 1.8, 1.7 s: medians of neighbours, by that of the first three.
+    # Epochs take 2.0, 1.9, 1.8 and 1.7 s; medians of neighbours are relative to the first three's.
     assert data(seconds, 1)[1] == pytest.approx([1.95 / 1.9, 1, 1.8 / 1.9, 1.75 / 1.9])
     assert data(widths, 0)[1][0] == pytest.approx(100 * 30 / 64)
 

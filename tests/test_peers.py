@@ -1,4 +1,4 @@
-"""The benchmarks against narrow networks train them all, and read their own bar right."""
+"""The benchmarks against narrow networks train every network, and compute their bar correctly."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ def test_the_bar_is_the_upper_hull_over_log_bytes() -> None:
     corners = [uniform(10, 50), uniform(20, 65), uniform(40, 75), uniform(80, 80)]
     below = [uniform(20, 60), uniform(30, 68), uniform(60, 76), uniform(160, 79)]
     assert bar([*below, *corners, FLOAT]) == corners
-    # A corner that a line between its neighbours passes above is none.
+    # A point below the line between its neighbours is no corner.
     assert bar([uniform(10, 50), uniform(20, 55), uniform(40, 75)])[1].size == 40
 
 

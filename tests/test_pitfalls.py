@@ -25,7 +25,7 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Tensor]:
-    """All that the model returns; its buffers are put back."""
+    """Return all tensors that the model returns, and restore its buffers."""
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     returned: list[Tensor] = pytree.tree_leaves(model.train(training)(*args))
     for buffer, value in buffers.items():
@@ -35,7 +35,7 @@ def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Ten
 
 @torch.no_grad()
 def cut_some(compressor: Compressor) -> None:
-    """Kill a third of all rows, half of their biases; cut; outputs stay in both modes."""
+    """Kill a third of all rows, zero half of all biases, cut, and check outputs in both modes."""
     model = compressor.model
     for layer in compressor.layers.values():
         layer.bit_depth[::3] = 0
@@ -51,7 +51,7 @@ def cut_some(compressor: Compressor) -> None:
 
 
 class Tapped(nn.Module):
-    """Its decoder reads what a hook has stored."""
+    """A model whose decoder reads what a forward hook has stored."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Tapped(nn.Module):
 
 
 class Shared(nn.Module):
-    """Two blocks that are traced apart and share a layer."""
+    """Two blocks that are traced separately and share a layer."""
 
     class Block(nn.Module):
         def __init__(self, shared: nn.Module) -> None:
@@ -112,7 +112,7 @@ class Varied(nn.Module):
 
 
 class Evaluated(nn.Module):
-    """In evaluation it turns its features around."""
+    """A model that flips its features in eval mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Evaluated(nn.Module):
 
 
 class Cast(nn.Module):
-    """Takes its type from a tensor of higher rank."""
+    """Casts a matrix with type_as() to the dtype of a tensor of higher rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Cast(nn.Module):
 
 
 class Up(nn.Module):
-    """Asks a transposed convolution for the size of its output, by keyword."""
+    """Passes the size of the output to a transposed convolution by keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ Pair = namedtuple("Pair", ["left", "right"])
 
 
 class Pairs(nn.Module):
-    """Gives a named tuple."""
+    """Returns a named tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Pairs(nn.Module):
 
 
 class Instance(nn.Module):
-    """torch normalises a matrix over its features, not over nothing."""
+    """Applies an instance norm to a matrix, which torch then normalises over its features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Instance(nn.Module):
 
 
 class Widths(nn.Module):
-    """Computes with how many channels its layers have, in one `way` or another."""
+    """Computes with the number of channels of a layer or norm, read as `way` says."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def test_half_precision_networks_are_judged_by_their_own_rounding(dtype: torch.d
 
 
 class Shuffled(nn.Module):
-    """Asks a grouped convolution how many groups it has."""
+    """Reads the number of groups of a grouped convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ def test_groups_that_are_counted_keep_their_rows() -> None:
 
 
 class Shaped(nn.Module):
-    """Gives tensors the shape that layers have, in one `way` or another."""
+    """Reshapes or casts a tensor by the width of a layer or the dtype of a norm, as `way` says."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -288,6 +288,7 @@ class Shaped(nn.Module):
 
 @pytest.mark.parametrize("way", ["own width", "torch.reshape", "keyword", "dtype of a norm"])
 def test_a_shape_or_type_that_layers_have_holds_no_rows(way: str) -> None:
+    """Reading a width only to reshape, or a dtype, does not keep channels from being removed."""
     torch.manual_seed(0)
     compressor = Compressor(Shaped(way).double(), X, 0.0, bits=8)
     cut_some(compressor)
@@ -298,6 +299,8 @@ def test_a_shape_or_type_that_layers_have_holds_no_rows(way: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_a_width_that_is_read_in_evaluation_alone_or_of_a_float_layer_is_minded() -> None:
+    """Cuts stay exact if forward() computes with a width in eval mode only, or of a float layer."""
+
     class Evaluates(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -323,11 +326,12 @@ def test_a_scripted_part_freezes_its_neighbours_alone() -> None:
     )
     compressor = Compressor(model.double(), X, 0.0, bits=8)
     cut_some(compressor)
-    # Between the first and the second, and between the last two, channels have gone whole.
+    # Channels have been removed between the first two layers and between the last two.
     assert [compressor.layers[name].in_width for name in ("1", "4")] == [6, 6]
 
 
 def test_the_class_of_a_layer_of_ones_own_is_left_alone() -> None:
+    """A user's class must not be subclassed if its __init_subclass__ would record that."""
     known: dict[str, type] = {}
 
     class Mine(nn.Linear):
@@ -349,6 +353,8 @@ def test_the_class_of_a_layer_of_ones_own_is_left_alone() -> None:
 
 
 def test_flattening_to_the_width_of_a_layer_holds_no_channels() -> None:
+    """A view to a layer's `in_features` adapts to a cut, so channels can be removed."""
+
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -366,6 +372,8 @@ def test_flattening_to_the_width_of_a_layer_holds_no_channels() -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_layers_in_a_plain_list_are_refused(alone: bool) -> None:
+    """A plain list still holds the float layers, which forward() would go on to call."""
+
     class Listed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -384,7 +392,7 @@ def test_layers_in_a_plain_list_are_refused(alone: bool) -> None:
 
 
 class Frozen(OrderedDict[str, int]):
-    """Does not let itself be changed."""
+    """A user's dict that refuses to be changed."""
 
     def update(self, *_: Any) -> None:  # type: ignore[override]
         raise TypeError
@@ -393,14 +401,14 @@ class Frozen(OrderedDict[str, int]):
 
 
 class Tags(set[str]):
-    """Is not made of its elements alone."""
+    """A user's set that cannot be built from its elements alone."""
 
     def __init__(self, name: str, values: list[str]) -> None:
         super().__init__(values)
 
 
 class Remembers(nn.Module):
-    """Stores what it computes, counts its calls, and keeps an average."""
+    """Stores what it computes in attributes and containers, and counts its calls in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,7 +443,7 @@ def test_looking_at_a_model_leaves_nothing_behind() -> None:
     assert (model[0].names, model[0].seen, model[0].found) == ({"a": 1}, {"a"}, {"a": [1]})
     assert model.get_buffer("0.calls") == 0
     model(X.float())
-    assert [len(kept) for kept in lists] == [1, 1]  # they are the same objects still
+    assert [len(kept) for kept in lists] == [1, 1]  # still the same objects
 
 
 def test_finish_takes_as_many_inputs_as_the_example() -> None:
@@ -455,6 +463,8 @@ def test_finish_takes_as_many_inputs_as_the_example() -> None:
 
 
 def test_a_grouped_convolution_that_died_in_two_cuts_is_restored() -> None:
+    """A state can be loaded in which a second cut has left a grouped convolution without rows."""
+
     def build() -> tuple[Compressor, SGD]:
         torch.manual_seed(0)
         model = Residual(relu_after=True)
@@ -487,13 +497,13 @@ def test_a_grouped_convolution_that_died_in_two_cuts_is_restored() -> None:
 
 @dataclass
 class Answer:
-    """What some libraries have their models return."""
+    """An object like those that models of some libraries return."""
 
     logits: Tensor
 
 
 class Answers(nn.Module):
-    """Gives an object of its own; torch knows nothing of what is in it."""
+    """Returns an object that torch's pytree does not look into."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,6 +525,8 @@ def test_a_wrong_cut_is_noticed_in_an_object_that_is_returned() -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_what_is_no_output_of_an_object_that_is_returned_may_change() -> None:
+    """A returned object may hold weights, which a cut changes, and outputs of earlier calls."""
+
     class Holds(Answers):
         past: ClassVar[list[Tensor]] = []
 
@@ -532,7 +544,7 @@ def test_what_is_no_output_of_an_object_that_is_returned_may_change() -> None:
 
 
 class Spectrum(nn.Module):
-    """Computes with complex numbers, and gives some."""
+    """Has a layer of complex numbers, and returns some."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,6 +573,7 @@ def test_complex_layers_stay_in_float_and_complex_outputs_are_compared() -> None
 
 
 def test_what_was_noted_on_a_layer_stays_and_a_forward_that_was_replaced_too() -> None:
+    """Attributes, buffers, modules, hooks and forward() that users set on a layer are kept."""
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).double()
     model[2].rate = 0.1
     model[2].register_buffer("peak", torch.tensor(2.0))
@@ -596,7 +609,7 @@ def test_an_instance_norm_is_for_as_many_channels_as_are_left() -> None:
 
 
 class Detector(nn.Module):
-    """Sorts what it finds: a last place that is rounded otherwise puts it in another order."""
+    """Sorts its scores, so that a difference in the last place can change their order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -611,7 +624,7 @@ class Detector(nn.Module):
 
 
 class Rounding(nn.Module):
-    """Rounds what it is given to 256 levels."""
+    """Rounds its input to 256 levels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, 2 / 255, 0, 0, 255)
@@ -686,7 +699,7 @@ def test_hooks_that_forward_registers_once_do_not_pile_up() -> None:
 
 
 class TakesApart(nn.Module):
-    """Changes what it is given: normalises it in place, and takes it out of its dict."""
+    """Changes its argument: takes a tensor out of the dict and normalises it in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -710,7 +723,7 @@ def test_the_example_stays_as_it_was_though_forward_changes_what_it_is_given() -
 
 
 class Paste(nn.Module):
-    """Branches on values, so it is not traced, and changes what it is given."""
+    """Changes its input in place, behind a branch on values that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> None:
         if x.abs().sum() >= 0:
@@ -741,11 +754,12 @@ class Writes(nn.Module):
 
 @pytest.mark.parametrize("way", ["list", "out", "module"])
 def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant(way: str) -> None:
+    """The channel of a dead row is not constant if something else writes to it."""
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         compressor = Compressor(Writes(way).double(), X, 0.0, bits=8)
-    followed = way == "module"  # but for what it writes to
+    followed = way == "module"  # except the tensor that it writes to
     assert any("changes what it is given" in str(w.message) for w in told) != followed
     assert (sum(layer.removable for layer in compressor.report().layers) > 0) == followed
     with torch.no_grad():
@@ -758,7 +772,7 @@ def test_what_is_written_in_ways_that_are_not_followed_is_not_taken_for_constant
 
 
 class Gate(nn.Module):
-    """Goes by values, so it is not traced, and begins in place."""
+    """Branches on values, so that it cannot be traced, after an in-place activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -771,6 +785,7 @@ class Gate(nn.Module):
 
 
 def test_what_a_part_that_cannot_be_traced_does_in_place_ends_no_trace() -> None:
+    """A module that cannot be traced and changes its input must not end the trace around it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), Gate(), nn.Conv2d(6, 8, 1))
     compressor = Compressor(nn.Sequential(model, nn.Conv2d(8, 4, 1)).double(), X, 0.0, bits=8)
     assert list(compressor.graph.untraceable) == ["0.2"]
@@ -779,7 +794,7 @@ def test_what_a_part_that_cannot_be_traced_does_in_place_ends_no_trace() -> None
 
 
 class Adds(nn.Module):
-    """Adds to a part of an ordinary tensor, in a forward() partly without gradients."""
+    """Adds in place to a slice of a new tensor, behind a layer that runs in inference mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -806,7 +821,7 @@ def test_adding_to_a_part_of_an_ordinary_tensor_is_followed() -> None:
 
 
 class Energy(nn.Module):
-    """Gives the gradient of what it computes with respect to its input."""
+    """Returns the gradient of what it computes with respect to its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -820,6 +835,7 @@ class Energy(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_what_an_example_has_beside_its_numbers_is_there_at_every_look() -> None:
+    """The copies of the example that the model is run on require gradients as the example does."""
     compressor = Compressor(Energy().double(), X.clone().requires_grad_(), 0.0, bits=8)
     with torch.no_grad():
         compressor.layers["layers.0"].bit_depth[::3] = 0
@@ -841,7 +857,7 @@ def test_a_wrong_cut_in_half_precision_is_not_taken_for_rounding() -> None:
     model = Shifted().to(torch.bfloat16)
     x = torch.randn(16, 32, dtype=torch.bfloat16)
     compressor = Compressor(model, x, 0.0, bits=8)
-    model.shift = 0.3  # not as it was when it was traced
+    model.shift = 0.3  # another number than when the model was traced
     with torch.no_grad():
         for layer in compressor.layers.values():
             assert layer.bias is not None
@@ -851,7 +867,7 @@ def test_a_wrong_cut_in_half_precision_is_not_taken_for_rounding() -> None:
 
 
 class Bound(nn.Linear):
-    """Keeps a method of its own as an attribute."""
+    """Keeps one of its own bound methods as an attribute."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs)
@@ -865,6 +881,7 @@ class Bound(nn.Linear):
 
 
 def test_a_method_that_a_layer_keeps_is_that_of_its_twin() -> None:
+    """A bound method kept as an attribute must refer to the quantised layer, not the float one."""
     model = nn.Sequential(nn.Flatten(), Bound(192, 6), nn.ReLU(), nn.Linear(6, 2)).double()
     compressor = Compressor(model, X, 0.0, bits=8)
     assert not compressor.left_in_float

@@ -1,4 +1,4 @@
-"""Plans are plain data, printed, and replayed on other copies, one after the other."""
+"""Plans are plain data, which can be printed and applied to other copies of a model in turn."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -21,7 +21,7 @@ from selfcompress.surgery import Plan, apply_plan
 
 @torch.no_grad()
 def kill_some(cut: Cut, seed: int) -> None:
-    """Kill some rows of every layer; of the biases that stay some are negative, some zero."""
+    """Kill half of the rows of every layer; layers' biases become 0, and those of norms ≤ 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, layer in quantized_layers(cut.model).items():
         rows = len(layer.rows)
@@ -60,7 +60,7 @@ def test_a_plan_replays_on_a_fresh_quantised_copy(name: str) -> None:
     fresh.load_state_dict(cut.model.state_dict())
     plan = cut.plan()
     assert plan
-    json.dumps(asdict(plan))  # which refuses what is no plain data
+    json.dumps(asdict(plan))  # raises an error if there is anything but plain data
     before = copy.deepcopy(plan)
     cut.apply(plan)
     apply_plan(plan, fresh)
@@ -79,7 +79,7 @@ def test_two_plans_one_after_the_other(name: str) -> None:
         plan = cut.plan()
         cut.apply(plan)
         plans.append(plan)
-        # What trained in between: all values, but not yet the shapes.
+        # A plan changes shapes; the values that have changed since are copied.
         apply_plan(plan, replayed)
         replayed.load_state_dict(cut.model.state_dict())
         check_equal(replayed, cut.model, cut.x)
@@ -122,7 +122,7 @@ def test_a_plan_reads_well() -> None:
     assert "a.0.weight: keeps 4 of dim 0" in lines
     assert "b.0.weight: keeps 4 of dim 1" in lines
     assert len(lines) == len(cut.plan().keep)
-    # Kept to round a width up, a channel goes later on: there is nothing left of it to index.
+    # A channel that was kept to round a width up has no weights or entries left to be cut later.
     cut.apply(cut.plan(multiple=6))
     assert cut.plan()
     assert (

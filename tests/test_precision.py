@@ -1,4 +1,4 @@
-"""Cuts are compared in full precision, whatever the user allows, and what they allow is kept."""
+"""Cuts are compared in full float32, and the precision that the user allows is restored after."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The quantiser computes eq. (1), and its gradients are the closed form and no other."""
+"""The quantiser computes eq. (1), and its gradients are the closed form in its docstring."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -18,7 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def reference(x: float, b: float, e: float, integer_bits: bool) -> float:
-    """Eq. (1) in Python's doubles; Python's round() ties to even."""
+    """Return eq. (1) as computed with Python's doubles, whose round() ties to even."""
     b = math.ceil(b) if integer_bits else b
     low, high = -(2 ** (b - 1)), 2 ** (b - 1) - 1
     return 2**e * round(min(max(x / 2**e, low), high))
@@ -27,7 +27,7 @@ def reference(x: float, b: float, e: float, integer_bits: bool) -> float:
 def quantize_row(
     row: list[float], b: float, e: float, dtype: torch.dtype, integer_bits: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, x, b, e) of a single row, the last three as leaves that require gradients."""
+    """Return (q, x, b, e) of a single row; x, b and e are leaves that require gradients."""
     x = torch.tensor([row], dtype=dtype, requires_grad=True)
     bits = torch.tensor([b], dtype=dtype, requires_grad=True)
     exponent = torch.tensor([e], dtype=dtype, requires_grad=True)
@@ -146,8 +146,8 @@ def test_gradients_on_the_bounds_and_at_ties(
 @pytest.mark.parametrize("value", [-7.3, 6.1])
 @pytest.mark.parametrize("b", [2.0, 3.0])
 def test_gradients_are_finite_differences_where_all_is_saturated(value: float, b: float) -> None:
-    # At a whole bit depth the clamp's ends are whole, and eq. (1) is smooth in e. It is not in b,
-    # where the rounding is passed straight through: there the value before it is differentiated.
+    # At a whole bit depth the bounds of the clamp are whole, and eq. (1) is smooth in e. It is not
+    # smooth in b, where the estimator skips the rounding: the value before it is differentiated.
     def clamped(b: float, e: float) -> float:
         bound = 2 ** (b - 1) - 1 if value > 0 else -(2 ** (b - 1))
         return float(2**e * bound)
@@ -240,7 +240,8 @@ def test_a_fitted_exponent_beats_not_clipping(
 
     no_clipping = torch.log2(weight.abs().amax(1)) - (bits - 1)
     fitted = error(fit_exponent(weight, b))
-    # The largest weight is the lowest level; one level more and it fits above zero, too.
+    # `no_clipping` puts the largest magnitude at the lowest level, which is negative; an exponent
+    # larger by one makes it fit above zero, too.
     assert (fitted <= error(no_clipping) * (1 + 1e-5)).all()
     assert (fitted <= error(no_clipping + 1) * (1 + 1e-5)).all()
 
@@ -253,13 +254,14 @@ def test_twice_the_weights_have_one_more_exponent(bits: int) -> None:
 
 
 def test_clipping_the_tail_is_tried() -> None:
+    """With one outlier, the best exponent for two bits clips it, to resolve the other weights."""
     weight = torch.cat([torch.linspace(-1, 1, 400), torch.tensor([3.0])])[None]
     b = torch.tensor([2.0])
     assert fit_exponent(weight, b) < math.log2(3) - 1
 
 
 def test_a_dead_row_has_no_gradient_though_what_comes_back_is_not_finite() -> None:
-    """As from √ at its zeros."""
+    """The gradient of √ at 0, which is what a dead row computes, is infinite."""
     weight = torch.randn(3, 4, requires_grad=True)
     quantized = fake_quantize(weight, torch.tensor([4.0, 0.0, 4.0]), torch.full((3,), -3.0))
     quantized.square().sum(1).sqrt().sum().backward()

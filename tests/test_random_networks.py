@@ -1,4 +1,4 @@
-"""Random networks cut at random compute the same; channels are tied where NaN travels."""
+"""Random networks: cuts are exact, and channels are tied exactly where a NaN propagates."""
 
 from collections import defaultdict
 from typing import Any
@@ -27,12 +27,12 @@ TOLERANCE = 1e-10  # of the scale of what is compared, in float64
 
 
 def detach_constants(norm: _BatchNorm, x: Tensor, known: Tensor) -> Tensor:
-    """In training a norm passes no gradient to a constant; in evaluation it would, but for this."""
+    """Detach channels known to be constant: in eval mode too, they are to get no gradient."""
     return torch.where(known.view(-1, *[1] * (x.dim() - 2)), x.detach(), x)
 
 
 def check_cut(compressor: Compressor) -> Plan | None:
-    """Cut; outputs and gradients in both modes must stay as they were."""
+    """Cut, and check that outputs and gradients in both modes stay as they were."""
     with watched_norms(compressor, detach_constants):
         before = {training: compute(compressor, training) for training in (False, True)}
     plan = compressor.cut()
@@ -44,7 +44,7 @@ def check_cut(compressor: Compressor) -> Plan | None:
         mode = "training" if training else "evaluation"
         outputs_now, gradients_now = after[training]
         for now, was in zip(outputs_now, outputs, strict=True):
-            # Constants can cancel to almost nothing; rounding is still that of the terms.
+            # Constants may cancel to almost nothing, but rounding errors scale with the terms.
             scale = max(float(was.abs().max()), 0.1)
             assert_same(now, was, scale, f"an output in {mode}")
         scale = max([1.0] + [float(g.abs().max()) for g in gradients.values() if g.numel()])
@@ -69,11 +69,12 @@ def assert_same(now: Tensor, was: Tensor, scale: float, what: str) -> None:
 
 
 def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
-    """Name of a bias → (channels,) bool: nobody reads it, or it is exactly 0 without a row.
+    """Return name of a bias → (channels,) bool: the entries whose gradient a cut may change.
 
-    A channel that is 0 counts as silent: what reads nothing but zeros goes, though the bias may
-    stay for somebody else who reads it, and then it misses a part of its gradient. One that is
-    kept to round a width up misses all of it, and no layer in float or grouped may read that.
+    An entry is one of these if its channel has no row and is exactly 0: layers that read only zeros
+    are cut, but the channel may stay for another reader, and then a part of the gradient is lost.
+    Channels kept to round a width up (silent ones) lose all of it, unless a layer that is grouped
+    or in float still reads them.
     """
     graph, found = compressor.graph, {}
     still_read = np.zeros_like(graph.silent)
@@ -88,18 +89,19 @@ def silent_biases(compressor: Compressor) -> dict[str, Tensor]:
             kept = (graph.silent & ~still_read)[graph.ids[node.name]]
             found[f"{node.module}.bias"] = zero | torch.from_numpy(kept)
     constant = constants(graph, compressor.model)
-    for node in graph.of_kind(Kind.OWN_NORM):  # whose entries stay where their channels do
+    for node in graph.of_kind(Kind.OWN_NORM):  # whose entries stay as long as their channels
         nothing = (constant[node.name] == 0) | graph.silent[graph.ids[node.name]]
         found[f"{node.module}.bias"] = torch.from_numpy(nothing)
     return found
 
 
 def assert_nothing_left(compressor: Compressor) -> None:
-    compressor.idle.load({})  # of rows that lost columns, all that is left may be rounded to zeros
+    compressor.idle.load({})  # a row that lost columns may quantise to zeros now, and would go
     assert compressor.cut() is None, "a cut right after a cut"
 
 
 def check_cuts(seed: int, own_classes: bool = False) -> None:
+    """Check three cuts of a random network: two after random kills, and one with `multiple` 1."""
     with told(seed, own_classes), copied(seed % 2 > 0):
         compressor = compressed(seed, own_classes)
         kill_at_random(compressor, seed)
@@ -130,6 +132,7 @@ def test_a_cut_among_batch_norms_of_own_classes_is_exact(seed: int) -> None:
 
 
 def check_held(seed: int, own_classes: bool = False) -> None:
+    """Check cuts of a random network whose batch norms are in eval mode during training."""
     with told(seed, own_classes), copied(seed % 2 > 0):
         compressor = compressed(seed, own_classes)
         hold_norms(compressor, seed)
@@ -164,10 +167,10 @@ Place = tuple[str, str, int]
 def follow_nan(
     model: nn.Module, graph: ChannelGraph, example_input: Tensor
 ) -> dict[Place, set[Place]]:
-    """For every row or norm entry, the input channels of modules that its NaN arrives at.
+    """Return, for every row or norm entry, the input channels of modules that its NaN reaches.
 
-    The rows travel side by side, each in a sample of its own, through the operations between the
-    modules. A module is given finite inputs, so that nothing travels through it.
+    All rows are followed at once, each in a sample of its own, through the operations between the
+    modules. NaN in the input of a module is replaced first, so that none passes through a module.
     """
     nodes: dict[str, list[Node]] = defaultdict(list)
     for node in graph.nodes:
@@ -212,7 +215,7 @@ def follow_nan(
 
 
 def channels_second(module: nn.Module, tensor: Tensor) -> Tensor:
-    """A view of what `module` reads or makes, its channels on axis 1."""
+    """Return a view of an input or output of `module`, with its channels in dimension 1."""
     dim = module.channel_dim if isinstance(module, QuantizedLayer) else 1
     return tensor.movedim(dim, 1)
 
@@ -230,6 +233,10 @@ def out_width(model: nn.Module, node: Node) -> int:
 
 
 def check_ties(seed: int) -> None:
+    """Check that places of a random network share an id just where a NaN links them.
+
+    Frozen ids and single channels that are broadcast, which are never removed, are exceptions.
+    """
     with told(seed):
         model, x = build(seed)
         compressor = Compressor(model, x, gamma=0.0, bits=8)
@@ -264,7 +271,7 @@ def check_ties(seed: int) -> None:
 
 
 def between_calls(graph: ChannelGraph, places: list[Place]) -> list[tuple[Place, Place]]:
-    """Where a module is called several times, its rows and columns are the same in each call."""
+    """Return pairs of places that are the same row or column in different calls of a module."""
     module = {node.name: node.module for node in graph.nodes}
     first: dict[Place, Place] = {}
     return [
@@ -275,7 +282,7 @@ def between_calls(graph: ChannelGraph, places: list[Place]) -> list[tuple[Place,
 def ids_of_places(
     compressor: Compressor, arrived: dict[Place, set[Place]]
 ) -> dict[Place, int | None]:
-    """The channel id of every row and column; None (frozen) for those of opaque modules."""
+    """Return the channel id of every row and column, None (frozen) for those of opaque modules."""
     graph = compressor.graph
     ids: dict[Place, int | None] = dict.fromkeys(arrived)
     for columns in arrived.values():

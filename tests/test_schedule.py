@@ -1,4 +1,4 @@
-"""The schedule lets a network learn, presses, makes coarse, and freezes, in that order."""
+"""The schedule lets a network learn, raises γ, allows fewer bits, and freezes, in that order."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -29,6 +29,7 @@ def test_gamma_is_nothing_then_rises_by_equal_factors_then_stays() -> None:
 
 
 def test_channels_keep_their_bits_until_most_are_gone_and_have_two_at_the_end() -> None:
+    """`least_bits` is the starting depth until `COARSE_FROM`, and then falls to 2."""
     schedule = Schedule(1000, begin=0.0, end=1.0)
     coarse = round(1000 * COARSE_FROM)
     assert [schedule.least_bits(step, 8.0) for step in (0, coarse, 1000)] == [8, 8, 2]
@@ -43,6 +44,7 @@ def test_channels_keep_their_bits_until_most_are_gone_and_have_two_at_the_end() 
 def test_it_is_in_its_bounds_everywhere(
     steps: int, one: float, other: float, step: int, bits: float
 ) -> None:
+    """γ's fraction never falls and `least_bits` never rises, and both stay within their bounds."""
     assume(one != other)
     schedule = Schedule(steps, min(one, other), max(one, other))
     assert 0 <= schedule.share(step) <= schedule.share(step + 1) <= 1

@@ -1,4 +1,4 @@
-"""The sizes are those one counts by hand, and the penalty's gradient reaches the bit depths."""
+"""Sizes are as counted by hand, and the penalty's gradient reaches the bit depths."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -23,7 +23,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def chain(gamma: float = 0.01, exclude: tuple[str, ...] = ()) -> tuple[Chain, Compressor]:
-    """conv 3→6, conv 6→7 at 8x8, linear 7→5: 162 + 378 + 35 weights."""
+    """Build conv 3→6, conv 6→7 at 8x8 and linear 7→5, of 162 + 378 + 35 weights."""
     model = Chain(bias=True)
     return model, compressor_of(model, X, gamma, bits=4, exclude=exclude)
 
@@ -96,7 +96,7 @@ def test_the_penalty_moves_every_bit_depth_that_the_task_has_no_use_for() -> Non
         compressor.step(optimizer)
     now: list[Tensor] = [p for n, p in model.named_parameters() if n.endswith("bit_depth")]
     moved = torch.cat(start) - torch.cat(now)
-    # Some are being given up; the others wait for that, and lose bits meanwhile.
+    # Rows that are given up lose bits fast; the others wait for that, and lose some meanwhile.
     slow, fast = moved.min(), moved.max()
     assert slow > 0.001
     torch.testing.assert_close(fast, GIVING_UP * slow, rtol=1e-3, atol=0)
@@ -117,7 +117,7 @@ def test_stored_bits_by_hand() -> None:
     model, compressor = chain()
     set_bits(model, "a.0", [0, 1, 2, 2.5, 3, 8])
     layers = by_name(compressor.size())
-    # 5 live rows of 27 weights with 1 + 2 + 3 + 3 + 8 bits; their formats; 6 biases; 6 placements.
+    # 5 live rows of 27 weights with 1 + 2 + 3 + 3 + 8 bits; their formats; 6 biases; placement.
     assert layers["a.0"].stored_bits == 27 * 17 + 5 * 40 + 6 * 32 + 6
     assert layers["a.0"].channels == 5
     assert layers["a.0"].out_width == 6
@@ -252,7 +252,7 @@ def test_channels_of_other_modules_in_float_are_those_of_their_output(
 
 
 class Tied(nn.Module):
-    """The head has the weight of the embedding; a layer recurs, and one computes its weight."""
+    """A model with a tied head, a recurrent layer, and a linear layer whose weight is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,13 +297,13 @@ def test_shared_and_computed_weights_count_once() -> None:
 
 
 class Unknown(nn.Module):
-    """A layer of a user's own, with a parameter that is as good as a vector beside its matrix."""
+    """A user's layer with a matrix, and a (1, 6) parameter that counts as a vector."""
 
     def __init__(self) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(8, 6))
         self.scale, self.shift = nn.Parameter(torch.ones(1, 6)), nn.Parameter(torch.zeros(6))
-        self.embed_dim = [8, 6]  # whatever that is
+        self.embed_dim = [8, 6]  # not the number that it is in torch's attention
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix * self.scale + self.shift
@@ -325,7 +325,10 @@ def test_weights_of_unknown_layers_count_in_float() -> None:
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
-    """All but names and shapes; a file has 4 bits fewer for a depth, and fills bytes up."""
+    """Stored bits are those of a file except for names and shapes.
+
+    A file has 4 bits fewer for each bit depth, and fills up the last byte of every stream.
+    """
     torch.manual_seed(0)
     model = build(name, 10, 8, 32)
     compressor = Compressor(model, torch.randn(2, 3, 32, 32), 0.0, multiple=8)
@@ -334,7 +337,7 @@ def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
             layer.bit_depth[torch.rand(len(layer.bit_depth)) < 0.4] = 0
     if cut:
         compressor.cut()
-        with torch.no_grad():  # and these are not cut yet
+        with torch.no_grad():  # rows that are not cut yet
             compressor.layers["linear"].bit_depth[:3] = 0
     storages: list[dict[str, bool]] = [{}, {"fold_norms": True, "half": True}]
     for storage in storages:
@@ -351,7 +354,7 @@ def test_stored_bits_are_those_of_the_file(name: str, cut: bool) -> None:
 
 
 class Untraceable(nn.Module):
-    """torch.fx follows only what `body` does."""
+    """A model of which torch.fx can trace only `body`."""
 
     def __init__(self) -> None:
         super().__init__()

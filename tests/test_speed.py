@@ -1,4 +1,4 @@
-"""What makes a cut network fast stays as it is: layouts of tensors, channels in their places."""
+"""Cut networks stay fast: memory formats are kept, and channels are not moved without need."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -34,6 +34,7 @@ Move = Callable[[Tensor], Tensor]
 def test_channels_are_moved_as_they_lie(
     layout: torch.memory_format, move: Move, channels: int
 ) -> None:
+    """take() and place() keep the memory format, of outputs and of gradients."""
     plain = torch.randn(2, channels, 3, 3, requires_grad=True)
     x = plain.detach().contiguous(memory_format=layout).requires_grad_()
     want, y = move(plain), move(x)
@@ -46,14 +47,14 @@ def test_channels_are_moved_as_they_lie(
 
 
 def test_what_may_lie_either_way_is_taken_for_contiguous() -> None:
-    """Else `view` would fail on what a layer makes that has lost all channels but one."""
+    """Otherwise view() would fail on the output of a layer that has a single channel left."""
     for shape in ((2, 4, 1, 1), (2, 1, 3, 3)):
         x = torch.randn(shape).contiguous(memory_format=LAST)
         place(x, torch.arange(shape[1]), 5, 1).view(2, -1)
 
 
 class Views(nn.Module):
-    """Takes pixels of channels_last tensors for rows, which it can only without a copy."""
+    """Views a channels_last tensor as a matrix of pixels, impossible in other memory formats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +69,7 @@ class Views(nn.Module):
 
 @pytest.mark.parametrize("live", [0, 1, 2])
 def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(live: int) -> None:
+    """A branch with few channels, or none, must not change the memory format of the sum."""
     model, x = Views().to(memory_format=LAST), torch.randn(2, 3, 4, 4)
     compressor = Compressor(model, x.contiguous(memory_format=LAST), 0.0, bits=8)
     with torch.no_grad():
@@ -78,6 +80,8 @@ def test_a_sum_lies_as_it_did_though_a_branch_has_hardly_any_channels(live: int)
 
 @pytest.mark.parametrize(("live", "height"), [(0, 4), (1, 4), (1, 1)])
 def test_rows_of_a_matrix_lie_in_their_own_way(live: int, height: int) -> None:
+    """A linear layer makes a contiguous tensor of a channels_last one, with few rows left too."""
+
     class Rows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +100,7 @@ def test_rows_of_a_matrix_lie_in_their_own_way(live: int, height: int) -> None:
 
 
 class Indexed(TorchDispatchMode):
-    """Collects the shapes of what indices are applied to."""
+    """Records the shapes of the tensors that indexing operations are applied to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +115,7 @@ class Indexed(TorchDispatchMode):
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("name", ["resnet9", "mobilenetv2"])
 def test_few_gaps_are_filled_in_weights_and_nowhere_else(name: str, multiple: int) -> None:
+    """With a `multiple` above 1, weights are filled with zeros, and no feature map is indexed."""
     model = build(name, 10, 16, 16).to(memory_format=LAST)
     x = torch.randn(67, 3, 16, 16).contiguous(memory_format=LAST)  # no layer has 67 rows
     compressor = Compressor(model, x, 0.01, multiple=multiple)
@@ -132,6 +137,7 @@ def test_few_gaps_are_filled_in_weights_and_nowhere_else(name: str, multiple: in
 @pytest.mark.parametrize("groups", [1, 100])
 @pytest.mark.parametrize(("dead", "copies"), [(70, False), (71, True)])
 def test_many_gaps_are_copied_around(dead: int, copies: bool, groups: int) -> None:
+    """With over 70 % gaps, selecting and placing channels costs less than computing with zeros."""
     layer = nn.Conv2d(100, 100, 1, groups=groups)
     model = nn.Sequential(nn.Conv2d(3, 100, 1), layer, nn.Sigmoid(), nn.Conv2d(100, 4, 1))
     x = torch.randn(2, 3, 5, 5)
@@ -163,6 +169,7 @@ class BranchOf(nn.Module):
 def test_groups_of_several_channels_keep_nothing_for_the_norm_behind_them(
     groups: int, kept: int
 ) -> None:
+    """Grouped convolutions would compute with dead channels, so that none are kept for speed."""
     model = BranchOf(nn.Conv2d(8, 8, 1, groups=groups))
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=4)
     kill(model, "layer", torch.tensor([1, 2]))
@@ -174,7 +181,7 @@ def test_groups_of_several_channels_keep_nothing_for_the_norm_behind_them(
 def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
     live: int, kept: int
 ) -> None:
-    """What is kept to round a width up is not a reason to round the next one further up."""
+    """A channel kept to round one width up is no reason to round the next one further up."""
     model = nn.Sequential(
         nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(20, 4, 1)
     )
@@ -187,7 +194,7 @@ def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
 
 
 class Joined(nn.Module):
-    """Normalises what two layers have made."""
+    """A batch norm over the concatenated outputs of two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +208,7 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize(("live", "kept"), [(10, 32), (9, 32), (8, 16)])
 def test_norms_make_all_that_they_read_if_half_of_it_lives(live: int, kept: int) -> None:
+    """A norm outputs all channels that it reads, unless more than half of them are dead."""
     model = Joined()
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
     for name in ("one", "two"):
@@ -214,7 +222,7 @@ def test_norms_make_all_that_they_read_if_half_of_it_lives(live: int, kept: int)
 
 
 class Beside(nn.Module):
-    """Joins what a depthwise convolution reads and makes."""
+    """Concatenates the input and the output of a depthwise convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +237,7 @@ class Beside(nn.Module):
 
 @pytest.mark.parametrize(("live", "kept"), [(16, 32), (15, 15)])
 def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int, kept: int) -> None:
+    """Depthwise convolutions output all channels they read, unless more than half are dead."""
     model = Beside()
     compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
     kill(model, "layer", torch.arange(live, 32))
@@ -244,13 +253,13 @@ def test_depthwise_convolutions_compute_the_same_among_zeros(padding: Any) -> No
     model, x = BranchOf(layer), torch.randn(4, 3, 5, 5)
     compressor = Compressor(model, x, 0.01, multiple=4)
     kill(model, "layer", torch.tensor([1, 2]))
-    assert compressor.cut()  # and the outputs are as before
+    assert compressor.cut()  # which checks that outputs are as before
     model(x[:3])
     assert compressor.layers["layer"].samples == 3
 
 
 class Below(nn.Conv2d):
-    """Pads below alone."""
+    """A convolution that pads only at the bottom."""
 
     def forward(self, input: Tensor) -> Any:
         return self._conv_forward(F.pad(input, (0, 0, 0, 1)), self.weight, self.bias)
@@ -295,6 +304,7 @@ def test_weights_of_convolutions_alone_tell_where_channels_are_last() -> None:
 
 
 def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
+    """Without a GPU, Replay calls its function every time instead of recording a CUDA graph."""
     calls: list[int] = []
     replay = Replay(lambda tensors, number: calls.append(number) or 2 * tensors["x"])  # type: ignore[func-returns-value]
     for i in range(3):
@@ -303,6 +313,7 @@ def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
 
 
 def test_numbers_on_a_cpu_are_told_at_once() -> None:
+    """late() holds numbers back only on a GPU."""
     told: list[str] = []
 
     def tensors() -> Any:

@@ -1,4 +1,4 @@
-"""A size asked for in a user's own loop: it is reached, also after a resume, or refused."""
+"""`stored_percent` in a user's own loop: the size is reached, also after a resume, or refused."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -35,7 +35,7 @@ def net() -> nn.Module:
 
 
 def batches(steps: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """A problem that can be learnt: one noisy pattern per class."""
+    """Yield batches of a problem that can be learnt: one noisy pattern per class."""
     patterns = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -59,7 +59,7 @@ def started(
 def train(
     compressor: Compressor, optimizer: Optimizer, first: int, last: int, scale: float = 1.0
 ) -> list[float]:
-    """Steps of a plain loop: γ at each."""
+    """Take steps `first` to `last` of a plain loop, and return γ after each of them."""
     gammas = []
     for x, y in list(batches(STEPS))[first:last]:
         task = scale * F.cross_entropy(compressor.model(x), y)
@@ -98,7 +98,7 @@ class Mlp(nn.Module):
 
 
 class Keeping(Mlp):
-    """Keeps what it computes in a list, with its history."""
+    """Keeps its output in a list with the gradient history, which copy.deepcopy refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -129,6 +129,7 @@ def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
 
 
 def test_a_layer_that_is_frozen_now_and_then_does_not_make_others_pay() -> None:
+    """γ must not rise because a layer keeps its size while it is frozen."""
     compressor, optimizer = started(6.0, Mlp())
     for first in range(0, STEPS, 20):
         compressor.layers["one"].requires_grad_(first % 40 == 0)
@@ -139,6 +140,7 @@ def test_a_layer_that_is_frozen_now_and_then_does_not_make_others_pay() -> None:
 
 
 def test_gamma_on_the_path_is_what_presses() -> None:
+    """The γ of the path applies in full; the schedule does not raise it a second time."""
     compressor, optimizer = started(4.0)
     train(compressor, optimizer, 0, STEPS // 4)
     assert compressor.price == compressor.gamma > 0
@@ -171,6 +173,7 @@ def test_training_goes_on_alike_after_a_resume() -> None:
 
 
 def test_a_state_of_a_run_with_gamma_starts_the_path_where_it_is() -> None:
+    """With a state saved under `gamma`, the path starts at the size that the network has then."""
     saved = Compressor(net(), example(), 0.01, bits=8, schedule=Schedule(STEPS))
     optimizer: Optimizer = AdamW(saved.weights(), lr=3e-3)
     train(saved, optimizer, 0, STEPS // 4)
@@ -208,7 +211,7 @@ def test_a_size_below_the_smallest_is_refused_and_tells_it() -> None:
     with pytest.raises(ValueError, match=r"stored_percent=0\.01 is less .* store .* %") as error:
         started(0.01)
     least = float(str(error.value).split("store ")[1].split(" ")[0])
-    compressor, _ = started(1.01 * least)  # as it says
+    compressor, _ = started(1.01 * least)  # the size named in the message is accepted
     smallest = compressor.smallest()
     parameters = {n: p.shape for n, p in smallest.named_parameters() if n.endswith("weight")}
     assert parameters["0.0.weight"] == (1, 3, 3, 3)
@@ -259,6 +262,7 @@ def test_the_smallest_network_is_a_copy(build: Any) -> None:
 
 
 def test_a_settled_preview_is_what_biases_on_their_way_to_zero_will_leave() -> None:
+    """preview(settled=True) is the network after training has driven lingering biases to zero."""
     model = Residual(relu_after=False)
     compressor = Compressor(model, example(), 0.0)
     optimizer = SGD(compressor.weights(), lr=0.0)
@@ -303,7 +307,7 @@ def test_what_is_planned_falls_from_the_start_to_the_target_and_stays() -> None:
     assert planned[0] == start
     assert planned[20:] == [path.target] * 10
     shares = [after / before for before, after in itertools.pairwise(planned)]
-    assert shares == sorted(shares)  # a bit faster at first
+    assert shares == sorted(shares)  # the size falls somewhat faster at first
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A cut changes the size of a network and nothing else: outputs, gradients, optimiser, training."""
+"""A cut changes a network's size, but no output, gradient, optimiser state or later training."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 @torch.no_grad()
 def kill_at_random(cut: Cut, seed: int) -> None:
-    """Kill rows of every layer, some layers whole; of norm biases, some are ≤ 0, some exactly 0."""
+    """Kill random rows, of some layers all; flip or zero norm biases, zero some layer biases."""
     generator = torch.Generator().manual_seed(seed)
 
     def below(chance: float, n: int) -> Tensor:
@@ -51,7 +51,7 @@ def kill_at_random(cut: Cut, seed: int) -> None:
 
 
 def gradients(cut: Cut, training: bool) -> dict[str, Tensor]:
-    """Gradients of all parameters of an arbitrary loss; buffers are put back."""
+    """Return the gradients of an arbitrary loss by parameter name, and restore the buffers."""
     buffers = {name: buffer.clone() for name, buffer in cut.model.named_buffers()}
     cut.model.train(training).zero_grad()
     y = cut.model(cut.x)
@@ -69,7 +69,7 @@ def select(tensor: Tensor, cuts: list[tuple[int, list[int]]]) -> Tensor:
 
 
 def check_exact(cut: Cut, multiple: int = 1) -> Plan:
-    """Cut, and compare outputs and gradients in both modes."""
+    """Cut, compare outputs and gradients in both modes, and return the plan."""
     tolerance = TOLERANCE[cut.x.dtype]
     cut.settle()
     before = {mode: outputs(cut.model, cut.x, mode) for mode in (False, True)}
@@ -78,7 +78,7 @@ def check_exact(cut: Cut, multiple: int = 1) -> Plan:
     cut.apply(plan)
     channels = {node.module: cut.graph.ids.get(node.name, np.zeros(0)) for node in cut.graph.nodes}
     for mode in (False, True):
-        # Constants can cancel to almost nothing; rounding is still that of the terms.
+        # Constants may cancel to almost nothing, but rounding errors scale with the terms.
         scale = max(float(before[mode].abs().max()), 0.1)
         torch.testing.assert_close(
             outputs(cut.model, cut.x, mode), before[mode], rtol=0, atol=tolerance * scale
@@ -92,14 +92,14 @@ def check_exact(cut: Cut, multiple: int = 1) -> Plan:
             module, _, kind = name.rpartition(".")
             rows = getattr(cut.model.get_submodule(module), "rows", None)
             if kind == "bias" and rows is not None and not len(rows):
-                continue  # of a tensor whose channels are all gone one is left, as a placeholder
+                continue  # a tensor whose channels are all gone keeps one as a placeholder
             assert want.shape == parameter.shape, name
             scale = max([1.0] + [float(g.abs().max()) for g in wanted[mode].values()])
             have = got.get(name, torch.zeros_like(want))
             if kind == "bias" and len(want) == len(
                 sounds := ~np.isin(channels.get(module, ()), plan.silent)
             ):
-                want, have = want[sounds], have[sounds]  # nobody reads a silent channel's any more
+                want, have = want[sounds], have[sounds]  # silent channels are not read any more
             torch.testing.assert_close(have, want, rtol=0, atol=10 * tolerance * scale, msg=name)
     return plan
 
@@ -155,7 +155,7 @@ def test_nothing_dead_means_nothing_to_cut(name: str) -> None:
 
 
 def silence(cut: Cut, layer: str, norm: str, rows: list[int]) -> None:
-    """Kill rows so that behind a ReLU nothing is left of their channels."""
+    """Kill rows and make the biases of their norm negative, so that a ReLU leaves only zeros."""
     kill(cut.model, layer, rows)
     with torch.no_grad():
         cut.model.get_parameter(f"{norm}.bias")[rows] = -0.5
@@ -166,6 +166,7 @@ def shape(cut: Cut, parameter: str) -> tuple[int, ...]:
 
 
 def test_settled_norms_output_their_bias_for_what_is_constant() -> None:
+    """settle_statistics() sets a constant channel's mean to that constant and its variance to 1."""
     cut = prepare("chain-biased")
     kill(cut.model, "a.0", [1, 4])
     norm, bias = cut.model.get_submodule("a.1"), cut.model.get_parameter("a.0.bias")
@@ -176,7 +177,7 @@ def test_settled_norms_output_their_bias_for_what_is_constant() -> None:
     was = mean.clone(), var.clone()
     cut.settle()
     assert torch.equal(mean[[1, 4]], bias[[1, 4]])
-    assert (var[[1, 4]] == 1).all()  # the true one, 0, would multiply rounding
+    assert (var[[1, 4]] == 1).all()  # the true one, 0, would amplify rounding errors
     others = [0, 2, 3, 5]
     assert torch.equal(mean[others], was[0][others])
     assert torch.equal(var[others], was[1][others])
@@ -196,6 +197,7 @@ def test_settled_norms_do_not_multiply_rounding() -> None:
 
 
 def test_a_silent_channel_goes_from_everything_that_carries_it() -> None:
+    """A channel that is always 0 leaves the layer, the norm with its statistics, and the reader."""
     cut = prepare("chain")
     before, macs = count(cut.model), macs_of(cut)
     silence(cut, "a.0", "a.1", [1, 4])
@@ -215,6 +217,7 @@ def macs_of(cut: Cut) -> int:
 
 
 def test_a_dead_row_goes_at_once_even_where_its_constant_stays() -> None:
+    """A dead row is cut even if its channel stays, because its norm outputs a positive bias."""
     cut = prepare("chain")
     kill(cut.model, "a.0", [2])
     with torch.no_grad():
@@ -284,6 +287,7 @@ def test_a_dead_branch_becomes_the_identity(layer: str, norm: str) -> None:
 
 
 def test_the_trunk_keeps_a_channel() -> None:
+    """A tensor keeps its last channel, even if that is dead."""
     cut = prepare("residual")
     for layer, norm in (("stem.0", "stem.1"), ("two.0", "two.1")):
         silence(cut, layer, norm, list(range(6)))
@@ -352,7 +356,7 @@ def test_a_constant_that_the_activation_makes_of_zero_is_kept() -> None:
 
 
 class Pooled(nn.Module):
-    """Normalised, pooled, and only then made zero where it is negative."""
+    """A batch norm, a pooling, and only then a ReLU."""
 
     def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -369,12 +373,13 @@ class Pooled(nn.Module):
     [
         (nn.MaxPool2d(2), 4), (nn.MaxPool2d(3, 2, 1), 4), (nn.AdaptiveMaxPool2d(2), 4),
         (lambda x: F.max_pool2d(x, 2), 4), (lambda x: x.amax((2, 3), keepdim=True), 4),
-        (nn.AvgPool2d(2), 6), (nn.AvgPool2d(3, 1, 1), 6),  # of which rounding or padding makes more
+        (nn.AvgPool2d(2), 6), (nn.AvgPool2d(3, 1, 1), 6),  # rounding or padding may change it
     ],
 )  # fmt: skip
 def test_the_largest_of_a_constants_elements_is_that_constant(
     pool: Callable[[Tensor], Tensor], width: int
 ) -> None:
+    """Max-pooling keeps a negative constant, of which a ReLU makes 0; averages may change it."""
     torch.manual_seed(0)
     model = Pooled(pool)
     quantize_layers(model, bits=8)
@@ -447,7 +452,7 @@ def train(cut: Cut, optimizer: Optimizer, steps: range, after: Callable[[], None
 
 
 def half_trained(optimizer: str, name: str = "residual") -> tuple[Cut, Optimizer]:
-    """A network after three steps, with rows that then die."""
+    """Return a network and its optimiser after three steps; then some rows are killed."""
     cut = prepare(name, torch.float64)
     opt = OPTIMIZERS[optimizer](weights_of(cut.model))
     train(cut, opt, range(3), lambda: None)
@@ -462,6 +467,7 @@ def half_trained(optimizer: str, name: str = "residual") -> tuple[Cut, Optimizer
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_goes_on_as_if_the_dead_were_only_asleep(optimizer: str) -> None:
+    """Training without a cut, with dead channels' biases held fixed, ends in the same weights."""
     cut, opt = half_trained(optimizer)
     uncut = copy.deepcopy(cut)
     uncut_opt = OPTIMIZERS[optimizer](weights_of(uncut.model))
@@ -551,7 +557,7 @@ def test_schedulers_survive(schedule: str) -> None:
 
 
 class MyAdam(Adam):
-    """Somebody's own Adam, which may keep anything in its state."""
+    """A user's subclass of Adam, which may keep anything in its state."""
 
 
 @pytest.mark.parametrize("kind", [Adadelta, MyAdam])
@@ -568,6 +574,7 @@ def test_state_of_unknown_shape_is_refused_by_name_and_nothing_changes() -> None
 
 
 def refuse(cut: Cut, opt: Optimizer, named: str) -> None:
+    """Check that a cut with `opt` raises an error with `named` in it, and changes nothing."""
     parameters = dict(cut.model.named_parameters())
     values = copy.deepcopy(cut.model.state_dict())
     state = copy.deepcopy(opt.state_dict())

@@ -36,13 +36,13 @@ NAMES = [
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run sweep.py in this process, with the stand-in for train.py: exit code, stdout, stderr."""
+    """Return a function that runs sweep.py in this process, with the stand-in for train.py."""
     train = library.run
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["sweep.py", *map(str, args)])
         monkeypatch.setattr(script, "run", lambda sweep, width, _: train(sweep, width, STAND_IN))
-        monkeypatch.setattr(curves, "write_figures", lambda *_: [])  # test_curves.py has them
+        monkeypatch.setattr(curves, "write_figures", lambda *_: [])  # tested in test_curves.py
         code = script.main()
         out, err = capsys.readouterr()
         return code, out, err
@@ -72,7 +72,7 @@ def test_every_gamma_and_seed_is_a_run_and_the_baseline_too(cli: Cli, tmp_path: 
     assert "started" not in out
     assert (root / NAMES[0] / runs.SUMMARY).stat().st_mtime_ns == before
 
-    # More seeds and more γ go on in the same folder.
+    # More seeds and more γ continue the sweep in the same folder.
     more = ["--gammas", "0.1", "0.3", "--seeds", "1", "--dataset", "digits"]
     code, out, _ = cli(*more, "--run-dir", root)
     assert code == 0
@@ -199,7 +199,7 @@ def test_a_folder_of_another_sweep_is_refused(cli: Cli, tmp_path: Path) -> None:
     config = plan(sweep, 64).resolved.as_json() | {"gamma": 0.2}
     (root / "gamma0.2-seed0").mkdir(parents=True)
     (root / "gamma0.2-seed0" / runs.CONFIG).write_text(json.dumps(config))
-    # It need not be a run of the plan.
+    # That run need not be one of the plan.
     assert_refused(cli(*GAMMAS, "--run-dir", root), "width is 8 there and 64 here")
     assert cli(*GAMMAS, "--width", 8, "--run-dir", root)[0] == 0
 
@@ -234,14 +234,14 @@ def test_failed_runs_are_told_with_their_last_lines_and_tried_again(
     assert "gamma0.01-seed0 FAILED\n    error: out of [paper]\n" in out
     assert "4 of 6 done, 2 failed" in out
     assert_refused((code, out, err), "2 of 6 runs failed (gamma0.01-seed0, gamma0.01-seed1)")
-    assert len((root / "results.csv").read_text().splitlines()) == 5  # of those that did not
+    assert len((root / "results.csv").read_text().splitlines()) == 5  # a header and 4 runs
 
     orders.write_text("sys.exit('error: something else')")
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
     assert code == 1
     assert out.count("something else") == 2
     assert "4 of 6 done, 2 failed" in out  # also where the last to end is a failure
-    assert "out of [paper]" not in out  # that was the last time
+    assert "out of [paper]" not in out  # the error of the first attempt
     orders.unlink()
     code, out, _ = cli(*GAMMAS, "--run-dir", root)
     assert code == 0
@@ -309,13 +309,13 @@ def test_the_pool_is_bounded_in_order_and_shares_cores_and_gpus(
     # 7 cores for 3 jobs, and no more threads than the user asked for.
     assert {end.lines[0] for end in ended} == {"1 2 4", "1 2 GPU-x"}
     assert all(end.code == 0 for end in ended)
-    monkeypatch.setenv("OMP_NUM_THREADS", "0")  # asks for nothing
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")  # no number is asked for
     over = [end for _, more in run_all(scripts, 3, tmp_path) for end in more]
     assert {end.lines[-1] for end in over} == {"2 2 None"}
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
+    """Return whether the process runs (a zombie does not)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -325,7 +325,7 @@ def alive(pid: int) -> bool:
 
 
 def assert_ended(processes: list[int], seconds: float = 5) -> None:
-    """In a moment, at most."""
+    """Wait up to `seconds` for all `processes` to end, and fail if any still runs."""
     deadline = time.monotonic() + seconds
     while any(map(alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -333,7 +333,7 @@ def assert_ended(processes: list[int], seconds: float = 5) -> None:
 
 
 def pids(folder: Path, count: int, seconds: float = 30) -> list[int]:
-    """The process ids that scripts wrote into `folder`, once there are `count`."""
+    """Return the process ids that scripts wrote into `folder`, once there are `count`."""
     deadline = time.monotonic() + seconds
     while len(files := list(folder.glob("*.pid"))) < count and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -424,7 +424,7 @@ def test_a_sweep_killed_in_the_middle_is_finished_by_the_same_command(tmp_path: 
     assert orphans
     first.kill()
     first.wait()
-    second = start(killed)  # at once
+    second = start(killed)  # without waiting
     assert_ended(orphans)
     # On a busy machine the run beside it may have ended already, or not have come as far.
     saved = {file.parent.name for file in killed.glob(f"*/{runs.CHECKPOINT}")}

@@ -73,7 +73,7 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 
 class TwoHalves(nn.Module):
-    """A hidden layer of 32 channels, of which the output reads the first 16 alone."""
+    """A hidden layer of 32 channels, of which the output hardly reads the last 16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +88,7 @@ class TwoHalves(nn.Module):
 
 
 def fitter_of(model: nn.Module) -> tuple[Fitter, Compressor]:
+    """Return a fitter of a frozen network with four random batches, and its compressor."""
     x, y = torch.randn(64, 64), torch.randint(4, (64,))
     compressor = Compressor(model, x[:8], 0.0, bits=4)
     compressor.freeze()
@@ -137,7 +138,7 @@ def test_trimming_never_cuts_the_output_off(limit: int) -> None:
     other.cut()
     reached = fitter.fit(limit, limit, 8)
     assert all(layer.live_rows().any() for layer in compressor.layers.values())
-    # A stream more in the file, of integers that are coded or that are not, is 60 bytes.
+    # One more stream in the file, of integers that are coded or plain, takes 60 bytes.
     assert reached <= max(limit, smallest.file_bytes() + 64)
 
 
@@ -153,7 +154,7 @@ def test_filling_stops_at_the_limit_and_at_most_bits() -> None:
 
 
 def size_of(cli: Cli, folder: Path, *args: object) -> dict[str, Any]:
-    """Run train.py to its end: the summary, after a check of the size against the target."""
+    """Run train.py to its end, check the file's size against the target, and return the summary."""
     code, _, err = cli(*args, "--run-dir", folder)
     assert code == 0, err
     summary: dict[str, Any] = json.loads((folder / runs.SUMMARY).read_text())
@@ -189,7 +190,7 @@ def test_run_ends_in_the_size_asked_for(cli: Cli, tmp_path: Path) -> None:
     assert_refused(other, "target_size is 5000B there and 7000B here")
 
 
-# In the time of pressing, and after it.
+# Epochs during the time in which the penalty acts, and after it.
 @pytest.mark.parametrize("epoch", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_interrupted_run_comes_to_the_same_file(
     epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +224,8 @@ def test_impossible_options_are_refused(
 
 
 def test_target_that_is_too_small_is_told_what_is_not(cli: Cli, tmp_path: Path) -> None:
+    """The refusal names the smallest target that is possible; one slightly larger is reached."""
+
     def call(size: int) -> tuple[int, str, str]:
         return cli(
             *TINY, "--epochs", "12", "--target-size", f"{size}B", "--run-dir", tmp_path / "run"

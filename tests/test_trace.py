@@ -1,4 +1,4 @@
-"""What a forward() may do while it is traced, and what keeps channels in their places then."""
+"""What a forward() may do and still be traced, and where channels must keep their places then."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ X = torch.randn((4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=
 
 
 class Two(nn.Module):
-    """Two convolutions and a way of its own between them."""
+    """Two convolutions, and a step between them that subclasses replace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Two(nn.Module):
 
 
 def removable(model: nn.Module, example: Any = X) -> int:
-    """How many channels of `a` can go from a network that is traced whole, having done so."""
+    """Check that `model` is traced and cut exactly; return how many channels of `a` can go."""
     torch.manual_seed(0)
     model.double()
     compressor = Compressor(model, example, 0.0, bits=8)
@@ -109,11 +109,12 @@ class MadeOfSizes(Two):
 
 @pytest.mark.parametrize("model", [PadsOdd, TensorFlowPads, Refuses, Loops, MadeOfSizes])
 def test_forward_may_go_by_sizes(model: Callable[[], nn.Module]) -> None:
+    """A forward() that computes with sizes, but not with widths, can be traced."""
     assert removable(model()) == 6
 
 
 class AsksForWidth(Two):
-    """Goes another way when channels are gone."""
+    """Branches on its number of channels."""
 
     def between(self, x: Tensor) -> Tensor:
         return x if x.shape[1] == 6 else x * 2
@@ -178,6 +179,7 @@ class AsksForGradients(Two):
     "model", [GoesByValues, GoesByItem, CountsNonzero, GoesByParameter, AsksForGradients]
 )
 def test_forward_may_not_go_by_values(model: Callable[[], nn.Module]) -> None:
+    """A forward() that branches on the values of a tensor cannot be traced."""
     compressor = Compressor(model(), X.float(), 0.0, bits=8)
     assert "its way depends on the values of a tensor" in compressor.graph.untraceable[""]
     assert all(layer.removable == 0 for layer in compressor.report().layers)
@@ -199,6 +201,7 @@ class Pyramid(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_a_part_that_goes_by_sizes_is_called_with_one() -> None:
+    """A part that branches on sizes is not traced if it is called with several of them."""
     compressor = Compressor(Pyramid(PadsOdd()).double(), X, 0.0, bits=8)
     assert "goes by sizes, and is called with several" in compressor.graph.untraceable["part"]
     compressor = Compressor(Pyramid(Two()).double(), X, 0.0, bits=8)
@@ -234,7 +237,7 @@ class Cache:
 
 
 class Caches(Two):
-    """Changes what it is given, and returns it."""
+    """Changes one of its arguments, and returns it."""
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Any:  # type: ignore[override]
         y = super().forward(x)
@@ -274,7 +277,7 @@ def test_forward_takes_and_returns_what_it_likes(model: nn.Module, example: Any)
 
 
 class Wrapped(Two):
-    """Returns its output within so many objects."""
+    """Returns its output nested in `depth` objects."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -290,13 +293,14 @@ class Wrapped(Two):
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 @pytest.mark.parametrize("depth", range(7))
 def test_what_is_cut_is_compared_as_deep_as_it_lies(depth: int) -> None:
+    """Outputs are found in up to four nested objects; where they are not, nothing is traced."""
     model = Wrapped(depth).double()
     compressor = Compressor(model, X, 0.0, bits=8)
     assert bool(snapshot(model, X).outputs) == (not compressor.graph.untraceable) == (depth <= 4)
 
 
 class Context:
-    """What blocks are given: the model, and something that cannot be copied."""
+    """An argument of blocks that holds the model, and a lock, which cannot be copied."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.lock = model, threading.Lock()
@@ -340,6 +344,7 @@ class Hides(Two):
 
 @pytest.mark.filterwarnings("ignore:torch.fx cannot trace")
 def test_what_cannot_be_looked_into_is_no_answer() -> None:
+    """Tensors are not found in an object with __slots__, so no channel can be removed."""
     compressor = Compressor(Hides().double(), X, 0.0, bits=8)
     assert compressor.graph.untraceable[""] == "it returns a Slotted"
     assert all(layer.removable == 0 for layer in compressor.report().layers)
@@ -376,7 +381,7 @@ def test_entries_of_a_frozen_batch_norm_go_with_their_channels() -> None:
 
 
 class Positions(nn.Module):
-    """Reads as much of a vector and of whole numbers as its input is long."""
+    """Reads as many entries of a vector and of an integer buffer as its input is long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,7 +408,7 @@ def test_a_vector_of_which_only_a_part_is_read_stays_whole() -> None:
 
 
 class Counts(Two):
-    """Has a flag and a count for buffers."""
+    """Branches on a flag in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,7 +419,7 @@ class Counts(Two):
 
 
 class Tables(Two):
-    """Calls a module that is none of its own."""
+    """Calls a module that is not one of its submodules."""
 
     OTHERS: dict[str, nn.Module] = {"hardswish": nn.Hardswish()}  # noqa: RUF012
 
@@ -432,7 +437,7 @@ def test_flags_and_activations_from_elsewhere_are_traced(model: Callable[[], nn.
 
 
 class NormsBatches(nn.Module):
-    """Normalises when there is more than one sample."""
+    """Applies a batch norm only if there is more than one sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -470,7 +475,7 @@ class ViewsLarge(Two):
 
 
 class AddsEqual(nn.Module):
-    """Adds what two layers make where their sizes are the same: for single pixels."""
+    """Adds the outputs of two layers if their sizes are the same, as they are for single pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +492,7 @@ class AddsEqual(nn.Module):
 
 
 class Heads(Two):
-    """Has a layer for sizes that are far from that of the example."""
+    """Has a layer for each size of image, one of which is far from that of the example."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -513,6 +518,7 @@ class Heads(Two):
 def test_inputs_of_other_sizes_may_take_another_way(
     model: nn.Module, example: Tensor, other: Tensor
 ) -> None:
+    """A forward() that calls other things at other sizes is not traced, so that cuts stay exact."""
     torch.manual_seed(0)
     compressor = Compressor(model.double(), example, 0.0, bits=8)
     why = compressor.graph.untraceable[""]
@@ -525,7 +531,7 @@ def test_inputs_of_other_sizes_may_take_another_way(
 
 
 class Inside(nn.Module):
-    """Has a part with two ways, among others."""
+    """Contains a part that branches on sizes, and layers around it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -545,7 +551,7 @@ def test_only_the_part_that_has_two_ways_is_left_alone() -> None:
 
 
 class ByLengths(nn.Module):
-    """Cuts sequences to the longest, and goes by how long that is."""
+    """Shortens or lengthens sequences by `lengths`, and branches on how long they are then."""
 
     def __init__(self, cut: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -573,6 +579,7 @@ class ByLengths(nn.Module):
     ],
 )
 def test_sizes_that_depend_on_values_are_values(cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A branch on a size that is computed from a tensor's values is a branch on values."""
     lengths = torch.tensor([1, 3, 0, 5, 1, 1, 0, 2])
     example = X[0, :, 0][None].repeat(8, 1, 1), lengths
     compressor = Compressor(ByLengths(cut).double(), example, 0.0, bits=8)
@@ -580,7 +587,7 @@ def test_sizes_that_depend_on_values_are_values(cut: Callable[[Tensor, Tensor], 
 
 
 class SlicesMask(Two):
-    """Cuts a mask of flags to its input's size, which picks nothing."""
+    """Slices a mask of flags to its input's size, and does not index with it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -592,6 +599,7 @@ class SlicesMask(Two):
 
 
 def test_a_slice_of_flags_has_sizes_of_its_own() -> None:
+    """The size of a slice of flags does not depend on their values, unlike what they select."""
     assert removable(SlicesMask()) == 6
 
 
@@ -609,7 +617,7 @@ class ReadsBuffer(Two):
 
 
 def doubled(x: Tensor, numbers: Tensor) -> Tensor:
-    """By many more ways from the buffer to the number than can be walked."""
+    """Use a number to which 2^40 paths lead from the buffer, too many to follow one by one."""
     total = numbers
     for _ in range(40):
         total = total * 2 - total
@@ -650,7 +658,7 @@ def test_a_buffer_that_numbers_are_read_of_is_not_cut() -> None:
 
 
 class Outside(nn.Module):
-    """Cannot be traced, and neither can a part of a part of it."""
+    """Contains a module that cannot be traced, inside another one that cannot."""
 
     class Middle(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -673,6 +681,7 @@ class Outside(nn.Module):
 
 
 def test_what_fails_inside_of_what_fails_is_traced_once() -> None:
+    """What can be traced inside two modules that cannot is in the graph once."""
     model = Outside().double()
     compressor = Compressor(model, X, 0.0, bits=8)
     names = [node.name for node in compressor.graph.nodes]
@@ -688,7 +697,7 @@ def test_what_fails_inside_of_what_fails_is_traced_once() -> None:
 
 
 class Notes(Two):
-    """Keeps what it sees in an object of its own."""
+    """Keeps its features in an object that is one of its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -706,7 +715,7 @@ def test_no_proxy_is_left_in_objects_of_the_model() -> None:
 
 
 class KeepsMean(Two):
-    """Notes what it has seen last in a buffer, and may use what it saw before."""
+    """Keeps the mean of its features in a buffer, and adds that of the last call if `used`."""
 
     def __init__(self, used: bool) -> None:
         super().__init__()
@@ -738,7 +747,7 @@ def test_channels_stay_that_are_kept_in_a_buffer(used: bool) -> None:
 
 
 class Window(nn.Module):
-    """Makes a window anew when the length is another one."""
+    """Replaces its window, a buffer, if the input has another length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -767,7 +776,7 @@ def test_a_window_that_is_made_anew_is_not_cut(length: int) -> None:
 
 
 class NormsPooled(nn.Module):
-    """Normalises single numbers, which training refuses to do with one sample."""
+    """Has a batch norm on pooled features, which fails in training with a single sample."""
 
     class Norm(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
@@ -810,7 +819,7 @@ def test_the_data_of_a_buffer_may_be_set() -> None:
 
 
 class Gate(Two):
-    """A gate that is closed for some channels, for a while; or a scale that is trained later."""
+    """Multiplies some channels by 0 for now, in a buffer or a parameter that is frozen."""
 
     def __init__(self, frozen: bool) -> None:
         super().__init__()
@@ -877,7 +886,7 @@ def test_cuts_of_a_model_that_hides_what_it_returns_are_said_to_be_unchecked() -
 
 
 class Output(dict):  # type: ignore[type-arg]
-    """A dict of a user's own, as libraries return."""
+    """A user's subclass of dict, as libraries return."""
 
 
 class Outputs(list):  # type: ignore[type-arg]
@@ -897,7 +906,7 @@ def test_what_is_returned_in_a_subclass_of_a_container_is_not_cut(kind: Any) -> 
 
 
 class Side(nn.Module):
-    """Its loop reads one more tensor: an attribute."""
+    """Leaves a second output for the training loop in an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -910,6 +919,7 @@ class Side(nn.Module):
 
 
 def test_a_layer_whose_output_is_only_kept_keeps_what_has_bits() -> None:
+    """A layer whose output does not reach the model's outputs must not lose rows with bits."""
     model = Side().double()
     compressor = Compressor(model, torch.randn(8, 6, dtype=torch.float64), 0.0, bits=8)
     kill(model, "turn", [1])

@@ -17,7 +17,7 @@ BATCH = 128
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels of scikit-learn's digits, for training and for testing."""
+    """Return images and labels of scikit-learn's digits, for training and for testing."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -29,7 +29,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent of the images that are recognised."""
+    """Return the percentage of images that are classified correctly."""
     training = model.training
     with torch.no_grad():
         correct = (model.eval()(x).argmax(1) == y).float().mean()
@@ -68,7 +68,7 @@ def test_a_trained_network_starts_as_good_as_it_was_and_gets_small() -> None:
     with torch.no_grad():
         outputs = model.eval()(test_x)
 
-    schedule = Schedule(24 * math.ceil(len(x) / BATCH), begin=0.0)  # it has learnt already
+    schedule = Schedule(24 * math.ceil(len(x) / BATCH), begin=0.0)  # the model is trained already
     compressor = Compressor(model, x[:8], 0.003, bits=8, interval=25, schedule=schedule)
     assert abs(right(model, test_x, test_y) - was) <= 0.1
     with torch.no_grad():

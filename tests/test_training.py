@@ -44,7 +44,7 @@ def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(value: Any, path: str = "") -> dict[str, Any]:
-    """Every tensor and number in a nested checkpoint, by its place."""
+    """Return every tensor and number in a nested checkpoint by its path."""
     if isinstance(value, dict):
         parts = [tensors(v, f"{path}/{k}") for k, v in value.items()]
     elif isinstance(value, list | tuple):
@@ -209,7 +209,7 @@ def test_torchvision_models_have_no_width(
     at = args.index("--width")
     del args[at : at + 2]
     _, out, err = cli(*args)
-    assert "is finished" in out  # the width made no other run
+    assert "is finished" in out  # --width makes no other run
     assert "--width" not in err
 
 
@@ -380,6 +380,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(
 def test_a_checkpoint_that_may_be_intact_is_not_called_damaged(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
+    """Errors of memory or permissions say nothing about the file, so its removal is not advised."""
+
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -459,7 +461,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(
         with hold(tmp_path / "run", "train.py"):
             assert_refused(cli(*args, *more), "another train.py is at work", "run")
         assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
-    # A process that is killed while it writes leaves this, and lets go of its lock.
+    # A process that is killed while it writes leaves this, and releases its lock.
     (tmp_path / "run" / ".config.json.x1y2z3_4").write_text("{")
     (tmp_path / "run" / ".checkpoint.pt.x1y2z3_4").write_text("")
     assert cli(*args)[0] == 0
@@ -527,6 +529,7 @@ def test_every_epoch_is_told_once_after_a_kill_between_its_metrics_and_its_check
 
 
 def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    """A run folder that cannot be made, or holds other files, is refused in one line."""
     (tmp_path / "file").write_text("")
     assert_refused(cli(*TINY, "--run-dir", tmp_path / "file" / "run"), str(tmp_path / "file"))
     (tmp_path / "full").mkdir()
@@ -536,6 +539,7 @@ def test_run_folder_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_a_cpu_keeps_what_a_step_frees() -> None:
+    """keep_freed() has glibc keep freed memory, so that using it again causes no page faults."""
     code = (
         "import resource, sys, torch\n"
         "from selfcompress.training.memory import keep_freed\n"

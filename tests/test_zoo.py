@@ -26,7 +26,7 @@ WITH_MLPS = "vit|swin|convnext|maxvit"
 
 
 def check(name: str) -> None:
-    """Measure one model, and hold it to what its family should reach."""
+    """Measure one model, and check the result against what its family should reach."""
     large = zoo.parameters(name) > 50e6
     result = zoo.measure(name, torch.float32 if large else torch.float64)
     assert result.exact, (result.difference_eval, result.difference_train)
