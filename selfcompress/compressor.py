@@ -200,7 +200,7 @@ class Compressor:
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-        self._place = self._place_now()  # of example_input
+        self._place = self._place_now()  # device and dtype that example_input is for
         self.formats = FormatStepper(
             self.layers,
             self.starting_weights,
@@ -606,7 +606,7 @@ class Compressor:
 
         γ becomes what it was when saved, unless this compressor was made with another `gamma`. All
         other options stay those of this compressor; warnings name those that differ, except
-        `interval`, `multiple` and `exclude`, which are not saved.
+        `interval` and `multiple`, which are not saved.
 
         Args:
             state: what `state_dict` returned, perhaps in another process.
@@ -657,11 +657,11 @@ class Compressor:
             self.formats.watch()
 
     def _place_now(self) -> Tensor:
-        """An empty tensor on the device and of the type of the model's first parameter."""
+        """Return an empty tensor with the device and dtype of the model's first parameter."""
         return next(self.model.parameters()).detach().new_empty(0)
 
     def _follow_model(self) -> None:
-        """Have `example_input` where the model is: it may have been moved, or cast, since."""
+        """Move and cast `example_input` as the model was since the last call."""
         place = self._place_now()
         self.example_input = moved_with(self.example_input, self._place, place)
         self._place = place
@@ -719,7 +719,7 @@ def _averaged(model: nn.Module) -> nn.Module:
 
 
 def _processes() -> int:
-    """How many of them torch.distributed has this training in."""
+    """Return the number of processes of torch.distributed's default group; 1 if there is none."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 

@@ -42,9 +42,9 @@ def moved_like(inputs: Any, example: Inputs) -> Any:
 
 
 def moved_with(inputs: Inputs, was: Tensor, now: Tensor) -> Inputs:
-    """`inputs` of a network as it takes them with a parameter `now` that `was` elsewhere.
+    """Return `inputs` moved and cast as a network was whose first parameter `was` and is `now`.
 
-    Floats become wider or narrower with it, if it has.
+    Only floats are cast, and only if the dtype of the parameter has changed.
     """
     if (was.device, was.dtype) == (now.device, now.dtype):
         return inputs
