@@ -748,6 +748,7 @@ def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
     model = nn.Sequential(block(3, 8), block(8, 4)).double()
     compressor = Compressor(model, X.double(), 1.0, interval=5, bit_step=0.5)
     model.float()
+    compressor.reestimate([X.double()])
     optimizer = SGD(compressor.weights(), lr=0.1)
     for _ in range(10):
         (model(X.float()).square().mean() + compressor.penalty()).backward()
@@ -755,6 +756,25 @@ def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
         compressor.step(optimizer)
     compressor.finish([X.double()], optimizer)
     assert compressor.cuts and model(X.float()).dtype == torch.float32
+
+
+def test_a_layer_whose_rows_are_all_zero_keeps_one_and_so_does_an_average() -> None:
+    """They are given up as idle at a cut, which must not leave a network of width 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    compressor = Compressor(model, torch.randn(4, 6), 0.1, interval=5)
+    average = AveragedModel(model)
+    optimizer = SGD(compressor.weights(), lr=0.0)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    for _ in range(10):
+        (model(torch.randn(4, 6)).square().sum() + compressor.penalty()).backward()
+        optimizer.step()
+        compressor.step(optimizer, averages=[average])
+    layer = compressor.layers["0"]
+    assert len(layer.rows) == 1 and bool(layer.live_rows().all())
+    for name in ("0.bit_depth", "0.exponent"):
+        torch.testing.assert_close(average.module.get_parameter(name), model.get_parameter(name))
 
 
 @pytest.mark.parametrize("name", ["0.0", "0.1"])
