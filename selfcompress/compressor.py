@@ -34,11 +34,10 @@ from selfcompress.size import Size, measure, q_bits, starting_weights
 from selfcompress.size_path import SizePath
 from selfcompress.surgery import Plan, apply_plan, check_optimizer
 from selfcompress.undisturbed import detached_copy, without_compile
-from selfcompress.verify import CutError, Snapshot, compare, is_random, jumps, snapshot
+from selfcompress.verify import check_cut, snapshot
 
 _WORTH_RECOMPILING = 0.05  # with torch.compile in use, cut only if this share of parameters goes
 _MISSED = 1.05  # warn when the size or the number of steps exceeds the one asked for by over 5 %
-_CHECK_TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 
 
 class Compressor:
@@ -392,7 +391,7 @@ class Compressor:
             # Past its limit of recompilations torch would silently go on without compiling.
             if _compiled_anything():
                 torch.compiler.reset()
-            self._check(before, plan)
+            check_cut(self.model, self.example_input, before, plan)
         self.lingering.look()
         self.idle.look()
         return plan if plan and worth_it else None
@@ -406,33 +405,6 @@ class Compressor:
                 assert isinstance(twin, QuantizedLayer)
                 twin.bit_depth.copy_(layer.bit_depth)
                 twin.exponent.copy_(layer.exponent)
-
-    def _check(self, before: Snapshot, plan: Plan) -> None:
-        """Compare the model's output after a cut with the snapshot taken before it.
-
-        Warns if they cannot be compared: there is no output tensor, or it is random or jumps.
-
-        Raises:
-            CutError: the outputs differ by more than rounding.
-        """
-        if not before.outputs:
-            warnings.warn(
-                "cuts cannot be checked: no tensor is found in what the model returns, though "
-                "lists, dicts and objects in it are looked into",
-                stacklevel=5,
-            )
-        after = snapshot(self.model, self.example_input)
-        try:
-            compare(before, after, plan, _CHECK_TOLERANCE)
-        except CutError:
-            model, example = self.model, self.example_input
-            if is_random(model, example, _CHECK_TOLERANCE):
-                why = "computes something else each time, in eval mode too (dropout that stays on)"
-            elif jumps(model, example, before, after, _CHECK_TOLERANCE):
-                why = "sorts, compares or rounds, so that its output jumps where rounding differs"
-            else:
-                raise
-            warnings.warn(f"cuts cannot be checked: the model {why}", stacklevel=5)
 
     @torch.no_grad()
     def preview(self, *, settled: bool = False) -> nn.Module:

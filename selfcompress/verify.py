@@ -1,6 +1,7 @@
 """Compare a network's outputs before and after a cut, and name the layer where they differ."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from selfcompress.precision import full_precision
 from selfcompress.surgery import Plan
 from selfcompress.undisturbed import called, leaves_of, undisturbed
 
+TOLERANCE = 1e-4  # of the output's scale: well above float32 rounding, far below a mistake
 _SHAKE, _SHAKES = 4, 5  # noise for `jumps`: in units in the last place, and number of runs
 _AS_MUCH = 3  # a cut may change an output by this many times what that noise changes
 
@@ -75,6 +77,33 @@ def _tensors(returned: Any) -> Iterator[Tensor]:
     for leaf in leaves_of(returned):
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
             yield torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+
+
+def check_cut(model: nn.Module, inputs: Inputs, before: Snapshot, plan: Plan) -> None:
+    """Compare the output of `model`, after the cut of `plan`, with the snapshot taken before it.
+
+    Warns if they cannot be compared: there is no output tensor, or it is random or jumps.
+
+    Raises:
+        CutError: the outputs differ by more than rounding.
+    """
+    if not before.outputs:
+        warnings.warn(
+            "cuts cannot be checked: no tensor is found in what the model returns, though "
+            "lists, dicts and objects in it are looked into",
+            stacklevel=5,
+        )
+    after = snapshot(model, inputs)
+    try:
+        compare(before, after, plan, TOLERANCE)
+    except CutError:
+        if is_random(model, inputs, TOLERANCE):
+            why = "computes something else each time, in eval mode too (dropout that stays on)"
+        elif jumps(model, inputs, before, after, TOLERANCE):
+            why = "sorts, compares or rounds, so that its output jumps where rounding differs"
+        else:
+            raise
+        warnings.warn(f"cuts cannot be checked: the model {why}", stacklevel=5)
 
 
 def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> None:

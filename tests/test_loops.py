@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfcompress import Compressor, Schedule, to_dense
+from selfcompress.inputs import moved_with
 from selfcompress.layers.quantized import QuantizedLayer
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -758,6 +759,16 @@ def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
     assert compressor.cuts and model(X.float()).dtype == torch.float32
 
 
+def test_only_floats_are_cast_with_a_model_and_only_if_it_was_cast() -> None:
+    inputs = (torch.arange(3), torch.zeros(2, dtype=torch.float16))
+    was, double = torch.zeros(0), torch.zeros(0, dtype=torch.float64)
+    meta = torch.zeros(0, device="meta")
+    for now, expected in ((was, torch.float16), (double, torch.float64), (meta, torch.float16)):
+        moved = moved_with(inputs, was, now)
+        assert [tensor.dtype for tensor in moved] == [torch.int64, expected]
+        assert {tensor.device for tensor in moved} == {now.device}
+
+
 def test_a_layer_whose_rows_are_all_zero_keeps_one_and_so_does_an_average() -> None:
     """They are given up as idle at a cut, which must not leave a network of width 0."""
     torch.manual_seed(0)
@@ -766,7 +777,7 @@ def test_a_layer_whose_rows_are_all_zero_keeps_one_and_so_does_an_average() -> N
     average = AveragedModel(model)
     optimizer = SGD(compressor.weights(), lr=0.0)
     with torch.no_grad():
-        model[0].weight.zero_()
+        model.get_parameter("0.weight").zero_()
     for _ in range(10):
         (model(torch.randn(4, 6)).square().sum() + compressor.penalty()).backward()
         optimizer.step()
