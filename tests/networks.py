@@ -416,6 +416,6 @@ def count(model: nn.Module) -> int:
 
 def compressor_of(model: nn.Module, x: Tensor, gamma: float = 0.01, **options: Any) -> Compressor:
     """Return a compressor of `model`, whose batch norms are randomised afterwards."""
-    compressor = Compressor(model, x, gamma, **options)
+    compressor = Compressor(model, x, gamma, **{"bits": 4} | options)
     randomise_norms(model)
     return compressor

@@ -149,7 +149,7 @@ def test_attention_learns_and_is_cut_in_a_plain_loop() -> None:
     x = SEQUENCE.float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compressor = Compressor(model, x, 1.0, interval=10, bit_step=0.2)
+        compressor = Compressor(model, x, 1.0, interval=10, bit_step=0.2, bits=4)
     optimizer = SGD(compressor.weights(), lr=0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -246,7 +246,7 @@ def test_a_part_of_attention_cannot_be_excluded_unnoticed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            compressor = Compressor(model, SEQUENCE, 0.1, exclude=["0.self_attn.out_proj"])
+            compressor = Compressor(model, SEQUENCE, 0.1, exclude=["0.self_attn.out_proj"], bits=4)
         except ValueError as error:
             assert "out_proj" in str(error)  # noqa: PT017
         else:
@@ -438,7 +438,9 @@ def test_insides_are_followed_on_their_own() -> None:
 
 def test_the_model_that_cannot_be_traced_is_named_with_the_reason() -> None:
     with pytest.warns(UserWarning, match=r"cannot trace WaywardSequence \(.+\): channels are only"):
-        compressor = Compressor(WaywardSequence(block(3, 4), nn.Flatten()), images().float(), 0.1)
+        compressor = Compressor(
+            WaywardSequence(block(3, 4), nn.Flatten()), images().float(), 0.1, bits=4
+        )
     (entry,) = compressor.report().layers
     assert entry.removable == 0 or not entry.why
 
@@ -694,7 +696,7 @@ def test_segmentation_networks(name: str) -> None:
 def test_min_channels_holds_for_every_layer(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     compressor = Compressor(
-        build(), images().float(), 30.0, min_channels=3, interval=5, bit_step=0.5
+        build(), images().float(), 30.0, min_channels=3, interval=5, bit_step=0.5, bits=4
     )
     optimizer = SGD(compressor.weights(), lr=0.01)
     for _ in range(60):

@@ -147,7 +147,7 @@ def test_where_rows_are_is_never_averaged_away() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300))
     x = torch.randn(2, 300)
-    compressor = Compressor(model, x, 0.0)
+    compressor = Compressor(model, x, 0.0, bits=4)
     averages = [
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         for decay in (0.7, 0.9, 0.99, 0.999, 0.9999)
@@ -190,7 +190,7 @@ def test_a_plain_loop_with_an_average() -> None:
 def of_another_width(run: Run) -> nn.Module:
     torch.manual_seed(0)
     wide = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
-    Compressor(wide, torch.zeros(1, 4), 0.0)
+    Compressor(wide, torch.zeros(1, 4), 0.0, bits=4)
     return AveragedModel(wide)
 
 
@@ -285,7 +285,7 @@ def test_an_average_may_be_wider_and_must_have_the_models_shape() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))
-    compressor = Compressor(model, x, 0.0)
+    compressor = Compressor(model, x, 0.0, bits=4)
     optimizer = AdamW(compressor.weights())
     average = copy.deepcopy(model).double()
     kill(model, "0", [1, 2])

@@ -58,7 +58,7 @@ def started(steps: int = 0, lr: float = 3e-3, **options: Any) -> tuple[Compresso
     """
     torch.manual_seed(0)
     model = Residual(relu_after=False)
-    options = {"gamma": 0.002, "interval": 10, "bit_step": 0.03} | options
+    options = {"bits": 4, "gamma": 0.002, "interval": 10, "bit_step": 0.03} | options
     compressor = Compressor(model, X, **options)
     optimizer = AdamW(compressor.weights(), lr=lr)
     for x, y in batches(steps):
@@ -107,7 +107,9 @@ def test_at_no_step_is_the_output_cut_off(min_channels: int) -> None:
     """Every layer keeps `min_channels` live rows, and at least one if the output depends on it."""
     torch.manual_seed(0)
     model = Residual(relu_after=False)
-    compressor = Compressor(model, X, 1e6, min_channels=min_channels, interval=10**9, bit_step=0.5)
+    compressor = Compressor(
+        model, X, 1e6, min_channels=min_channels, interval=10**9, bit_step=0.5, bits=4
+    )
     optimizer = SGD(compressor.weights(), lr=0.01)
     for x, y in batches(40):
         one_step(compressor, optimizer, x, y)
@@ -125,9 +127,9 @@ def test_layers_that_cannot_be_cut_do_not_disconnect_it_either(
     model = build()
     if build is Untraceable:
         with pytest.warns(UserWarning, match="cannot trace"):
-            compressor = Compressor(model, X, 1.0)
+            compressor = Compressor(model, X, 1.0, bits=4)
     else:
-        compressor = Compressor(model, X, 1.0)
+        compressor = Compressor(model, X, 1.0, bits=4)
     for name, layer in compressor.layers.items():
         kill(model, name, range(len(layer.bit_depth)))
     compressor.connection.keep()
@@ -193,7 +195,7 @@ def test_weights_are_all_but_the_formats() -> None:
 def test_the_parameters_stay_those_of_the_model() -> None:
     model = Chain()
     weight = model.a[0].weight
-    Compressor(model, X, 0.01)
+    Compressor(model, X, 0.01, bits=4)
     assert model.a[0].weight is weight
 
 
@@ -253,7 +255,7 @@ def test_a_wrong_cut_names_a_linear_layer_over_a_sequence(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("selfcompress.compressor.plan_cut", too_much)
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    compressor = Compressor(model, torch.randn(2, 3, 8), 0.01)
+    compressor = Compressor(model, torch.randn(2, 3, 8), 0.01, bits=4)
     with pytest.raises(CutError, match="layer 3"):
         compressor.cut()
 
@@ -548,7 +550,7 @@ def test_a_network_of_rounded_widths_trains_like_any_other() -> None:
     """With `multiple` 4, widths are rounded up to 4, but training goes as with exact widths."""
 
     def trained(multiple: int) -> tuple[Compressor, Optimizer]:
-        compressor, optimizer = started(bits=4, gamma=0.0, multiple=multiple)
+        compressor, optimizer = started(gamma=0.0, multiple=multiple)
         for index, batch in enumerate(batches(60)):
             if index == 15:
                 for layer, live in (("stem.0", 3), ("two.0", 2), ("one.0", 3)):
@@ -586,7 +588,7 @@ def test_what_a_float_layer_reads_is_not_kept_to_round_a_width_up() -> None:
     model = nn.Sequential(
         nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 4)
     )
-    compressor = Compressor(model, torch.randn(8, 6), 0.0, exclude=["4"], multiple=8)
+    compressor = Compressor(model, torch.randn(8, 6), 0.0, exclude=["4"], multiple=8, bits=4)
     with torch.no_grad():
         for name in ("0", "2"):
             compressor.layers[name].bit_depth[11:] = 0
@@ -599,7 +601,7 @@ def test_widths_are_rounded_up_to_no_more_than_there_were() -> None:
     model = nn.Sequential(
         nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
     )
-    compressor = Compressor(model, torch.randn(8, 6), 0.0, multiple=8)
+    compressor = Compressor(model, torch.randn(8, 6), 0.0, multiple=8, bits=4)
     with torch.no_grad():
         for name, live in (("0", 3), ("2", 17)):
             compressor.layers[name].bit_depth[live:] = 0
@@ -663,8 +665,8 @@ def test_a_missing_optimizer_state_is_named() -> None:
 def test_bad_gammas_are_refused(gamma: float) -> None:
     model = Chain()
     with pytest.raises(ValueError, match="gamma"):
-        Compressor(model, X, gamma)
-    compressor = Compressor(Chain(), X, 0.01)
+        Compressor(model, X, gamma, bits=4)
+    compressor = Compressor(Chain(), X, 0.01, bits=4)
     with pytest.raises(ValueError, match="gamma"):
         compressor.gamma = gamma
     assert compressor.gamma == 0.01
@@ -688,7 +690,7 @@ def test_bad_arguments_are_named_and_the_model_stays(options: dict[str, Any], na
 
 def test_excluded_layers_stay_float() -> None:
     model = Chain()
-    compressor = Compressor(model, X, 0.01, exclude=["head", "b.0"])
+    compressor = Compressor(model, X, 0.01, exclude=["head", "b.0"], bits=4)
     assert set(compressor.layers) == {"a.0"}
     assert type(model.b[0]) is nn.Conv2d
 
@@ -812,15 +814,15 @@ def test_an_input_the_model_does_not_accept_is_told_before_anything_changes() ->
     model = Residual(relu_after=False)
     before = list(model.modules())
     with pytest.raises(ValueError, match="does not accept example_input"):
-        Compressor(model, torch.randn(2, 5, 8, 8), 0.1)
+        Compressor(model, torch.randn(2, 5, 8, 8), 0.1, bits=4)
     assert list(model.modules()) == before
 
 
 def test_a_compressed_model_is_not_compressed_again() -> None:
     model = Residual(relu_after=False)
-    Compressor(model, X, 0.1)
+    Compressor(model, X, 0.1, bits=4)
     with pytest.raises(ValueError, match="compressed already"):
-        Compressor(model, X, 0.1)
+        Compressor(model, X, 0.1, bits=4)
 
 
 def test_an_optimizer_left_behind_by_a_cut_is_not_saved() -> None:

@@ -134,7 +134,7 @@ def test_a_checkpoint_goes_on_on_either(there: str, here: str) -> None:
 def test_a_cut_is_exact_and_files_load_on_either(build: Build, tmp_path: Path) -> None:
     model = build().cuda()
     x = torch.randn(4, 3, 8, 8, device="cuda")
-    compressor = Compressor(model, x, 0.1)
+    compressor = Compressor(model, x, 0.1, bits=4)
     for name, layer in compressor.layers.items():
         kill(model, name, torch.arange(0, len(layer.rows) - 1, 3))
     assert compressor.cut()  # compares outputs before and after
@@ -214,7 +214,7 @@ def test_compiled_networks_train_and_are_cut() -> None:
     compiled: Any = torch.compile(model)
     x, y = (tensor.cuda() for tensor in batch(0, 64))
     x = x.float()
-    compressor = Compressor(compiled, x, 0.3, interval=20, bit_step=0.1)
+    compressor = Compressor(compiled, x, 0.3, interval=20, bit_step=0.1, bits=4)
     optimizer = AdamW(compressor.weights(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

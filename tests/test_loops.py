@@ -325,7 +325,7 @@ def test_a_layer_that_is_thawed_is_compressed() -> None:
 def test_gradients_that_were_not_seen_are_missed() -> None:
     """torch.autograd.grad() accumulates no gradients, so hooks see none, and step() warns."""
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3))
-    compressor = Compressor(model, X, 0.1)
+    compressor = Compressor(model, X, 0.1, bits=4)
     optimizer = sgd(compressor)
     compressor.penalty().backward()
     weights = compressor.weights()
@@ -450,7 +450,7 @@ def test_indices_stay_whole_numbers_when_the_type_of_all_is_set() -> None:
 def test_a_feature_extractor_stays_in_its_mode() -> None:
     """A feature extractor has a graph per mode, which train() swaps: that must be undone."""
     model: Any = create_feature_extractor(Dropped(), ["head"]).train()
-    compressor = Compressor(model, X, 0.0)
+    compressor = Compressor(model, X, 0.0, bits=4)
     kill(compressor)
     for _ in range(2):
         assert not torch.equal(model(X)["head"], model(X)["head"])
@@ -664,7 +664,7 @@ def test_an_evaluation_between_backward_and_step_holds_no_norms() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_penalty_in_every_other_loss_is_no_mistake() -> None:
-    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01, bits=4)
     for penalised in (True, False, True, False):
         loss = compressor.model(X).square().mean()
         (loss + compressor.penalty() if penalised else loss).backward()
@@ -693,7 +693,7 @@ def test_an_evaluation_of_other_batches_before_the_step_changes_nothing() -> Non
     worth = []
     for evaluates in (False, True):
         torch.manual_seed(0)
-        compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.1)
+        compressor = Compressor(nn.Sequential(block(3, 4), nn.Conv2d(4, 2, 1)), X, 0.1, bits=4)
         (compressor.model(X).square().mean() + compressor.penalty()).backward()
         if evaluates:
             with torch.no_grad():
@@ -747,7 +747,7 @@ def test_a_cut_wants_the_optimiser_of_the_weights() -> None:
 def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(block(3, 8), block(8, 4)).double()
-    compressor = Compressor(model, X.double(), 1.0, interval=5, bit_step=0.5)
+    compressor = Compressor(model, X.double(), 1.0, interval=5, bit_step=0.5, bits=4)
     model.float()
     compressor.reestimate([X.double()])
     optimizer = SGD(compressor.weights(), lr=0.1)
@@ -773,7 +773,7 @@ def test_a_layer_whose_rows_are_all_zero_keeps_one_and_so_does_an_average() -> N
     """They are given up as idle at a cut, which must not leave a network of width 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    compressor = Compressor(model, torch.randn(4, 6), 0.1, interval=5)
+    compressor = Compressor(model, torch.randn(4, 6), 0.1, interval=5, bits=4)
     average = AveragedModel(model)
     optimizer = SGD(compressor.weights(), lr=0.0)
     with torch.no_grad():
@@ -867,7 +867,7 @@ def test_another_gamma_asked_for_is_what_a_training_goes_on_with() -> None:
 
 def test_a_schedule_in_epochs_is_told() -> None:
     """A schedule given in epochs instead of steps is over long before the training is."""
-    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, schedule=Schedule(4))
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.0, schedule=Schedule(4), bits=4)
     optimizer = sgd(compressor)
     for _ in range(5):
         one_step(compressor, optimizer)
@@ -1079,7 +1079,7 @@ def test_inputs_of_several_types_keep_theirs() -> None:
 @pytest.mark.parametrize("thawed", [True, False])
 def test_formats_that_are_frozen_keep_no_gradient_though_they_are_thawed(thawed: bool) -> None:
     """A loop that freezes and thaws the whole model, such as a GAN's, also thaws frozen formats."""
-    compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.1)
+    compressor = Compressor(nn.Sequential(block(3, 9), nn.Conv2d(9, 2, 1)), X, 0.1, bits=4)
     compressor.model.requires_grad_(thawed)
     compressor.freeze()
     kill(compressor)
@@ -1103,7 +1103,7 @@ def test_a_bias_that_is_frozen_is_not_driven_to_zero() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
     nn.init.constant_(model[0].bias, 0.5)
     model[0].bias.requires_grad_(False)
-    compressor = Compressor(model, X, 0.0, interval=2)
+    compressor = Compressor(model, X, 0.0, interval=2, bits=4)
     optimizer = sgd(compressor)
     with torch.no_grad():
         model[0].bit_depth[2] = 0

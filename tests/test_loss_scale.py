@@ -115,7 +115,7 @@ def test_accumulated_batches_step_formats_as_one_batch(
     for pieces in (1, parts):
         model = without_norms()
         x, _ = batch(0, 8, "cpu")
-        compressor = Compressor(model, x.double(), 0.1, interval=10, bit_step=0.1)
+        compressor = Compressor(model, x.double(), 0.1, interval=10, bit_step=0.1, bits=4)
         optimizer = AdamW(compressor.weights(), lr=1e-3)
         for i in range(25):
             optimizer.zero_grad()
@@ -140,7 +140,7 @@ def test_a_penalty_in_one_of_the_parts_alone_steps_formats_as_one_batch(penalise
     for pieces in (1, 4):
         model = without_norms()
         x, _ = batch(0, 8, "cpu")
-        compressor = Compressor(model, x.double(), 0.1, interval=10, bit_step=0.1)
+        compressor = Compressor(model, x.double(), 0.1, interval=10, bit_step=0.1, bits=4)
         optimizer = AdamW(compressor.weights(), lr=1e-3)
         for i in range(25):
             optimizer.zero_grad()
@@ -165,9 +165,9 @@ def test_losses_that_are_differentiated_one_by_one_count_their_batch_once() -> N
     for apart in (False, True):
         model = without_norms()
         x, _ = batch(0, 8, "cpu")
-        compressor = Compressor(model, x.double(), 0.1, bit_step=0.1)
+        compressor = Compressor(model, x.double(), 0.1, bit_step=0.1, bits=4)
         optimizer = AdamW(compressor.weights(), lr=1e-3)
-        for i in range(10):
+        for i in range(25):
             optimizer.zero_grad()
             x, y = batch(i, 8, "cpu")
             logits = model(x.double())
@@ -181,6 +181,8 @@ def test_losses_that_are_differentiated_one_by_one_count_their_batch_once() -> N
             optimizer.step()
             compressor.step(optimizer)
         results.append(tensors(compressor))
+    depths = [n for n in results[0] if n.endswith("bit_depth")]
+    assert any((results[0][n] < 3.4).any() for n in depths)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
@@ -191,7 +193,7 @@ def test_of_a_loss_times_s_and_a_gamma_times_s_squared_rows_want_as_many_bits(s:
     for scale, gamma in ((1.0, 0.01), (s, 0.01 * s**2)):
         model = without_norms()
         x, y = batch(0, 8, "cpu")
-        compressor = Compressor(model, x.double(), gamma)
+        compressor = Compressor(model, x.double(), gamma, bits=4)
         (scale * F.cross_entropy(model(x.double()), y) + compressor.penalty()).backward()
         compressor.step(AdamW(compressor.weights(), lr=1e-3))
         results.append(compressor.formats.wanted(gamma))

@@ -383,7 +383,7 @@ def test_it_computes_with_the_quantised_weight_and_learns() -> None:
 def test_it_still_counts_its_macs() -> None:
     """MACs are counted in layers with a forward() of their own."""
     model = nn.Sequential(Same(3, 6, 3, stride=2), nn.Flatten(), Doubled(96, 2)).double()
-    compressor = Compressor(model, images(), 0.0)
+    compressor = Compressor(model, images(), 0.0, bits=4)
     assert compressor.size().macs == 3 * 6 * 9 * 16 + 96 * 2
 
 
@@ -759,9 +759,9 @@ def test_a_class_that_does_not_bear_it_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"does not run: .*exclude those of your own classes \(1\)"
     ):
-        Compressor(model, images(4, 3), 0.01)
+        Compressor(model, images(4, 3), 0.01, bits=4)
     again = nn.Sequential(nn.Linear(3, 6), Recursive(6, 2)).double()
-    Compressor(again, images(4, 3), 0.01, exclude=["1"])
+    Compressor(again, images(4, 3), 0.01, exclude=["1"], bits=4)
 
 
 class OtherKernel(nn.Conv2d):
@@ -780,7 +780,7 @@ def test_a_layer_in_float_of_another_kernel_than_it_says_is_loaded(tmp_path: Pat
         return nn.Sequential(nn.Conv2d(3, 6, 1), OtherKernel(6, 4), nn.Conv2d(4, 2, 1))
 
     model, x = build(), images(2, 3, 5, 5).float()
-    compressor = Compressor(model, x, 0.01)
+    compressor = Compressor(model, x, 0.01, bits=4)
     assert set(compressor.left_in_float) == {"1"}
     selfcompress.save(model, tmp_path / "net.scnn")
     loaded = selfcompress.load(tmp_path / "net.scnn", build())

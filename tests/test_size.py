@@ -25,7 +25,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def chain(gamma: float = 0.01, exclude: tuple[str, ...] = ()) -> tuple[Chain, Compressor]:
     """Build conv 3→6, conv 6→7 at 8x8 and linear 7→5, of 162 + 378 + 35 weights."""
     model = Chain(bias=True)
-    return model, compressor_of(model, X, gamma, bits=4, exclude=exclude)
+    return model, compressor_of(model, X, gamma, exclude=exclude)
 
 
 def set_bits(model: nn.Module, layer: str, bits: list[float]) -> None:

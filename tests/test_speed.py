@@ -118,7 +118,7 @@ def test_few_gaps_are_filled_in_weights_and_nowhere_else(name: str, multiple: in
     """With a `multiple` above 1, weights are filled with zeros, and no feature map is indexed."""
     model = build(name, 10, 16, 16).to(memory_format=LAST)
     x = torch.randn(67, 3, 16, 16).contiguous(memory_format=LAST)  # no layer has 67 rows
-    compressor = Compressor(model, x, 0.01, multiple=multiple)
+    compressor = Compressor(model, x, 0.01, multiple=multiple, bits=4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for layer_name, layer in list(compressor.layers.items())[:-1]:
@@ -141,7 +141,7 @@ def test_many_gaps_are_copied_around(dead: int, copies: bool, groups: int) -> No
     layer = nn.Conv2d(100, 100, 1, groups=groups)
     model = nn.Sequential(nn.Conv2d(3, 100, 1), layer, nn.Sigmoid(), nn.Conv2d(100, 4, 1))
     x = torch.randn(2, 3, 5, 5)
-    compressor = Compressor(model, x, 0.01, multiple=100)
+    compressor = Compressor(model, x, 0.01, multiple=100, bits=4)
     kill(model, "1", torch.arange(dead))
     assert compressor.cut()
     cut = compressor.layers["1"]
@@ -171,7 +171,7 @@ def test_groups_of_several_channels_keep_nothing_for_the_norm_behind_them(
 ) -> None:
     """Grouped convolutions would compute with dead channels, so that none are kept for speed."""
     model = BranchOf(nn.Conv2d(8, 8, 1, groups=groups))
-    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=4)
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=4, bits=4)
     kill(model, "layer", torch.tensor([1, 2]))
     assert compressor.cut()
     assert compressor.layers["layer"].out_width == kept
@@ -185,7 +185,7 @@ def test_widths_are_rounded_by_what_is_alive_and_alike_behind_each_other(
     model = nn.Sequential(
         nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(20, 4, 1)
     )
-    compressor = Compressor(model, torch.randn(4, 3, 6, 6), 0.01, multiple=16)
+    compressor = Compressor(model, torch.randn(4, 3, 6, 6), 0.01, multiple=16, bits=4)
     kill(model, "0", torch.arange(live, 20))
     with torch.no_grad():
         model.get_parameter("1.bias")[live:] = 0
@@ -210,7 +210,7 @@ class Joined(nn.Module):
 def test_norms_make_all_that_they_read_if_half_of_it_lives(live: int, kept: int) -> None:
     """A norm outputs all channels that it reads, unless more than half of them are dead."""
     model = Joined()
-    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8, bits=4)
     for name in ("one", "two"):
         kill(model, name, torch.arange(live, 16))
         with torch.no_grad():
@@ -239,7 +239,7 @@ class Beside(nn.Module):
 def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int, kept: int) -> None:
     """Depthwise convolutions output all channels they read, unless more than half are dead."""
     model = Beside()
-    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8)
+    compressor = Compressor(model, torch.randn(4, 3, 5, 5), 0.01, multiple=8, bits=4)
     kill(model, "layer", torch.arange(live, 32))
     assert compressor.cut()
     layer = compressor.layers["layer"]
@@ -251,7 +251,7 @@ def test_depthwise_convolutions_make_all_that_they_read_if_half_lives(live: int,
 def test_depthwise_convolutions_compute_the_same_among_zeros(padding: Any) -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=padding)
     model, x = BranchOf(layer), torch.randn(4, 3, 5, 5)
-    compressor = Compressor(model, x, 0.01, multiple=4)
+    compressor = Compressor(model, x, 0.01, multiple=4, bits=4)
     kill(model, "layer", torch.tensor([1, 2]))
     assert compressor.cut()  # which checks that outputs are as before
     model(x[:3])
@@ -270,7 +270,7 @@ def test_depthwise_convolutions_of_own_classes_stay_depthwise_among_zeros() -> N
         nn.Conv2d(3, 20, 1), Below(20, 20, 3, groups=20), nn.BatchNorm2d(20), nn.Conv2d(20, 4, 1)
     )
     x = torch.randn(4, 3, 5, 5)
-    compressor = Compressor(model, x, 0.01, multiple=8)
+    compressor = Compressor(model, x, 0.01, multiple=8, bits=4)
     kill(model, "1", torch.tensor([1, 2, 4, 6, 7, 9, 13]))
     with torch.no_grad():
         model.get_parameter("1.bias").zero_()
@@ -285,7 +285,7 @@ def test_widths_are_multiples_of_16_where_channels_are_last(
     layout: torch.memory_format, kept: int
 ) -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 4, 3)).to(memory_format=layout)
-    compressor = Compressor(model, torch.randn(4, 3, 7, 7), 0.01)
+    compressor = Compressor(model, torch.randn(4, 3, 7, 7), 0.01, bits=4)
     kill(model, "0", torch.arange(19, 40))
     with torch.no_grad():
         model.get_parameter("0.bias").zero_()
