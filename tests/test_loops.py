@@ -1029,7 +1029,10 @@ def test_a_number_that_has_changed_since_the_trace_leaves_measured_statistics() 
     model.share = 1.0
     with torch.no_grad():
         model.norm.bias.fill_(0.5)
-        compressor.layers["conv"].bit_depth[:2] = 0
+        layer = compressor.layers["conv"]
+        assert layer.bias is not None
+        layer.bias.fill_(3.0)
+        layer.bit_depth[:2] = 0
     compressor.finish([X], sgd(compressor))
     torch.testing.assert_close(model.eval()(X), model.train()(X), rtol=0.05, atol=0.05)
 
