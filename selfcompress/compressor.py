@@ -22,7 +22,7 @@ from selfcompress.graph.follow import channel_graph
 from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.graph.planner import plan_cut
 from selfcompress.idle_rows import IdleRows
-from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with
+from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with, place_of
 from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.quantizer import MAX_BITS
@@ -109,7 +109,8 @@ class Compressor:
         ValueError: an argument is out of range; both or neither of `gamma` and `stored_percent`
             are given; the model cannot reach `stored_percent`, or cannot be copied for it; a name
             in `exclude` does not exist; the model does not accept `example_input`, has lazy layers
-            without shapes, has nothing to quantise, or is compressed already.
+            without shapes, has nothing to quantise, or is compressed already; torch.distributed
+            runs several processes.
         TypeError: `model` is not an `nn.Module`.
     """
 
@@ -149,11 +150,7 @@ class Compressor:
             raise ValueError(f"interval must be at least 1 step, not {interval}")
         if multiple is not None and multiple < 1:
             raise ValueError(f"multiple must be at least 1 channel, not {multiple}")
-        if _processes() > 1:
-            raise ValueError(
-                "training in several processes (torch.distributed) is not supported: each would "
-                "cut channels of its own choice"
-            )
+        _require_one_process()
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.gamma = 0.0 if gamma is None else gamma
         self.multiple = multiple
@@ -199,7 +196,7 @@ class Compressor:
         if bit_step is None:
             bit_step = 0.01 if schedule is None else schedule.bit_step
         self._norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-        self._place = self._place_now()  # device and dtype that example_input is for
+        self._place = place_of(model)  # that example_input is for
         self.formats = FormatStepper(
             self.layers,
             self.starting_weights,
@@ -311,8 +308,9 @@ class Compressor:
 
         Raises:
             TypeError: the optimiser's state cannot be cut; nothing has been changed.
-            ValueError: the optimiser does not hold all trainable weights, or an average has other
-                parameters than the model; nothing has been changed.
+            ValueError: the optimiser does not hold all trainable weights, an average has other
+                parameters than the model, or modules or parameters of the model were replaced
+                since the Compressor was made; nothing has been changed.
             CutError: a cut changed what the network computes; the model stays cut.
             FloatingPointError: a parameter of a quantised layer was not finite at a cut.
         """
@@ -628,23 +626,26 @@ class Compressor:
         if not self.frozen:
             self.formats.watch()
 
-    def _place_now(self) -> Tensor:
-        """Return an empty tensor with the device and dtype of the model's first parameter."""
-        return next(self.model.parameters()).detach().new_empty(0)
-
     def _follow_model(self) -> None:
         """Move and cast `example_input` as the model was since the last call."""
-        place = self._place_now()
+        place = place_of(self.model)
         self.example_input = moved_with(self.example_input, self._place, place)
         self._place = place
 
     def _require_cuttable(self, optimizer: Optimizer | None) -> None:
+        _require_one_process()
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, module in (*self.layers.items(), *self._norms.items()):
             if modules.get(name) is not module:
                 raise ValueError(
                     f"{name} is not the module that it was when the Compressor was made: replace "
                     "or wrap modules before that"
+                )
+        for name, layer in self.layers.items():
+            if not self.frozen and not self.formats.watches(layer):
+                raise ValueError(
+                    f"{name}.weight, or its bit depth or exponent, is another parameter than when "
+                    "the Compressor was made: replace it before that, or copy values into it"
                 )
         if optimizer is not None:
             check_optimizer(optimizer)
@@ -690,10 +691,15 @@ def _averaged(model: nn.Module) -> nn.Module:
     return without_compile(model.module if isinstance(model, AveragedModel) else model)
 
 
-def _processes() -> int:
-    """Return the number of processes of torch.distributed's default group; 1 if there is none."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
+def _require_one_process() -> None:
+    """Refuse a training that torch.distributed has spread over several processes."""
+    distributed = torch.distributed
+    started = distributed.is_available() and distributed.is_initialized()
+    if started and distributed.get_world_size() > 1:
+        raise ValueError(
+            "training in several processes (torch.distributed) is not supported: each would cut "
+            "channels of its own choice"
+        )
 
 
 def _compiled_anything() -> bool:

@@ -44,16 +44,16 @@ that are small enough to be harmless can follow.
 """
 
 import math
+import operator
 import statistics
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selfcompress.layers.quantized import QuantizedLayer, of_rows
@@ -146,9 +146,8 @@ class FormatStepper:
         # Of the penalties since the last step; None if none was differentiated.
         self._loss_scale: Tensor | None = None
         self._penalised = False  # whether any penalty has been differentiated yet
-        # What norms were computed from, to tell accumulated gradients from new ones.
-        self._gradients: dict[QuantizedLayer, weakref.ref[Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
+        self._watched: dict[QuantizedLayer, tuple[nn.Parameter, ...]] = {}
         self._replays = [Replay(partial(self._compute, fit)) for fit in (False, True)]
         self.watch()
 
@@ -156,12 +155,15 @@ class FormatStepper:
         """Hook the layers' current parameters; call it again after a cut, which replaces them."""
         self.stop()
         for layer in self.layers.values():
-            for parameter, collect in (
-                (layer.exponent, self._gradient_of(layer)),
-                (layer.bit_depth, self._drop),
-                (layer.weight, self._norm_of(layer)),
-            ):
+            self._watched[layer] = layer.weight, layer.bit_depth, layer.exponent
+            collectors = self._norm_of(layer), self._drop, self._gradient_of(layer)
+            for parameter, collect in zip(self._watched[layer], collectors, strict=True):
                 self._hooks.append(_hooked(parameter, collect))
+
+    def watches(self, layer: QuantizedLayer) -> bool:
+        """Return whether gradients are collected from the parameters that `layer` has now."""
+        now = layer.weight, layer.bit_depth, layer.exponent
+        return all(map(operator.is_, now, self._watched[layer]))
 
     def stop(self) -> None:
         """Drop what was collected and remove all hooks, until `watch` is called again."""
@@ -185,7 +187,6 @@ class FormatStepper:
     def _forget(self) -> None:
         self.collected = Collected()
         self._loss_scale = None
-        self._gradients = {}
 
     def _gradient_of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         def collect(exponent: Tensor) -> None:
@@ -215,11 +216,7 @@ class FormatStepper:
             self.collected.norms[layer] = norm.float()
             # Taken, not read: a second backward() through the same forward() adds no samples.
             samples, layer.samples = layer.samples, 0
-            known = self._gradients.get(layer)
-            if known is not None and known() is weight.grad:  # accumulated into, not new
-                samples += self.collected.samples[layer]
-            self.collected.samples[layer] = samples
-            self._gradients[layer] = weakref.ref(weight.grad)
+            self.collected.samples[layer] = self.collected.samples.get(layer, 0) + samples
 
         return collect
 
@@ -248,11 +245,10 @@ class FormatStepper:
 
         It is 1 unless a GradScaler or the averaging of accumulated batches multiplied the loss.
         """
-        # No weight has a gradient: the loop has thrown away earlier ones (of an adversarial attack,
-        # or a skipped batch), so drop what they left here. Norms will be overwritten anyway.
+        # No weight has a gradient: the loop has discarded those that there were (of an adversarial
+        # attack, or of a batch that it skips), so what was collected from them does not count.
         if all(layer.weight.grad is None for layer in self.layers.values()):
-            self.collected.exponents.clear()
-            self._loss_scale = None
+            self._forget()
         self._loss_scale = gradient + (0 if self._loss_scale is None else self._loss_scale)
         self._penalised = True
 
@@ -273,6 +269,7 @@ class FormatStepper:
         """
         layers = list(self.layers.values())
         collected, depth = self.collected, layers[0].bit_depth
+        self._follow(depth)
         moves = self._loss_scale is not None and gamma > 0
         # A loop may freeze layers again before this step, as a GAN's does: count those with norms.
         trained = {x for x in layers if x.weight.requires_grad or x in collected.norms}
@@ -283,7 +280,7 @@ class FormatStepper:
                     "compressor.penalty() was not in the loss: without it no channel loses bits",
                     stacklevel=4,
                 )
-        elif moves and trained:
+        elif gamma > 0 and trained and (moves or not self._penalised):
             warnings.warn(
                 "no gradient of a weight was seen since the last step, by which to judge channels: "
                 "they are collected as loss.backward() runs",
@@ -308,6 +305,16 @@ class FormatStepper:
             tuple(layer in trained for layer in layers),
         )
         self._forget()
+
+    def _follow(self, depth: nn.Parameter) -> None:
+        """Move and cast what is kept about rows, if the model was moved or cast.
+
+        Args:
+            depth: the bit depths of any layer.
+        """
+        kept = self.adam.state.get(depth, {}).get("worth", depth)
+        if (kept.device, kept.dtype) != (depth.device, depth.dtype):
+            self.load_state_dict(self.state_dict())  # which does it
 
     def _version(self, fit: bool) -> object:
         """Return the addresses of the tensors that `_compute` uses besides its arguments.

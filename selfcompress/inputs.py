@@ -1,11 +1,13 @@
 """Helpers for the inputs of a model: their device and batch size, and batches like an example."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from selfcompress.layers.quantized import quantized_layers
 
 Inputs = Tensor | tuple[Any, ...]
 """What a model is called with: one tensor, or all its positional arguments."""
@@ -41,17 +43,33 @@ def moved_like(inputs: Any, example: Inputs) -> Any:
     return pytree.tree_unflatten(moved, structure)
 
 
-def moved_with(inputs: Inputs, was: Tensor, now: Tensor) -> Inputs:
-    """Return `inputs` moved and cast as a network was whose first parameter `was` and is `now`.
+class Place(NamedTuple):
+    """The device of a network's first weight, and the dtype of all weights; None for several."""
 
-    Only floats are cast, and only if the dtype of the parameter has changed.
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+def place_of(model: nn.Module) -> Place:
+    """Return where the weights of `model` are; its formats may have another dtype than they."""
+    layers = quantized_layers(model).values()
+    formats = {id(p) for layer in layers for p in (layer.bit_depth, layer.exponent)}
+    weights = [p for p in model.parameters() if id(p) not in formats]
+    dtypes = {p.dtype for p in weights}
+    return Place(weights[0].device, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def moved_with(inputs: Inputs, was: Place, now: Place) -> Inputs:
+    """Return `inputs` for a network at the place `now`, given those for it at the place `was`.
+
+    Only floats are cast, and only if all weights have been cast from one dtype to another.
     """
-    if (was.device, was.dtype) == (now.device, now.dtype):
+    if was == now:
         return inputs
+    cast = None if was.dtype in (None, now.dtype) else now.dtype
 
     def move(tensor: Tensor) -> Tensor:
-        cast = tensor.is_floating_point() and was.dtype != now.dtype
-        return tensor.to(now.device, now.dtype if cast else tensor.dtype)
+        return tensor.to(now.device, cast if tensor.is_floating_point() else None)
 
     moved: Inputs = pytree.tree_map_only(Tensor, move, inputs)
     return moved

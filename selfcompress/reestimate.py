@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfcompress.inputs import Inputs, moved_with, positional
+from selfcompress.inputs import Inputs, moved_with, place_of, positional
 from selfcompress.undisturbed import kept_modes
 
 
@@ -42,15 +42,15 @@ def reestimate(
         buffers = [buffer for norm in norms for buffer in norm.buffers()]
         before = [buffer.clone() for buffer in buffers]
         momenta = [norm.momentum for norm in norms]
-        firsts = [next(model.parameters()) for model in models]
+        places = [place_of(model) for model in models]
         seen = 0
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average, in which all batches count the same
             for inputs in batches:
-                for model, first in zip(models, firsts, strict=True):  # averages may be elsewhere
-                    model(*positional(moved_with(inputs, firsts[0], first)))
+                for model, place in zip(models, places, strict=True):  # averages may be elsewhere
+                    model(*positional(moved_with(inputs, places[0], place)))
                 seen += 1
             if not seen:
                 raise ValueError(

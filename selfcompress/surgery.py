@@ -43,7 +43,8 @@ class Wiring:
         in_width, out_width: numbers of channels of its input and output tensors.
         rows: the output channel that each row, or each entry of a batch norm, computes.
         columns: the input channel that each column, or each entry of a batch norm, reads; in a
-            grouped convolution, group after group. None for layers left in float, and embeddings.
+            grouped convolution, group after group. None for layers left in float, embeddings and
+            instance norms; `rows` means nothing for the latter.
         groups: the group of each row in a grouped convolution; None for other modules.
     """
 

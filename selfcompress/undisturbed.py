@@ -114,6 +114,9 @@ def undisturbed(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     with eagerly, torch.no_grad(), torch.random.fork_rng(devices), _forked_rng():
         try:
             with kept_attributes(model), kept_modes(model):
+                for module in model.modules():  # compiled by its own compile()
+                    if vars(module).get("_compiled_call_impl") is not None:
+                        module._compiled_call_impl = None
                 yield
         finally:
             for container, content in containers:

@@ -139,8 +139,8 @@ def compare(before: Snapshot, after: Snapshot, plan: Plan, tolerance: float) -> 
             break
     raise CutError(
         f"a cut changed the network's output by {worst:.1e} of its scale, first seen in {guilty}; "
-        "unless forward() goes by a number that was another one when the Compressor was made, "
-        "please report this"
+        "unless a module was replaced, or forward() goes by a number that was another one, since "
+        "the Compressor was made, please report this"
     )
 
 

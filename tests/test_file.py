@@ -905,6 +905,13 @@ def test_folding_norms_of_a_float_model_has_no_effect_and_says_so(tmp_path: Path
         assert selfcompress.save(model, tmp_path / "net.scnn", fold_norms=True) < plain
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        selfcompress.save(nn.Linear(3, 2), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_file_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     there, link = tmp_path / "disk" / "net.scnn", tmp_path / "net.scnn"

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from selfcompress import Compressor, Schedule, to_dense
-from selfcompress.inputs import moved_with
+from selfcompress.inputs import Place, moved_with
 from selfcompress.layers.quantized import QuantizedLayer
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -759,14 +759,77 @@ def test_a_model_may_be_cast_after_its_compressor_was_made() -> None:
     assert compressor.cuts and model(X.float()).dtype == torch.float32
 
 
-def test_only_floats_are_cast_with_a_model_and_only_if_it_was_cast() -> None:
+def test_only_floats_are_cast_with_a_model_and_only_if_all_of_it_was_cast() -> None:
     inputs = (torch.arange(3), torch.zeros(2, dtype=torch.float16))
-    was, double = torch.zeros(0), torch.zeros(0, dtype=torch.float64)
-    meta = torch.zeros(0, device="meta")
-    for now, expected in ((was, torch.float16), (double, torch.float64), (meta, torch.float16)):
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    was = Place(cpu, torch.float32)
+    for now, expected in (
+        (was, torch.float16),
+        (Place(cpu, torch.float64), torch.float64),
+        (Place(cpu, None), torch.float16),  # a part of it
+        (Place(meta, torch.float32), torch.float16),
+    ):
         moved = moved_with(inputs, was, now)
         assert [tensor.dtype for tensor in moved] == [torch.int64, expected]
         assert {tensor.device for tensor in moved} == {now.device}
+    assert moved_with(inputs, Place(cpu, None), was)[1].dtype == torch.float16
+
+
+def test_a_part_of_a_model_may_be_cast_after_its_compressor_was_made() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 4)  # the first of its parameters
+            self.body = block(3, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            features = self.body(x).mean((2, 3))
+            return self.head(features.to(self.head.weight.dtype))
+
+    model = Half()
+    compressor = Compressor(model, X, 0.1)
+    model.head.bfloat16()
+    with torch.no_grad():
+        compressor.layers["body.0"].bit_depth[:3] = 0
+    compressor.finish([X])
+    assert model.body[0].weight.shape[0] == 5  # type: ignore[index]
+
+
+def test_a_model_may_be_cast_in_the_middle_of_its_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(block(3, 8), block(8, 4))
+    compressor = Compressor(model, X, 0.1, interval=5)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        optimizer = SGD(compressor.weights(), lr=0.01)
+        for _ in range(6):
+            optimizer.zero_grad()
+            (model(X.to(dtype)).square().mean() + compressor.penalty()).backward()
+            optimizer.step()
+            compressor.step(optimizer)
+        kept = compressor.formats.state_dict()["state"].values()
+        assert {t.dtype for state in kept for n, t in state.items() if n != "step"} == {dtype}
+
+
+def test_a_parameter_that_was_replaced_since_is_named() -> None:
+    def another(model: nn.Sequential) -> None:
+        model[1][0].weight = nn.Parameter(torch.zeros(4, 4, 3, 3))  # type: ignore[index]
+
+    def assigned(model: nn.Sequential) -> None:
+        model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+    def normed(model: nn.Sequential) -> None:
+        nn.utils.parametrizations.weight_norm(model[1][0])  # type: ignore[index]
+
+    for replace in (another, assigned, normed):
+        model = nn.Sequential(block(3, 4), block(4, 4))
+        compressor = Compressor(model, X, 0.01)
+        replace(model)
+        with pytest.raises(ValueError, match=r"is another parameter|is not the module"):
+            compressor.step(SGD(model.parameters(), lr=0.1))
+        if replace is not normed:
+            compressor.freeze()  # nothing is collected any more
+            compressor.step(SGD(model.parameters(), lr=0.1))
 
 
 def test_a_layer_whose_rows_are_all_zero_keeps_one_and_so_does_an_average() -> None:
@@ -923,6 +986,35 @@ def test_gradients_that_are_thrown_away_do_not_count() -> None:
             one_step(compressor, optimizer)
         ended.append(compressor.formats.state_dict()["state"])
     torch.testing.assert_close(*ended, rtol=0, atol=0)
+
+
+def test_what_a_discarded_batch_alone_has_used_does_not_count() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)])
+
+        def forward(self, x: Tensor, which: int | None = None) -> Any:
+            return sum(h(x) for i, h in enumerate(self.heads) if which in (i, None))
+
+    model = TwoHeads()
+    compressor = Compressor(model, X, 0.01)
+    model(X, 0).square().mean().backward()
+    model.zero_grad()
+    (model(X, 1).square().mean() + compressor.penalty()).backward()
+    assert set(compressor.formats.collected.norms) == {compressor.layers["heads.1"]}
+
+
+def test_gradients_that_backward_did_not_leave_are_missed() -> None:
+    """With torch.autograd.grad no hooks run, so nothing would shrink."""
+    compressor = Compressor(nn.Sequential(block(3, 4)), X, 0.01)
+    loss = compressor.model(X).square().mean() + compressor.penalty()
+    for parameter, gradient in zip(
+        compressor.weights(), torch.autograd.grad(loss, compressor.weights()), strict=True
+    ):
+        parameter.grad = gradient
+    with pytest.warns(UserWarning, match="no gradient of a weight was seen"):
+        compressor.step(sgd(compressor))
 
 
 def test_batches_may_hold_their_inputs_together() -> None:

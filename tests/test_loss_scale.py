@@ -199,3 +199,26 @@ def test_of_a_loss_times_s_and_a_gamma_times_s_squared_rows_want_as_many_bits(s:
         results.append(compressor.formats.wanted(gamma))
     assert len(results[0].ceil().unique()) > 2
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["create_graph", "clipped", "evaluated"])
+def test_accumulated_gradients_may_become_other_tensors(way: str) -> None:
+    """They are added out of place with create_graph; a loop may clip those of each part.
+
+    And an evaluation between forward() and backward() is of other samples.
+    """
+    samples = []
+    for odd in (False, True):
+        model = without_norms()
+        x, y = batch(0, 8, "cpu")
+        compressor = Compressor(model, x.double(), 0.1)
+        for some, labels in zip(x.chunk(4), y.chunk(4), strict=True):
+            loss = (F.cross_entropy(model(some.double()), labels) + compressor.penalty()) / 4
+            if odd and way == "evaluated":
+                with torch.no_grad():
+                    model(x[:1].double())
+            loss.backward(create_graph=odd and way == "create_graph")
+            for parameter in compressor.weights() if odd and way == "clipped" else ():
+                parameter.grad = parameter.grad.clamp(-1, 1)  # type: ignore[union-attr]
+        samples.append(list(compressor.formats.collected.samples.values()))
+    assert samples[0] == samples[1] == [8, 8, 8]

@@ -2,7 +2,7 @@
 
 A row without bits outputs exactly its bias. Such constants are followed through the channel graph,
 in the same way for training and evaluation: `settle_statistics` gives batch norms that read a
-constant c its mean c and a variance of 1, so that they output β in both. (One that is held in eval
+constant c the mean c and a variance of 1, so that they output β in both. (One that is held in eval
 mode while the network trains outputs γ(c - μ)/√(σ² + ε) + β in both, which becomes its β first.)
 
 The analysis is a fixpoint: all rows with bits and all entries of batch norms are *live* at first,

@@ -8,6 +8,7 @@ channel is exactly the bias, or 0. In the same way it records which input channe
 
 If there are few gaps, they are filled with zeros in the weight, which is small. If there are many,
 input channels are selected and output channels placed, so that nothing is computed for the gaps.
+Grouped convolutions always do the latter, unless they are depthwise (see `QuantConv`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -55,7 +56,8 @@ class QuantizedLayer(Placed):
         at_start: (input channels, output channels, groups) before anything was cut.
         keeps_places: whether it is a depthwise convolution, input and output are equally wide, and
             each row reads and computes the channel of the same index.
-        samples: the number of samples in the last batch; 0 if that is not known.
+        samples: the number of samples in the last batch; 0 if that is not known, or once a
+            gradient of the batch has been collected.
         batch_dim: the dimension of the input that counts samples; None if no dimension does.
         repeats: how many entries of that dimension belong to each sample.
         row_dim, fan_in_dim: the dimensions of the weight that count rows and input channels.
@@ -250,6 +252,8 @@ class QuantizedLayer(Placed):
         return self.compute(x, weight, self.bias, *args, **kwargs)
 
     def _note_samples(self, x: Tensor) -> None:
+        if not torch.is_grad_enabled():  # an evaluation between forward() and backward()
+            return
         dim = self.batch_dim
         self.samples = 0 if dim is None or dim >= x.dim() else x.shape[dim] // self.repeats
 

@@ -71,7 +71,7 @@ class Config:
     bits: float = 8.0
     """Bit depth that channels start at and never exceed (with --target-size, they may get 8)."""
     fractional_bits: bool = False
-    """The paper's fractional bit depths. Sizes are then smaller than what can be stored."""
+    """The paper's fractional bit depths. Q is then smaller than what can be stored."""
     exclude: tuple[str, ...] = ()
     """Names of layers to leave in float, such as prep.conv; they count at 32 bits a weight."""
     penalty_from: float = 0.1
