@@ -557,6 +557,7 @@ class Compressor:
             "removed": torch.from_numpy(self.graph.removed.copy()),
             "silent": torch.from_numpy(self.graph.silent.copy()),
             "rows": {n: torch.from_numpy(r.copy()) for n, r in self.graph.origin.items()},
+            "columns": {n: torch.from_numpy(c.copy()) for n, c in self.graph.columns.items()},
             "formats": self.formats.state_dict(),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
@@ -622,7 +623,7 @@ class Compressor:
     def _apply(self, plan: Plan, optimizer: Optimizer | None) -> None:
         optimizers = [self.formats.adam] + ([] if optimizer is None else [optimizer])
         apply_plan(plan, self.model, optimizers)
-        self.graph.shrink(plan.removed, plan.silent, plan.rows)
+        self.graph.shrink(plan.removed, plan.silent, plan.rows, plan.columns)
         if not self.frozen:
             self.formats.watch()
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,7 +38,11 @@ def plan_towards(state: dict[str, Any], graph: ChannelGraph, model: nn.Module) -
     if not fits or state["model"].keys() != model.state_dict().keys():
         raise ValueError("the saved state is of another model: its layers do not match")
     by_layer = {name: r.numpy() for name, r in rows.items()}
-    plan = make_plan(graph, model, removed, silent, by_layer)
+    unread = {
+        name: ~np.isin(graph.columns[name], kept.numpy())
+        for name, kept in state.get("columns", {}).items()
+    }
+    plan = make_plan(graph, model, removed, silent, by_layer, unread)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):  # what a module's get_extra_state() returns
             continue

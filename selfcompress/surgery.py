@@ -63,7 +63,7 @@ class Plan:
         keep: name of a parameter or buffer → [(dim, kept indices)].
         shapes: the shapes of these tensors before the cut.
         wiring: module name → which channels it reads and computes after the cut.
-        rows: module name → kept row indices, to update the channel graph with.
+        rows, columns: module name → kept row, or column, indices, to update the channel graph with.
         removed: the channel ids that the cut removes, in the numbering of the channel graph.
         silent: ids of dead channels that keep their place in the tensors, but need not be computed
             or read any more.
@@ -73,6 +73,7 @@ class Plan:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     wiring: dict[str, Wiring] = field(default_factory=dict)
     rows: dict[str, Index] = field(default_factory=dict)
+    columns: dict[str, Index] = field(default_factory=dict)
     removed: Index = field(default_factory=list)
     silent: Index = field(default_factory=list)
 

@@ -354,7 +354,7 @@ class Cut:
     def apply(self, plan: Plan, *optimizers: Optimizer) -> None:
         """Apply `plan` to the model and bring the graph up to date."""
         apply_plan(plan, self.model, optimizers)
-        self.graph.shrink(plan.removed, plan.silent, plan.rows)
+        self.graph.shrink(plan.removed, plan.silent, plan.rows, plan.columns)
 
     def cut(self, *optimizers: Optimizer) -> Plan:
         """Settle statistics, plan a cut, apply it, and return the plan."""

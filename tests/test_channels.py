@@ -439,7 +439,7 @@ def test_widths_agree_with_the_modules(name: str) -> None:
 
 def test_removing_strikes_ids_from_every_tensor() -> None:
     graph = trace(Residual(relu_after=True))
-    graph.shrink([int(ids_of(graph, "stem.1")[2])], [], {})
+    graph.shrink([int(ids_of(graph, "stem.1")[2])], [], {}, {})
     assert len(ids_of(graph, "stem.1")) == len(ids_of(graph, "two.1")) == 5
     assert len(ids_of(graph, "stem.0")) == 6
     assert np.array_equal(ids_of(graph, "stem.1"), ids_of(graph, "two.1"))

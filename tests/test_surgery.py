@@ -254,6 +254,39 @@ def test_a_channel_dead_in_the_skip_only_leaves_the_skip_only() -> None:
     assert shape(cut, "stem.0.weight") == (5, 3, 3, 3)
     assert shape(cut, "two.0.weight") == (6, 5, 3, 3)
     assert shape(cut, "head.linear.weight") == (5, 6)
+    # Before the addition the channel is zero, so the branch need not read it.
+    assert shape(cut, "one.0.weight") == (5, 5, 3, 3)
+    assert cut.model.get_parameter("one.1.weight").numel() == 5
+    assert cut.graph.columns["one.0"].tolist() == [0, 1, 2, 4, 5]
+
+
+def test_a_channel_that_may_become_more_than_zero_stays_read() -> None:
+    """A bias that is zero now is trained with the sum; an untrained gate may open again."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gate", torch.tensor([0.0, 1, 1, 1])[:, None, None])
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1, bias=False)
+            self.c, self.d = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Any:
+            one, other = self.a(x), self.b(x) * self.gate
+            return one + self.c(one) + other + self.d(other)
+
+    torch.manual_seed(0)
+    model, x = Gated().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    quantize_layers(model, bits=8)
+    cut = Cut(model, channel_graph(model, x), x)
+    with torch.no_grad():
+        cut.model.get_parameter("a.bias")[1] = 0
+    kill(cut.model, "a", [1])
+    check_exact(cut)
+    assert shape(cut, "a.weight") == (3, 3, 1, 1)
+    assert shape(cut, "c.weight") == shape(cut, "d.weight") == (4, 4, 1, 1)
+    kill(cut.model, "b", [2])
+    check_exact(cut)
+    assert shape(cut, "d.weight") == (4, 3, 1, 1)
 
 
 @pytest.mark.parametrize("name", ["residual", "residual-relu-after"])
@@ -265,7 +298,7 @@ def test_a_channel_dead_on_both_sides_goes(name: str) -> None:
         cut.model.get_parameter("two.1.bias")[[3, 5]] = 0
     check_exact(cut)
     assert shape(cut, "head.linear.weight") == (5, 5)
-    assert shape(cut, "one.0.weight") == (5, 5, 3, 3)
+    assert shape(cut, "one.0.weight") == (5, 4, 3, 3)
     assert shape(cut, "stem.0.weight") == (4, 3, 3, 3)
     assert shape(cut, "two.0.weight") == (4, 5, 3, 3)
 

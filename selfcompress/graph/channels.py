@@ -132,6 +132,8 @@ class ChannelGraph:
         reasons: frozen id → the node that froze it and why.
         origin: name of each module that may lose rows → (rows now,) the index that each of them
             had at the start.
+        columns: name of each layer that may lose single columns → (columns now,) the index that
+            each of them had at the start.
         untraceable: name of each module whose forward() cannot be traced → why.
         spoiled: name of each layer of which some call cannot be followed → why. It keeps the
             channels that it reads and makes.
@@ -150,6 +152,7 @@ class ChannelGraph:
     silent: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     reasons: dict[int, str] = field(default_factory=dict)
     origin: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
     untraceable: dict[str, str] = field(default_factory=dict)
     spoiled: dict[str, str] = field(default_factory=dict)
     applications: dict[str, int] = field(default_factory=dict)
@@ -164,17 +167,24 @@ class ChannelGraph:
         ids: Ids = self.ids[node.inputs[0]][self.sources[node.name][0]]
         return ids
 
-    def shrink(self, ids: list[int], silent: list[int], rows: dict[str, list[int]]) -> None:
+    def shrink(
+        self,
+        ids: list[int],
+        silent: list[int],
+        rows: dict[str, list[int]],
+        columns: dict[str, list[int]],
+    ) -> None:
         """Bring the graph up to date after a cut.
 
         Args:
             ids: the ids to be struck from every tensor.
             silent: ids that are dead, but stay in their places.
-            rows: module name → the indices of the rows that it has kept.
+            rows, columns: module name → the indices of the rows, or columns, that it has kept.
         """
         self.silent[silent] = True
-        for name, indices in rows.items():
-            self.origin[name] = self.origin[name][np.array(indices, np.int64)]
+        for origin, kept_now in ((self.origin, rows), (self.columns, columns)):
+            for name, indices in kept_now.items():
+                origin[name] = origin[name][np.array(indices, np.int64)]
         removed = np.zeros_like(self.removed)
         removed[ids] = True
         stays = {name: ~removed[ids] for name, ids in self.ids.items()}

@@ -717,6 +717,14 @@ class _Builder:
         graph.ids = {name: root[ids] for name, ids in graph.ids.items()}
         graph.removed, graph.silent = np.zeros_like(graph.frozen), np.zeros_like(graph.frozen)
         graph.origin = self._origin()
+        layers = {name: self.modules[name] for name in graph.origin}
+        graph.columns = {
+            name: np.arange(len(layer.columns))
+            for name, layer in layers.items()
+            if isinstance(layer, QuantizedLayer)
+            and not layer.grouped
+            and not isinstance(layer, EMBEDDINGS)
+        }
         graph.spoiled = self.spoiled
         return graph
 

@@ -54,12 +54,16 @@ class Liveness:
         gone: (number of ids at the start,) bool: channels that nothing depends on, as their value
             is not read, or is 0 and stays 0, or may as well be 0. Not those that are frozen, or
             removed already.
+        unread: layer name → (input channels now,) bool: those that are 0 for good where the layer
+            reads them, in every call, though other layers may find something in their places: one
+            that reads a residual stream before an addition. For layers that may lose columns.
         lingering: name of a bias → the indices of those entries that alone keep their channels:
             once they are driven to zero, the channels can go.
     """
 
     rows: dict[str, np.ndarray]
     gone: np.ndarray
+    unread: dict[str, np.ndarray]
     lingering: dict[str, np.ndarray]
 
 
@@ -153,12 +157,17 @@ class _Analysis:
             if all((live == before[name]).all() for name, live in self.rows.items()):
                 break
         gone = ~self._carried() & ~self.graph.frozen & ~self.graph.removed
-        return Liveness(self.rows, gone, self._lingering(gone))
+        lingering = self._lingering(gone)
+        return Liveness(self.rows, gone, self._unread(), lingering)
 
-    def follow_constants(self) -> dict[str, np.ndarray]:
+    def follow_constants(self, *, for_good: bool = False) -> dict[str, np.ndarray]:
         """Return node name → (positions,) the constant that each channel is, NaN where it varies.
 
         With the rows that are live so far: at first, those that have bits.
+
+        Args:
+            for_good: whether what may change later, as it depends on a tensor of the model beside
+                rows that are not live, is taken to vary: biases, and entries of norms.
         """
         constant: dict[str, np.ndarray] = {}
         self.fixed: set[str] = set()
@@ -172,22 +181,23 @@ class _Analysis:
                 for name, source in zip(node.inputs, self.graph.sources[node.name], strict=True)
             ]
             match node.kind:
-                case Kind.PARAMETER if node.tensor:
+                case Kind.PARAMETER if node.tensor and not for_good:
                     value = self._parameter(node)
                 case Kind.LAYER | Kind.GROUPED:
-                    value[:] = self._bias(node)
+                    has_bias = getattr(self.modules[node.module], "bias", None) is not None
+                    value[:] = np.nan if for_good and has_bias else self._bias(node)
                     varies = self._live(node) & ~self._starved(node, inputs[0])
                     value[self._positions(node)[varies]] = np.nan
                 case Kind.NORM:
                     read = inputs[0][self.columns(node)]
-                    if self.calls[node.module] > 1:
+                    if for_good or self.calls[node.module] > 1:
                         read = np.full_like(read, np.nan)  # its statistics are of several tensors
                     value[:] = 0  # also of entries that this analysis has dropped
                     made = np.where(np.isnan(read), np.nan, self._normed(node, read))
                     live = self._live(node)
                     value[self._positions(node)[live]] = made[live]
                 case Kind.OWN_NORM:
-                    known = ~np.isnan(inputs[0]) & (self.calls[node.module] == 1)
+                    known = ~np.isnan(inputs[0]) & (self.calls[node.module] == 1) & (not for_good)
                     value = np.where(known, self._normed(node, inputs[0]), np.nan)
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
                     known = ~np.isnan(inputs).any(0)
@@ -359,6 +369,17 @@ class _Analysis:
             if waits.any():
                 lingering[f"{node.module}.bias"] = np.flatnonzero(waits)
         return lingering
+
+    def _unread(self) -> dict[str, np.ndarray]:
+        """Return `Liveness.unread`."""
+        for_good = self.follow_constants(for_good=True)
+        unread: dict[str, np.ndarray] = {}
+        for node in self.graph.of_kind(Kind.LAYER):
+            if node.module in self.graph.columns:
+                name, source = node.inputs[0], self.graph.sources[node.name][0]
+                zero = ((for_good[name] == 0) & (self.constant[name] == 0))[source]
+                unread[node.module] = unread.get(node.module, True) & zero
+        return unread
 
     def _live(self, node: Node) -> np.ndarray:
         """Return (rows,) bool: which rows are live; in a layer left in float, all are."""

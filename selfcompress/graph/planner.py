@@ -27,7 +27,7 @@ def plan_cut(graph: ChannelGraph, model: nn.Module, alive: Liveness, multiple: i
     if multiple > 1:
         removed = without_what_is_fast(graph, model, alive.rows, removed, multiple)
     rows = {name: np.flatnonzero(live) for name, live in alive.rows.items()}
-    return make_plan(graph, model, removed, alive.gone & ~removed, rows)
+    return make_plan(graph, model, removed, alive.gone & ~removed, rows, alive.unread)
 
 
 def make_plan(
@@ -36,6 +36,7 @@ def make_plan(
     removed: np.ndarray,
     silent: np.ndarray,
     rows: dict[str, np.ndarray],
+    unread: dict[str, np.ndarray],
 ) -> Plan:
     """Return the plan that removes channel ids and keeps only the given rows of each module.
 
@@ -44,8 +45,10 @@ def make_plan(
         silent: (number of ids at the start,) bool: channels that keep their places but are not
             read any more.
         rows: module name → kept row indices, for every module that may lose rows.
+        unread: layer name → (input channels now,) bool: those whose columns it loses, beside those
+            of channels that are removed or silent.
     """
-    return _Planner(graph, model, removed, silent, rows).run()
+    return _Planner(graph, model, removed, silent, rows, unread).run()
 
 
 class _Planner:
@@ -56,8 +59,9 @@ class _Planner:
         removed: np.ndarray,
         silent: np.ndarray,
         rows: dict[str, np.ndarray],
+        unread: dict[str, np.ndarray],
     ) -> None:
-        self.graph, self.removed, self.silent = graph, removed, silent
+        self.graph, self.removed, self.silent, self.unread = graph, removed, silent, unread
         self.modules = dict(model.named_modules())
         self.plan = Plan(
             rows={name: kept.tolist() for name, kept in rows.items()},
@@ -79,7 +83,8 @@ class _Planner:
             if node.kind in WITH_ROWS and node.module not in in_graph:
                 in_graph.add(node.module)
                 ins, outs = self.graph.reads(node), self.graph.ids[node.name]
-                self._wire(node.module, ~self.removed[ins], ~self.silent[ins], ~self.removed[outs])
+                sounds = ~self.silent[ins] & ~self.unread.get(node.module, np.zeros(1, bool))
+                self._wire(node.module, ~self.removed[ins], sounds, ~self.removed[outs])
         # Layers that are not in the graph can still lose rows, which leaves gaps in their output.
         for name in self.plan.rows.keys() - in_graph:
             module = self.modules[name]
@@ -95,7 +100,7 @@ class _Planner:
 
         Args:
             in_stays: (input channels,) bool: not removed.
-            in_sounds: (input channels,) bool: not silent.
+            in_sounds: (input channels,) bool: neither silent nor unread.
             out_stays: (output channels,) bool: not removed.
         """
         module = self.modules[name]
@@ -129,6 +134,8 @@ class _Planner:
         if not module.grouped:
             read = np.flatnonzero((in_stays & in_sounds)[columns])
             self._keep(f"{name}.weight", module.fan_in_dim, read)
+            if name in self.graph.columns:
+                self.plan.columns[name] = read.tolist()
             self.plan.wiring[name] = Wiring(*widths, placed, new_in[columns[read]].tolist())
             return
         of_row = module.row_groups.numpy(force=True)[rows]
