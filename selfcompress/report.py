@@ -59,9 +59,8 @@ class Report:
         share = sum(layer.weights for layer in quantized) / max(1, weights)
         lines.append(
             f"{len(quantized)} of {len(self.layers)} layers are quantised, with {100 * share:.0f} "
-            f"% of the weights; {removable:,} of {total:,} channels can go with all that reads "
-            "them. In quantised layers the others can lose all of their weights too: they become "
-            "constants."
+            f"% of the weights; {removable:,} of {total:,} output channels can be removed. In "
+            "quantised layers the others keep their places, but can lose all of their weights."
         )
         return "\n".join(lines)
 

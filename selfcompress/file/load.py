@@ -200,7 +200,10 @@ def _check(contents: Contents, model: nn.Module) -> None:
         module = modules[layer.name]
         assert isinstance(module, QuantizedLayer)
         if not _fits(layer, contents.layers[layer.name], module):
-            raise h.FileError(f"it does not fit the model: layer {layer.name} has another shape")
+            raise h.FileError(
+                f"it does not fit the model: layer {layer.name} has the shape {layer.shape}, which "
+                f"is no part of {list(module.weight.shape)}"
+            )
     for norm in header.norms:
         module = norms[norm.name]
         widths = norm.entries, norm.in_width, norm.out_width

@@ -48,7 +48,7 @@ def pick(runs: Path, max_bytes: str | None, min_accuracy: float | None) -> Resul
         small = min(results, key=lambda r: r.file_bytes)
         best = max(results, key=lambda r: r.accuracy)
         raise UserError(
-            f"none of {len(results)} runs is as good as that; the smallest, {small.name}, has "
+            f"none of {len(results)} runs is within these limits; the smallest, {small.name}, has "
             f"{small.file_bytes:,} bytes, the most accurate, {best.name}, is right in "
             f"{100 * best.accuracy:.2f} %"
         )

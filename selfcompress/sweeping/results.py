@@ -68,6 +68,7 @@ class Result:
             "seed": self.seed,
             "test_accuracy": self.accuracy,
             "file_bytes": self.file_bytes,
+            "file_percent": self.summary["file_percent"],
             "stored_bits": self.summary["stored_bits"],
             "stored_percent": self.stored_percent,
             "q_bits": self.summary["q_bits"],
