@@ -1037,6 +1037,35 @@ def test_batches_may_hold_their_inputs_together() -> None:
     assert torch.equal(*found)
 
 
+def test_columns_that_went_without_their_channel_are_gone_after_resuming_too() -> None:
+    """The stem of a residual network loses a row; the branch that reads it need not read that."""
+
+    def fresh() -> Compressor:
+        torch.manual_seed(0)
+        return compressor_of(Residual(relu_after=False), X)
+
+    def kill(compressor: Compressor, row: int) -> None:
+        position = compressor.layers["stem.0"].rows.tolist().index(row)
+        with torch.no_grad():
+            compressor.layers["stem.0"].bit_depth[position] = 0
+            compressor.model.get_parameter("stem.1.bias")[position] = -1
+        assert compressor.cut()
+
+    before, after = fresh(), fresh()
+    kill(before, 3)
+    assert before.layers["one.0"].weight.shape == (5, 5, 3, 3)
+    after.load_state_dict(before.state_dict())
+    for row in (None, 1):
+        if row is not None:
+            kill(before, row)
+            kill(after, row)
+        shapes = [[p.shape for p in c.model.parameters()] for c in (before, after)]
+        assert shapes[0] == shapes[1]
+        assert torch.equal(before.model.eval()(X), after.model.eval()(X))
+    assert after.layers["one.0"].weight.shape == (5, 4, 3, 3)
+    assert after.layers["one.0"].in_width == 6
+
+
 def test_a_resumed_training_drives_the_same_biases_to_zero() -> None:
     def fresh() -> Compressor:
         torch.manual_seed(0)

@@ -376,8 +376,7 @@ class _Analysis:
         unread: dict[str, np.ndarray] = {}
         for node in self.graph.of_kind(Kind.LAYER):
             if node.module in self.graph.columns:
-                name, source = node.inputs[0], self.graph.sources[node.name][0]
-                zero = ((for_good[name] == 0) & (self.constant[name] == 0))[source]
+                zero = for_good[node.inputs[0]][self.graph.sources[node.name][0]] == 0
                 unread[node.module] = unread.get(node.module, True) & zero
         return unread
 
