@@ -112,7 +112,7 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     file = ""
     if "target_kb" in size:
         file = (
-            f"  file {size['file_kb']:,.1f} KB, to be {size['target_kb']:,.1f}"
+            f"  file {size['file_kb']:,.1f} of {size['target_kb']:,.1f} KB"
             f"  γ {metrics['train']['gamma']:.2g}"
         )
     channels = " ".join(map(str, counts)) if len(counts) <= LISTED_LAYERS else f"{sum(counts):,}"
