@@ -239,6 +239,18 @@ def test_looking_at_the_model_compiles_nothing(how: str) -> None:
     assert backend.compiled == compiled
 
 
+def test_a_part_that_was_compiled_in_place_is_traced() -> None:
+    model = Residual(relu_after=False).double()
+    model.one.compile(backend="eager")
+    compressor = compressor_of(model, X)
+    assert {layer.name: layer.removable for layer in compressor.report().layers}["one.0"] == 5
+    kill(model, "one.0", slice(2))
+    assert compressor.cut()
+    assert len(compressor.layers["one.0"].rows) == 3
+    with torch.no_grad():
+        assert model(X).shape == (8, 5) and counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize("how", ["not at all", "before", "in one graph"])
 def test_small_cuts_wait_while_something_is_compiled(how: str) -> None:
     compressor, run = started(how, Counting("eager"), wide, gamma=0.0, interval=2)
