@@ -243,7 +243,7 @@ def test_a_part_that_was_compiled_in_place_is_traced() -> None:
     model = Residual(relu_after=False).double()
     model.one.compile(backend="eager")
     compressor = compressor_of(model, X)
-    assert {layer.name: layer.removable for layer in compressor.report().layers}["one.0"] == 5
+    assert not compressor.graph.untraceable
     kill(model, "one.0", slice(2))
     assert compressor.cut()
     assert len(compressor.layers["one.0"].rows) == 3
