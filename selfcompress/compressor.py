@@ -671,7 +671,8 @@ class Compressor:
             if parameter.requires_grad and id(parameter) not in held:
                 raise ValueError(
                     f"the optimiser does not hold {names[id(parameter)]}, which is trainable: use "
-                    "one optimiser for all of weights(), or freeze it with requires_grad_(False)"
+                    "one optimiser for all of weights() and give it to every step, cut and finish, "
+                    "or freeze the parameter with requires_grad_(False)"
                 )
 
     def _require_finite(self) -> None:
