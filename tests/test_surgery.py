@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from selfcompress import Compressor
 from selfcompress.convert import quantize_layers
 from selfcompress.dense import to_dense
 from selfcompress.graph.follow import channel_graph
@@ -272,7 +273,8 @@ class ReadTwice(nn.Module):
     """What is read before an addition, and in which ways a channel may be zero there.
 
     `bias` is zero now, but trained with the sum; so is that of `norm`; `gate` may open again;
-    `shared` reads the sum too; and `branch` reads what is zero for good.
+    `shared` reads the sum too; to what `shifted` reads a number is added, 0 for now; and `branch`
+    reads what is zero for good.
     """
 
     gate: Tensor
@@ -281,15 +283,18 @@ class ReadTwice(nn.Module):
     of_gate: nn.Conv2d
     of_gated: nn.Conv2d
     shared: nn.Conv2d
+    shifted: nn.Conv2d
     branch: nn.Conv2d
+    head: nn.Conv2d
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gate", torch.tensor([0.0, 1, 1, 1])[:, None, None])
         self.bias = nn.Conv2d(3, 4, 1)
         self.normed, self.norm = nn.Conv2d(3, 4, 1, bias=False), OwnNorm(4)
-        self.plain = nn.Conv2d(3, 4, 1, bias=False)
-        for name in ("of_bias", "of_norm", "of_gate", "of_gated", "shared", "branch"):
+        self.plain, self.shift = nn.Conv2d(3, 4, 1, bias=False), 0.0
+        for name in ("of_bias", "of_norm", "of_gate", "of_gated", "shared", "shifted", "branch",
+                     "head"):  # fmt: skip
             setattr(self, name, nn.Conv2d(4, 4, 1, bias=False))
 
     def forward(self, x: Tensor) -> Any:
@@ -297,8 +302,37 @@ class ReadTwice(nn.Module):
         read = self.of_bias(biased) + self.of_norm(normed) + self.branch(plain)
         gates = self.gate.expand(len(x), 4, *x.shape[2:])
         read = read + self.of_gate(gates) + self.of_gated(x[:, :1] * self.gate)
-        total = biased + normed + plain
-        return read + total + self.shared(total) + self.shared(plain)
+        total = biased + normed + plain + self.shifted(plain + self.shift)
+        return self.head(read + total + self.shared(total) + self.shared(plain))
+
+
+@pytest.mark.parametrize("way", ["ravel", "data", "expand_as", "out"])
+def test_columns_stay_where_what_is_read_may_be_changed_under_another_name(way: str) -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6, bias=False), nn.Linear(3, 6)
+            self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            read, other = self.a(x), self.b(x)
+            if way == "ravel":
+                read.ravel().add_(1.0)
+            elif way == "data":
+                read.data.add_(1.0)
+            elif way == "expand_as":
+                read.expand_as(other).add_(1.0)
+            else:
+                torch.add(read.data, 1.0, out=read.data)
+            return self.head(read + self.c(read) + other)
+
+    torch.manual_seed(0)
+    model, x = Aliased(), torch.randn(4, 3)
+    compressor = Compressor(model, x, 0.01)
+    with torch.no_grad():
+        model.get_parameter("a.bit_depth")[1] = 0
+    assert compressor.cut()  # and no CutError
+    assert model.a.weight.shape == (5, 3)
 
 
 def test_columns_go_only_if_their_channel_is_zero_for_good_in_every_call() -> None:
@@ -314,7 +348,7 @@ def test_columns_go_only_if_their_channel_is_zero_for_good_in_every_call() -> No
     check_exact(cut)
     for layer in ("bias", "normed", "plain"):
         assert shape(cut, f"{layer}.weight") == (3, 3, 1, 1)
-    for layer in ("of_bias", "of_norm", "of_gate", "of_gated", "shared"):
+    for layer in ("of_bias", "of_norm", "of_gate", "of_gated", "shared", "shifted"):
         assert shape(cut, f"{layer}.weight") == (4, 4, 1, 1), layer
     assert shape(cut, "branch.weight") == (4, 3, 1, 1)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfcompress.graph.channels import ChannelGraph, Node
-from selfcompress.graph.ops import WITH_ROWS, Kind
+from selfcompress.graph.ops import WITH_ROWS, Kind, adds_number
 from selfcompress.layers.batch_norms import PlacedBatchNorm
 from selfcompress.layers.placing import Placed
 from selfcompress.layers.quantized import QuantConv, QuantizedLayer
@@ -166,11 +166,17 @@ class _Analysis:
         With the rows that are live so far: at first, those that have bits.
 
         Args:
-            for_good: whether what may change later, as it depends on a tensor of the model beside
-                rows that are not live, is taken to vary: biases, and entries of norms.
+            for_good: whether what may change later is taken to vary: what depends on biases, on
+                live entries of norms, on other tensors of the model, or on numbers that are added.
         """
         constant: dict[str, np.ndarray] = {}
         self.fixed: set[str] = set()
+        shifted = {
+            name
+            for step in self.graph.steps
+            if step.kind is Kind.ELEMENTWISE and adds_number(step.node)
+            for name in step.names
+        }
         for node in self.graph.nodes:
             if node.name not in self.graph.ids:
                 continue
@@ -200,7 +206,7 @@ class _Analysis:
                     known = ~np.isnan(inputs[0]) & (self.calls[node.module] == 1) & (not for_good)
                     value = np.where(known, self._normed(node, inputs[0]), np.nan)
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
-                    known = ~np.isnan(inputs).any(0)
+                    known = ~np.isnan(inputs).any(0) & (not for_good or node.name not in shifted)
                     value = np.where(known, _evaluate(node, inputs), np.nan)
                     if node.kind is Kind.MUL:
                         for zero in self._zeros(node, constant):
@@ -377,6 +383,8 @@ class _Analysis:
         for node in self.graph.of_kind(Kind.LAYER):
             if node.module in self.graph.columns:
                 zero = for_good[node.inputs[0]][self.graph.sources[node.name][0]] == 0
+                # Frozen: something that is not understood reads the tensor, and may change it.
+                zero &= ~self.graph.frozen[self.graph.reads(node)]
                 unread[node.module] = unread.get(node.module, True) & zero
         return unread
 

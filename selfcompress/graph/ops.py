@@ -187,6 +187,11 @@ def function_of(node: torch.fx.Node) -> Any:
     return _METHODS.get(name) or getattr(torch, name, None) or getattr(F, name, None)
 
 
+def adds_number(node: torch.fx.Node) -> bool:
+    """Return whether an ELEMENTWISE node adds a number, or takes the larger or smaller one."""
+    return node.op in ("call_function", "call_method") and function_of(node) in _ADDS
+
+
 def kind_of_call(node: torch.fx.Node, tensors: int) -> Kind:
     """Return the kind of a function or method call that reads `tensors` different tensors."""
     if node.op == "call_method" and node.target in CASTS:
