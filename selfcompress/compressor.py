@@ -23,7 +23,7 @@ from selfcompress.graph.liveness import analyse, settle_statistics
 from selfcompress.graph.planner import plan_cut
 from selfcompress.idle_rows import IdleRows
 from selfcompress.inputs import Inputs, batch_size, batches_like, moved_with, place_of
-from selfcompress.layers.quantized import QuantizedLayer, quantized_layers
+from selfcompress.layers.quantized import QuantizedLayer, quantized_layers, weights_of
 from selfcompress.lingering_biases import LingeringBiases, clear_lingering
 from selfcompress.quantizer import MAX_BITS
 from selfcompress.reestimate import reestimate
@@ -272,8 +272,7 @@ class Compressor:
 
     def weights(self) -> list[nn.Parameter]:
         """Return the parameters for your optimiser: all but the bit depths and exponents."""
-        formats = {id(p) for m in self.layers.values() for p in (m.bit_depth, m.exponent)}
-        return [p for p in self.model.parameters() if id(p) not in formats]
+        return weights_of(self.model)
 
     def penalty(self) -> Tensor:
         """Return the scalar γ·Q of eq. (2) and (3), at the current γ, to add to the task's loss.

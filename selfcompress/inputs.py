@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selfcompress.layers.quantized import quantized_layers
+from selfcompress.layers.quantized import weights_of
 
 Inputs = Tensor | tuple[Any, ...]
 """What a model is called with: one tensor, or all its positional arguments."""
@@ -52,9 +52,7 @@ class Place(NamedTuple):
 
 def place_of(model: nn.Module) -> Place:
     """Return where the weights of `model` are; its formats may have another dtype than they."""
-    layers = quantized_layers(model).values()
-    formats = {id(p) for layer in layers for p in (layer.bit_depth, layer.exponent)}
-    weights = [p for p in model.parameters() if id(p) not in formats]
+    weights = weights_of(model)
     dtypes = {p.dtype for p in weights}
     return Place(weights[0].device, dtypes.pop() if len(dtypes) == 1 else None)
 

@@ -171,12 +171,7 @@ class _Analysis:
         """
         constant: dict[str, np.ndarray] = {}
         self.fixed: set[str] = set()
-        shifted = {
-            name
-            for step in self.graph.steps
-            if step.kind is Kind.ELEMENTWISE and adds_number(step.node)
-            for name in step.names
-        }
+        shifted = self._shifted() if for_good else set()
         for node in self.graph.nodes:
             if node.name not in self.graph.ids:
                 continue
@@ -206,7 +201,7 @@ class _Analysis:
                     known = ~np.isnan(inputs[0]) & (self.calls[node.module] == 1) & (not for_good)
                     value = np.where(known, self._normed(node, inputs[0]), np.nan)
                 case Kind.ELEMENTWISE | Kind.ADD | Kind.MUL:
-                    known = ~np.isnan(inputs).any(0) & (not for_good or node.name not in shifted)
+                    known = ~np.isnan(inputs).any(0) & (node.name not in shifted)
                     value = np.where(known, _evaluate(node, inputs), np.nan)
                     if node.kind is Kind.MUL:
                         for zero in self._zeros(node, constant):
@@ -222,6 +217,15 @@ class _Analysis:
             ):
                 self.fixed.add(node.name)
         return constant
+
+    def _shifted(self) -> set[str]:
+        """Return the names of the ELEMENTWISE nodes that add a number."""
+        return {
+            name
+            for step in self.graph.steps
+            if step.kind is Kind.ELEMENTWISE and adds_number(step.node)
+            for name in step.names
+        }
 
     def _parameter(self, node: Node) -> np.ndarray:
         """Return (positions,) the values of a tensor of the model, NaN if it is trained."""

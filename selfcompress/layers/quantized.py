@@ -429,3 +429,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantised layers of `model` by name, in the order of `named_modules`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `model`, all but the bit depths and exponents."""
+    layers = quantized_layers(model).values()
+    formats = {id(p) for layer in layers for p in (layer.bit_depth, layer.exponent)}
+    return [p for p in model.parameters() if id(p) not in formats]
